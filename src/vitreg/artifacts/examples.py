@@ -1,0 +1,79 @@
+"""A few images kept whole, to look at."""
+
+from __future__ import annotations
+
+import torch
+from jaxtyping import Float
+from torch import Tensor
+
+from vitreg.model import Trace, VisionTransformer
+from vitreg.report import ExampleMaps
+
+NUM_CHANNELS = 8
+"""Channels listed by `channel_shares`."""
+
+
+class Examples:
+    """The first images of a diagnosis with their norm and attention maps.
+
+    Args:
+        vit: the model that is diagnosed.
+        most: how many to keep.
+    """
+
+    def __init__(self, vit: VisionTransformer, most: int) -> None:
+        self._vit, self._most = vit, most
+        self.maps: list[ExampleMaps] = []
+        self.images: list[Float[Tensor, "3 H W"]] = []
+
+    def queries(self) -> list[str]:
+        """Whose attention the next batch should record: the class token first, registers while examples are kept."""
+        queries = ["cls"] if self._vit.config.class_token else []
+        if self._vit.num_registers and len(self.maps) < self._most:
+            queries.append("registers")
+        return queries
+
+    def add(self, trace: Trace, batch: Float[Tensor, "B 3 H W"], names: list[str]) -> None:
+        """Keep the first images of a batch while there is room."""
+        room = min(self._most - len(self.maps), len(batch))
+        if room <= 0:
+            return
+        photos = self._vit.preprocess.unnormalize(batch[:room]).permute(0, 2, 3, 1).cpu().numpy()
+        attention = trace.attention.to_patches.mean(2).float().cpu().numpy() if trace.attention else None
+        for i in range(room):
+            self.images.append(batch[i].clone())
+            self.maps.append(
+                ExampleMaps(
+                    name=names[i],
+                    photo=photos[i],
+                    norms=trace.patch_norms[:, i].cpu().numpy(),
+                    attention={}
+                    if attention is None or trace.attention is None
+                    else {query: attention[:, i, q] for q, query in enumerate(trace.attention.queries)},
+                    register_norms=trace.register_norms[:, i].cpu().numpy() if self._vit.num_registers else None,
+                    cls_norms=None if trace.cls_norms is None else trace.cls_norms[:, i].cpu().numpy(),
+                )
+            )
+
+
+@torch.inference_mode()
+def channel_shares(
+    vit: VisionTransformer, images: list[Float[Tensor, "3 H W"]], block: int, threshold: float | None
+) -> tuple[tuple[int, float], ...]:
+    """The channels that carry the outliers' squared norm after a block, with their shares, largest first.
+
+    Massive activations sit in the same few channels in every image (Sun et al., arXiv 2402.17762). Empty where the
+    images hold no outlier.
+    """
+    if threshold is None:
+        return ()
+    total = torch.zeros(vit.config.embed_dim, dtype=torch.float64)
+    for image in images:
+        trace = vit.trace(image[None], blocks=[block], patches=True)
+        assert trace.patches is not None
+        outliers = trace.patches[0, 0][trace.patch_norms[block, 0].flatten() >= threshold]
+        total += outliers.double().square().sum(0).cpu()
+    if not total.any():
+        return ()
+    shares, channels = (total / total.sum()).topk(min(NUM_CHANNELS, len(total)))
+    return tuple((int(c), round(float(s), 4)) for c, s in zip(channels, shares, strict=True))

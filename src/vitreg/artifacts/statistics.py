@@ -1,0 +1,161 @@
+"""What a diagnosis adds up over batches, in memory that does not grow with the number of images."""
+
+from __future__ import annotations
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from jaxtyping import Float
+from numpy.typing import NDArray
+from torch import Tensor
+
+from vitreg.artifacts.histogram import BINS_PER_STEP, NUM_BINS, NUM_STEPS, LogAxis, add_counts
+from vitreg.model import Trace
+
+
+class NormStatistics:
+    """Counts of norms, and sums of other quantities, per bin of the norm.
+
+    Keeping every quantity against the norm of its token lets the threshold be chosen after the last image.
+
+    Args:
+        depth: blocks of the model.
+        grid: rows and columns of patches; the same for all batches.
+        axis: the bins.
+        device: where the sums are kept; that of the traces.
+    """
+
+    def __init__(self, depth: int, grid: tuple[int, int], axis: LogAxis, device: torch.device) -> None:
+        self.axis, self.grid, self.depth = axis, grid, depth
+        self.num_images = 0
+
+        def zeros(*shape: int, dtype: torch.dtype = torch.float64) -> Tensor:
+            return torch.zeros(shape, dtype=dtype, device=device)
+
+        self._counts = zeros(depth, NUM_BINS, dtype=torch.int64)
+        self._per_position = zeros(depth * grid[0] * grid[1], NUM_STEPS, dtype=torch.int32)
+        self._sum, self._sum_of_squares = zeros(depth), zeros(depth)
+        self._max = zeros(depth)
+        self._similarity = zeros(depth, NUM_BINS)
+        self._attention = zeros(depth, NUM_BINS)
+        self._attention_to_registers = zeros(depth)
+        self._has_attention = False
+        self._register_norms: Tensor | None = None
+        self._cls_norms: Tensor | None = None
+
+    @torch.inference_mode()
+    def update(self, trace: Trace) -> None:
+        """Add a batch, traced with `embeddings=True` and, where there is a class token, `attention_from="cls"` first.
+
+        Raises:
+            ValueError: the model produced norms that are not finite.
+        """
+        norms = trace.patch_norms.flatten(2)  # [L, B, N]
+        if not torch.isfinite(norms).all():
+            first = int((~torch.isfinite(norms)).flatten(1).any(1).nonzero()[0])
+            raise ValueError(
+                f"the tokens are not finite after block {first} (dtype {trace.tokens.patches.dtype}); "
+                f"use bfloat16 or float32, whose range does not overflow"
+            )
+        self.num_images += norms.shape[1]
+        bins = self.axis.bins(norms)
+        rows = torch.arange(self.depth, device=norms.device)[:, None, None].expand_as(bins)
+        add_counts(self._counts, rows, bins)
+        positions = rows * norms.shape[2] + torch.arange(norms.shape[2], device=norms.device)
+        add_counts(self._per_position, positions, bins // BINS_PER_STEP)
+        self._sum += norms.double().sum((1, 2))
+        self._sum_of_squares += norms.double().square().sum((1, 2))
+        self._max = torch.maximum(self._max, norms.amax((1, 2)).double())
+        assert trace.embeddings is not None
+        similarity = neighbour_similarity(trace.embeddings, self.grid)
+        add_counts(self._similarity, rows, bins, similarity.flatten(1).expand_as(norms))
+        if trace.attention is not None and trace.attention.to_cls is not None:
+            self._add_attention(trace, rows, bins)
+        self._register_norms = _accumulate(self._register_norms, trace.register_norms)
+        if trace.cls_norms is not None:
+            self._cls_norms = _accumulate(self._cls_norms, trace.cls_norms.unsqueeze(-1))
+
+    def _add_attention(self, trace: Trace, rows: Tensor, bins: Tensor) -> None:
+        """What the class token pays to each norm. A block attends to what the block before it wrote."""
+        assert trace.attention is not None
+        self._has_attention = True
+        to_patches = trace.attention.to_patches[:, :, :, 0].mean(2).flatten(2)  # [L, B, N]
+        add_counts(self._attention, rows[1:], bins[:-1], to_patches[1:])
+        # Block 0 attends to embeddings, which have no outliers yet: count all of it as the lowest norm.
+        self._attention[0, 0] += to_patches[0].sum()
+        self._attention_to_registers += trace.attention.to_registers[:, :, :, 0].sum(-1).mean(2).sum(1).double()
+
+    def counts(self) -> NDArray[np.int64]:
+        """Patches per block and fine bin, `[L, NUM_BINS]`."""
+        return self._counts.cpu().numpy()
+
+    def moments(self) -> tuple[NDArray[np.float64], NDArray[np.float64], NDArray[np.float64]]:
+        """Mean, standard deviation and maximum of the norms of each block, `[L]` each."""
+        total = self.num_images * self.grid[0] * self.grid[1]
+        mean = self._sum / total
+        variance = (self._sum_of_squares / total - mean.square()).clamp_min(0)
+        return mean.cpu().numpy(), variance.sqrt().cpu().numpy(), self._max.cpu().numpy()
+
+    def position_frequency(self, block: int, step: int | None) -> NDArray[np.float64]:
+        """Share of the images in which each position is an outlier after a block, `[h, w]`."""
+        if step is None:
+            return np.zeros(self.grid)
+        per_position = self._per_position.view(self.depth, *self.grid, NUM_STEPS)[block]
+        return (per_position[..., step:].sum(-1).double() / self.num_images).cpu().numpy()
+
+    def mean_similarity(self, block: int, step: int | None) -> tuple[float | None, float | None]:
+        """Mean neighbour similarity of the outliers and of the other patches of a block, None where there are none."""
+        split = NUM_BINS if step is None else step * BINS_PER_STEP
+        sums, counts = self._similarity[block], self._counts[block]
+        parts = ((sums[split:], counts[split:]), (sums[:split], counts[:split]))
+        outliers, others = (float(s.sum() / n.sum()) if n.sum() else None for s, n in parts)
+        return outliers, others
+
+    def attention_on_outliers(self, block: int, step_before: int | None) -> float | None:
+        """Share of the class token's attention in a block that lands on outliers of the block before it."""
+        if not self._has_attention:
+            return None
+        if step_before is None:
+            return 0.0
+        return float(self._attention[block, step_before * BINS_PER_STEP :].sum() / self.num_images)
+
+    def attention_on_registers(self, block: int) -> float | None:
+        """Share of the class token's attention in a block that goes to the registers."""
+        if not self._has_attention:
+            return None
+        return float(self._attention_to_registers[block] / self.num_images)
+
+    def mean_register_norms(self) -> NDArray[np.float64]:
+        """`[L, R]`."""
+        assert self._register_norms is not None
+        return (self._register_norms / self.num_images).cpu().numpy()
+
+    def mean_cls_norms(self) -> NDArray[np.float64] | None:
+        """`[L]`, None without a class token."""
+        return None if self._cls_norms is None else (self._cls_norms / self.num_images).squeeze(-1).cpu().numpy()
+
+
+def _accumulate(total: Tensor | None, values: Tensor) -> Tensor:
+    """Sum over the batch axis of `[L, B, R]`, added to what there is."""
+    added = values.double().sum(1)
+    return added if total is None else total + added
+
+
+def neighbour_similarity(embeddings: Float[Tensor, "B N D"], grid: tuple[int, int]) -> Float[Tensor, "B h w"]:
+    """Mean cosine between a patch and its (up to four) neighbours.
+
+    The redundancy test of the paper (section 2.1, Fig. 5a): taken right after the patch embedding, patches that will
+    become artifacts are close to 1.
+    """
+    unit = F.normalize(embeddings.float(), dim=-1).unflatten(1, grid)
+    total = unit.new_zeros(unit.shape[:3])
+    neighbours = unit.new_zeros(grid)
+    for near, far in (
+        ((slice(None, -1), slice(None)), (slice(1, None), slice(None))),
+        ((slice(None), slice(None, -1)), (slice(None), slice(1, None))),
+    ):
+        cosine = torch.linalg.vecdot(unit[:, *near], unit[:, *far])
+        for side in (near, far):
+            total[:, *side] += cosine
+            neighbours[*side] += 1
+    return total / neighbours.clamp_min(1)

@@ -1,0 +1,154 @@
+"""A diagnosis in plain sentences: which block, which norm, how many, what it means, what to do."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+import numpy as np
+from numpy.typing import NDArray
+
+from vitreg.checkpoints import registry
+
+if TYPE_CHECKING:
+    from vitreg.artifacts.diagnosis import Diagnosis
+
+FEW_IMAGES = 4
+"""Below this, position-fixed and content-dependent outliers cannot be told apart."""
+
+
+def position_kind(frequency: NDArray[np.float64], num_images: int) -> str | None:
+    """Whether outliers sit at the same places in every picture, or where the picture has room for them.
+
+    Position-fixed: at least half of all outliers lie at positions that are outliers in at least half of the images;
+    content-dependent: less than a tenth do.
+    """
+    if num_images < FEW_IMAGES or not frequency.any():
+        return None
+    share = frequency[frequency >= 0.5].sum() / frequency.sum()
+    return "position-fixed" if share >= 0.5 else "content-dependent" if share < 0.1 else "mixed"
+
+
+def write_verdict(diagnosis: Diagnosis) -> tuple[str, ...]:
+    """The findings as sentences, most important first."""
+    sentences = _outliers(diagnosis) if diagnosis.has_artifacts else _clean(diagnosis)
+    sentences += _registers(diagnosis)
+    if diagnosis.has_artifacts:
+        sentences += _advice(diagnosis)
+    if diagnosis.interrupted:
+        sentences.append(f"The run was interrupted: this is what {diagnosis.num_images} images show.")
+    return tuple(sentences)
+
+
+def _outliers(d: Diagnosis) -> list[str]:
+    block, last = d.blocks[d.block], len(d.blocks) - 1
+    if not block.outlier_fraction:
+        inside = ", ".join(str(b.block) for b in d.blocks if b.outlier_fraction)
+        return [
+            f"After block {d.block}, the one that was asked for, no patch is an outlier; after block {inside} some are."
+        ]
+    per_image = block.outlier_fraction * d.num_patches / d.num_images
+    where = f"the last block ({last})" if d.block == last else f"block {d.block}"
+    sentences = [
+        f"{d.model['name']} has artifacts: after {where}, {_percent(block.outlier_fraction)} of the patches "
+        f"({per_image:.1f} per image) have a norm of {_number(block.threshold or 0)} or more, up to "
+        f"{_number(block.max)}; the median is {_number(block.median)}."
+    ]
+    if d.block != last:
+        final = d.blocks[last]
+        sentences.append(
+            f"At the output they are invisible: after the last block the largest norm is {_number(final.max)}, the "
+            f"median {_number(final.median)}. They matter where intermediate blocks are read."
+        )
+    sentences.append(
+        f"They appear in block {d.onset_block}. Norms are taken after each block and before the final LayerNorm, "
+        f"which would hide them."
+    )
+    sentences += _places(d)
+    after = [b for b in d.blocks if b.block > (d.onset_block or 0) and b.attention_on_outliers is not None]
+    if after:
+        worst = max(after, key=lambda b: b.attention_on_outliers or 0.0)
+        share = worst.attention_on_outliers or 0.0
+        sentences.append(
+            f"{_percent(share)} of the class token's attention in block {worst.block} goes to these outliers"
+            + (": attention maps show them rather than the objects." if share > 0.1 else ".")
+        )
+    if d.channels and d.channels[0][1] >= 0.2:
+        leading = [f"{channel} ({share:.0%})" for channel, share in d.channels if share >= 0.1]
+        sentences.append(f"Their norm sits in few channels: {', '.join(leading)} of {d.model['embed_dim']}.")
+    return sentences
+
+
+def _places(d: Diagnosis) -> list[str]:
+    sentences = []
+    if d.position_kind == "position-fixed":
+        rows, columns = np.nonzero(d.position_frequency >= 0.5)
+        places = ", ".join(f"({r}, {c})" for r, c in list(zip(rows, columns, strict=True))[:6])
+        sentences.append(
+            f"They are position-fixed: {len(rows)} positions, (row, column) {places}"
+            f"{', ...' if len(rows) > 6 else ''}, are outliers in at least half of the images."
+        )
+    elif d.position_kind is not None:
+        sentences.append(
+            f"They are {d.position_kind}: the most frequent position is an outlier in "
+            f"{_percent(float(d.position_frequency.max()))} of the images."
+        )
+    near, far = d.neighbour_similarity.outliers, d.neighbour_similarity.others
+    if near is not None and far is not None:
+        redundant = near > far + 0.05
+        sentences.append(
+            f"Right after patch embedding, outliers have a mean cosine of {near:.2f} with their neighbours, other "
+            f"patches {far:.2f}: they are {'redundant patches' if redundant else 'no more redundant than the rest'}."
+        )
+    return sentences
+
+
+def _clean(d: Diagnosis) -> list[str]:
+    last = d.blocks[-1]
+    worst = max(d.blocks, key=lambda b: b.max / b.median if b.median else 0.0)
+    return [
+        f"No artifacts in {d.model['name']}: in none of its {len(d.blocks)} blocks do the norms of the patches split "
+        f"into two modes ({d.threshold_rule}).",
+        f"After the last block the median norm is {_number(last.median)} and the largest {_number(last.max)}; the "
+        f"largest excess, {worst.max / worst.median if worst.median else 0:.1f} times the median, is in block "
+        f"{worst.block}.",
+    ]
+
+
+def _registers(d: Diagnosis) -> list[str]:
+    if d.register_norms is None:
+        return []
+    norms = d.register_norms[d.block]
+    block = d.blocks[d.block]
+    text = (
+        f"After block {d.block} its {len(norms)} register{'s have a' if len(norms) > 1 else ' has a'} mean norm of "
+        f"{', '.join(_number(float(n)) for n in norms)}, against {_number(block.median)} for the median patch"
+    )
+    if block.attention_on_registers is not None:
+        text += (
+            f"; {_percent(block.attention_on_registers)} of the class token's attention goes to them, which a map "
+            f"over the patches does not show"
+        )
+    return [text + "."]
+
+
+def _advice(d: Diagnosis) -> list[str]:
+    row = registry.find(d.model["name"])
+    with_registers = registry.find(f"{row.name}_reg") if row else None
+    remedy = (
+        f"use {with_registers.name}, the same model trained with registers"
+        if with_registers
+        else "use a checkpoint trained with registers (`vitreg models --filter reg`) or leave out the patches at or "
+        "above the threshold"
+    )
+    return [
+        "For classification from the class token they do no known harm. For attention maps, object discovery, "
+        f"segmentation or depth, {remedy}."
+    ]
+
+
+def _percent(share: float) -> str:
+    return f"{100 * share:.2g} %" if share < 0.1 else f"{100 * share:.0f} %"
+
+
+def _number(value: float) -> str:
+    return f"{value:.0f}" if abs(value) >= 100 else f"{value:.3g}"

@@ -1,0 +1,21 @@
+"""Weights in and out: one file per dialect of state dicts."""
+
+from vitreg.checkpoints.export import save
+from vitreg.checkpoints.loading import load
+from vitreg.checkpoints.open_clip import from_open_clip
+from vitreg.checkpoints.registry import list_models
+from vitreg.checkpoints.state import CheckpointError
+from vitreg.checkpoints.state_dict import from_state_dict
+from vitreg.checkpoints.timm import from_timm
+from vitreg.checkpoints.transformers import from_transformers
+
+__all__ = [
+    "CheckpointError",
+    "from_open_clip",
+    "from_state_dict",
+    "from_timm",
+    "from_transformers",
+    "list_models",
+    "load",
+    "save",
+]

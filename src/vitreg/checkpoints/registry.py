@@ -1,0 +1,115 @@
+"""Checkpoints by the names that people use."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from fnmatch import fnmatchcase
+
+from vitreg.model import PositionInterpolation
+
+
+@dataclass(frozen=True)
+class Model:
+    """One released checkpoint.
+
+    Attributes:
+        name: short name, that of the official hub where there is one.
+        timm: timm's architecture and tag, from which the weights come.
+        million_parameters: of the whole model, its head included.
+        patch_size: in pixels.
+        num_registers: trained ones.
+        licence: of the weights, as on timm's model card.
+    """
+
+    name: str
+    timm: str
+    million_parameters: float
+    patch_size: int
+    num_registers: int
+    licence: str
+
+    @property
+    def interpolation(self) -> PositionInterpolation | None:
+        """The official repository's position rule where it is not timm's (None: timm's)."""
+        return official_interpolation(self.name)
+
+
+def official_interpolation(name: str) -> PositionInterpolation | None:
+    """DINO and the first DINOv2 resize positions by a scale factor with offset and without antialiasing.
+
+    Sources: dino `vision_transformer.py` and dinov2 `hub/backbones.py` (`interpolate_offset=0.1`,
+    `interpolate_antialias=False`; with registers 0.0 and True, which is timm's rule too).
+    """
+    if name.startswith("dino_") or (name.startswith("dinov2_") and not name.endswith("_reg")):
+        return PositionInterpolation("bicubic", antialias=False, offset=0.1)
+    return None
+
+
+MODELS = (
+    Model("dino_vits16", "vit_small_patch16_224.dino", 21.7, 16, 0, "apache-2.0"),
+    Model("dino_vits8", "vit_small_patch8_224.dino", 21.7, 8, 0, "apache-2.0"),
+    Model("dino_vitb16", "vit_base_patch16_224.dino", 85.8, 16, 0, "apache-2.0"),
+    Model("dino_vitb8", "vit_base_patch8_224.dino", 85.8, 8, 0, "apache-2.0"),
+    Model("dinov2_vits14", "vit_small_patch14_dinov2.lvd142m", 22.1, 14, 0, "apache-2.0"),
+    Model("dinov2_vits14_reg", "vit_small_patch14_reg4_dinov2.lvd142m", 22.1, 14, 4, "apache-2.0"),
+    Model("dinov2_vitb14", "vit_base_patch14_dinov2.lvd142m", 86.6, 14, 0, "apache-2.0"),
+    Model("dinov2_vitb14_reg", "vit_base_patch14_reg4_dinov2.lvd142m", 86.6, 14, 4, "apache-2.0"),
+    Model("dinov2_vitl14", "vit_large_patch14_dinov2.lvd142m", 304.4, 14, 0, "apache-2.0"),
+    Model("dinov2_vitl14_reg", "vit_large_patch14_reg4_dinov2.lvd142m", 304.4, 14, 4, "apache-2.0"),
+    Model("dinov2_vitg14", "vit_giant_patch14_dinov2.lvd142m", 1136.5, 14, 0, "apache-2.0"),
+    Model("dinov2_vitg14_reg", "vit_giant_patch14_reg4_dinov2.lvd142m", 1136.5, 14, 4, "apache-2.0"),
+    Model("dinov3_vits16", "vit_small_patch16_dinov3_qkvb.lvd1689m", 21.6, 16, 4, "dinov3-license"),
+    Model("dinov3_vits16plus", "vit_small_plus_patch16_dinov3_qkvb.lvd1689m", 28.7, 16, 4, "dinov3-license"),
+    Model("dinov3_vitb16", "vit_base_patch16_dinov3_qkvb.lvd1689m", 85.7, 16, 4, "dinov3-license"),
+    Model("dinov3_vitl16", "vit_large_patch16_dinov3_qkvb.lvd1689m", 303.1, 16, 4, "dinov3-license"),
+    Model("dinov3_vith16plus", "vit_huge_plus_patch16_dinov3_qkvb.lvd1689m", 840.6, 16, 4, "dinov3-license"),
+    Model("dinov3_vit7b16", "vit_7b_patch16_dinov3.lvd1689m", 6716.0, 16, 4, "dinov3-license"),
+    Model("deit3_small_patch16_224", "deit3_small_patch16_224.fb_in1k", 22.1, 16, 0, "apache-2.0"),
+    Model("deit3_base_patch16_224", "deit3_base_patch16_224.fb_in1k", 86.6, 16, 0, "apache-2.0"),
+    Model("deit3_large_patch16_224", "deit3_large_patch16_224.fb_in1k", 304.4, 16, 0, "apache-2.0"),
+    Model("deit3_huge_patch14_224", "deit3_huge_patch14_224.fb_in1k", 632.1, 14, 0, "apache-2.0"),
+    Model("deit_tiny_patch16_224", "deit_tiny_patch16_224.fb_in1k", 5.7, 16, 0, "apache-2.0"),
+    Model("deit_small_patch16_224", "deit_small_patch16_224.fb_in1k", 22.1, 16, 0, "apache-2.0"),
+    Model("deit_base_patch16_224", "deit_base_patch16_224.fb_in1k", 86.6, 16, 0, "apache-2.0"),
+    Model("augreg_vit_ti16", "vit_tiny_patch16_224.augreg_in21k_ft_in1k", 5.7, 16, 0, "apache-2.0"),
+    Model("augreg_vit_s16", "vit_small_patch16_224.augreg_in21k_ft_in1k", 22.1, 16, 0, "apache-2.0"),
+    Model("augreg_vit_b16", "vit_base_patch16_224.augreg_in21k_ft_in1k", 86.6, 16, 0, "apache-2.0"),
+    Model("augreg_vit_l16", "vit_large_patch16_224.augreg_in21k_ft_in1k", 304.3, 16, 0, "apache-2.0"),
+    Model("mae_vitb16", "vit_base_patch16_224.mae", 85.8, 16, 0, "cc-by-nc-4.0"),
+    Model("mae_vitl16", "vit_large_patch16_224.mae", 303.3, 16, 0, "cc-by-nc-4.0"),
+    Model("mae_vith14", "vit_huge_patch14_224.mae", 630.8, 14, 0, "cc-by-nc-4.0"),
+    Model("clip_vit_b32", "vit_base_patch32_clip_quickgelu_224.openai", 87.8, 32, 0, "apache-2.0"),
+    Model("clip_vit_b16", "vit_base_patch16_clip_quickgelu_224.openai", 86.2, 16, 0, "apache-2.0"),
+    Model("clip_vit_l14", "vit_large_patch14_clip_quickgelu_224.openai", 304.0, 14, 0, "apache-2.0"),
+    Model("clip_vit_l14_336", "vit_large_patch14_clip_quickgelu_336.openai", 304.3, 14, 0, "apache-2.0"),
+    Model("openclip_vit_b32", "vit_base_patch32_clip_224.laion2b", 87.8, 32, 0, "apache-2.0"),
+    Model("openclip_vit_b16", "vit_base_patch16_clip_224.laion2b", 86.2, 16, 0, "apache-2.0"),
+    Model("openclip_vit_l14", "vit_large_patch14_clip_224.laion2b", 304.0, 14, 0, "apache-2.0"),
+    Model("openclip_vit_h14", "vit_huge_patch14_clip_224.laion2b", 632.1, 14, 0, "apache-2.0"),
+    Model("openclip_vit_g14", "vit_giant_patch14_clip_224.laion2b", 1012.6, 14, 0, "apache-2.0"),
+    Model("openclip_vit_bigg14", "vit_gigantic_patch14_clip_224.laion2b", 1844.9, 14, 0, "apache-2.0"),
+    Model("siglip_vit_b16", "vit_base_patch16_siglip_224.webli", 92.9, 16, 0, "apache-2.0"),
+    Model("siglip_vit_l16_256", "vit_large_patch16_siglip_256.webli", 316.0, 16, 0, "apache-2.0"),
+    Model("siglip_so400m_p14_378", "vit_so400m_patch14_siglip_378.webli", 428.2, 14, 0, "apache-2.0"),
+    Model("siglip2_vit_b16", "vit_base_patch16_siglip_224.v2_webli", 92.9, 16, 0, "apache-2.0"),
+    Model("siglip2_vit_l16_256", "vit_large_patch16_siglip_256.v2_webli", 316.0, 16, 0, "apache-2.0"),
+    Model("siglip2_so400m_p14_378", "vit_so400m_patch14_siglip_378.v2_webli", 428.2, 14, 0, "apache-2.0"),
+    Model("siglip2_vit_g16_256", "vit_giantopt_patch16_siglip_256.v2_webli", 1163.2, 16, 0, "apache-2.0"),
+    Model("sbb_vit_medium_reg4", "vit_medium_patch16_reg4_gap_256.sbb_in12k_ft_in1k", 38.9, 16, 4, "apache-2.0"),
+    Model("sbb_vit_betwixt_reg4", "vit_betwixt_patch16_reg4_gap_256.sbb2_e200_in12k_ft_in1k", 60.4, 16, 4, "apache-2.0"),
+    Model("sbb_vit_little_reg1", "vit_little_patch16_reg1_gap_256.sbb_in12k_ft_in1k", 22.5, 16, 1, "apache-2.0"),
+    Model("sbb_vit_pwee_reg1", "vit_pwee_patch16_reg1_gap_256.sbb_in1k", 15.3, 16, 1, "apache-2.0"),
+)
+
+_BY_NAME = {model.name: model for model in MODELS}
+
+
+def find(name: str) -> Model | None:
+    """The model with this short name."""
+    return _BY_NAME.get(name)
+
+
+def list_models(filter: str = "") -> list[Model]:
+    """Models whose short or timm name contains `filter`, or matches it as a pattern with `*`."""
+    pattern = filter.lower() if "*" in filter else f"*{filter.lower()}*"
+    return [model for model in MODELS if any(fnmatchcase(n, pattern) for n in (model.name, model.timm))]

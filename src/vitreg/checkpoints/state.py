@@ -1,0 +1,64 @@
+"""From a config and a state dict to a model."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping
+
+import torch
+from torch import Tensor
+
+from vitreg.model import VisionTransformer, ViTConfig
+
+SHOWN_KEYS = 5
+
+
+class CheckpointError(ValueError):
+    """A checkpoint that cannot be used: what was given, what was expected, what to do."""
+
+
+def build(config: ViTConfig, state: Mapping[str, Tensor], source: str) -> VisionTransformer:
+    """The model of a config with copies of these weights, in evaluation mode.
+
+    Args:
+        config: the architecture.
+        state: tensors under vitreg's own names.
+        source: what the weights are from, for the message.
+
+    Raises:
+        CheckpointError: a weight is missing, left over, or of another shape.
+    """
+    with torch.device("meta"):
+        vit = VisionTransformer(config)
+    expected = vit.state_dict()
+    check_keys(state, expected, source)
+    wrong = [
+        f"{key} has shape {list(state[key].shape)}, expected {list(tensor.shape)}"
+        for key, tensor in expected.items()
+        if state[key].shape != tensor.shape
+    ]
+    if wrong:
+        raise CheckpointError(f"{source} does not fit the architecture: {_some(wrong)}")
+    vit.load_state_dict({key: tensor.detach().clone() for key, tensor in state.items()}, assign=True)
+    return vit.eval()
+
+
+def check_keys(given: Iterable[str], expected: Iterable[str], source: str) -> None:
+    """Compare the names of weights.
+
+    Raises:
+        CheckpointError: names at most five missing and five unexpected keys.
+    """
+    given, expected = list(given), list(expected)
+    missing = sorted(set(expected) - set(given))
+    unexpected = sorted(set(given) - set(expected))
+    if missing or unexpected:
+        parts = []
+        if missing:
+            parts.append(f"{len(missing)} missing keys: {_some(missing)}")
+        if unexpected:
+            parts.append(f"{len(unexpected)} unexpected keys: {_some(unexpected)}")
+        raise CheckpointError(f"{source} does not fit the architecture: {'; '.join(parts)}; check `architecture`")
+
+
+def _some(items: list[str]) -> str:
+    return ", ".join(items[:SHOWN_KEYS]) + (", ..." if len(items) > SHOWN_KEYS else "")

@@ -1,0 +1,257 @@
+"""timm's Vision Transformers (`VisionTransformer`, `Eva`), read off a module instance."""
+
+from __future__ import annotations
+
+import math
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from vitreg.checkpoints.state import CheckpointError, build
+from vitreg.model import Preprocess, RopeConfig, VisionTransformer, ViTConfig
+
+
+def from_timm(model: nn.Module) -> VisionTransformer:
+    """A vitreg model with the weights of a timm model, also a fine-tuned one; the original is left untouched.
+
+    The result equals `model.forward_features` (tokens) and `model.forward` (`classify`) in evaluation mode, for any
+    image size, with timm's position interpolation. Source: timm 1.0 `models/vision_transformer.py`, `models/eva.py`.
+
+    Raises:
+        CheckpointError: the model has a part that vitreg does not implement; the message names it.
+    """
+    import timm.models.eva
+    import timm.models.vision_transformer
+
+    known = (timm.models.vision_transformer.VisionTransformer, timm.models.eva.Eva)
+    if type(model) not in known:
+        raise CheckpointError(
+            f"{type(model).__name__} is not a timm VisionTransformer or Eva model; "
+            f"for other libraries use from_transformers, from_open_clip or from_state_dict"
+        )
+    config = _config(model)
+    return build(config, _state(model, config), f"timm {config.architecture or type(model).__name__}")
+
+
+def _require(condition: bool, what: str) -> None:
+    if not condition:
+        raise CheckpointError(f"this timm model has {what}, which vitreg does not implement")
+
+
+def _config(model: Any) -> ViTConfig:
+    cfg = getattr(model, "pretrained_cfg", None) or {}
+    block, patch = model.blocks[0], model.patch_embed
+    parallel = _is(block, "ParallelScalingBlock")
+    _require(parallel or _is(block, "Block", "EvaBlock"), f"blocks of type {type(block).__name__}")
+    _require(isinstance(getattr(patch, "proj", None), nn.Conv2d), f"a patch embedding {type(patch).__name__}")
+    _require(isinstance(patch.norm, nn.Identity), "a norm in its patch embedding")
+    _require(patch.proj.in_channels == 3, f"{patch.proj.in_channels} input channels")
+    _require(patch.patch_size[0] == patch.patch_size[1], f"patches of {patch.patch_size} pixels")
+    attention = block if parallel else block.attn
+    if not parallel:
+        _require(
+            _is(attention, "Attention", "AttentionRope", "EvaAttention"), f"attention {type(attention).__name__}"
+        )
+        _require(getattr(attention, "gate", None) is None, "gated attention")
+        _require(getattr(attention, "num_kv_groups", 1) == 1, "grouped-query attention")
+        _require(attention.head_dim * attention.num_heads == model.embed_dim, f"heads of {attention.head_dim} channels")
+    for name, module in model.named_modules():
+        _require("rmsnorm" not in type(module).__name__.lower(), f"an RMSNorm ({name})")
+    pool = {"token": "token", "avg": "mean", "map": "attention", "": "token" if model.cls_token is not None else "mean"}
+    _require(model.global_pool in pool, f"global_pool={model.global_pool!r}")
+    _require(
+        model.global_pool == "token" or not getattr(model, "pool_include_prefix", False), "registers in its pooling"
+    )
+    _require(
+        not (_is(model, "Eva") and model.attn_pool is not None and model.cls_token is not None),
+        "a class token in its attention pool",
+    )
+    has_head = isinstance(model.head, nn.Linear)
+    qkv = _qkv(attention) if not parallel else None
+    gated = not parallel and not _is(block.mlp, "Mlp")
+    return ViTConfig(
+        embed_dim=model.embed_dim,
+        depth=len(model.blocks),
+        num_heads=attention.num_heads,
+        mlp_dim=block.mlp_out_proj.in_features if parallel else block.mlp.fc2.in_features,
+        patch_size=patch.patch_size[0],
+        image_size=tuple(patch.img_size),
+        num_registers=0 if model.reg_token is None else model.reg_token.shape[1],
+        class_token=model.cls_token is not None,
+        num_classes=model.head.out_features if has_head else 0,
+        head_bias=has_head and model.head.bias is not None,
+        pool=pool[model.global_pool],
+        pool_heads=model.attn_pool.num_heads if model.attn_pool is not None else 0,
+        final_norm=not isinstance(model.norm, nn.Identity),
+        pool_norm=not isinstance(model.fc_norm, nn.Identity),
+        pre_norm=not isinstance(model.norm_pre, nn.Identity),
+        patch_bias=patch.proj.bias is not None,
+        qkv_bias=(block.in_proj.bias is not None) if parallel else qkv is not None and qkv[1] is not None,
+        key_bias=not _is(attention, "EvaAttention"),
+        proj_bias=(block.attn_out_proj if parallel else attention.proj).bias is not None,
+        mlp_bias=(block.mlp_out_proj if parallel else block.mlp.fc2).bias is not None,
+        qk_norm=not isinstance(attention.q_norm, nn.Identity),
+        attention_norm=not isinstance(getattr(attention, "norm", nn.Identity()), nn.Identity),
+        mlp_norm=not parallel and not isinstance(block.mlp.norm, nn.Identity),
+        activation=_activation(block.mlp_act if parallel else block.mlp.act),
+        gated_mlp=gated,
+        parallel=parallel,
+        layer_scale=_layer_scale(block, 1) is not None,
+        norm_eps=(block.in_norm if parallel else block.norm1).eps,
+        learned_positions=model.pos_embed is not None,
+        rope=_rope(model),
+        preprocess=_preprocess(cfg, patch.img_size, patch.patch_size[0]),
+        name=_name(cfg),
+        architecture=cfg.get("architecture") or "",
+    )
+
+
+def _name(cfg: dict[str, Any]) -> str:
+    return ".".join(part for part in (cfg.get("architecture"), cfg.get("tag")) if part)
+
+
+def _preprocess(cfg: dict[str, Any], image_size: tuple[int, int], patch_size: int) -> Preprocess:
+    """The checkpoint's own evaluation transform, at the size that the model was built for."""
+    return Preprocess.from_timm({**cfg, "input_size": (3, *image_size)}, multiple_of=patch_size)
+
+
+def _is(module: nn.Module, *names: str) -> bool:
+    return type(module).__name__ in names
+
+
+def _activation(act: nn.Module) -> Any:
+    kinds = {"GELUTanh": "gelu_tanh", "QuickGELU": "quick_gelu", "SiLU": "silu", "Swish": "silu"}
+    if isinstance(act, nn.GELU):
+        return "gelu_tanh" if act.approximate == "tanh" else "gelu"
+    _require(type(act).__name__ in (*kinds, "GELU"), f"the activation {type(act).__name__}")
+    return kinds.get(type(act).__name__, "gelu")
+
+
+def _rope(model: Any) -> RopeConfig | None:
+    rope = getattr(model, "rope", None)
+    if rope is None:
+        return None
+    layout = dict(interleaved=not rope.rotate_half) if hasattr(rope, "rotate_half") else {}
+    if _is(rope, "RotaryEmbeddingDinoV3"):
+        _require(rope.normalize_coords == "separate", f"RoPE coordinates normalised by {rope.normalize_coords!r}")
+        # From the attributes, not the buffer: the model may have no memory yet (device "meta").
+        if rope.min_period is not None and rope.max_period is not None:
+            ratio = rope.max_period / rope.min_period
+            periods = rope.min_period * ratio ** torch.linspace(0, 1, rope.dim // 4, device="cpu")
+        else:
+            exponents = 2.0 * torch.arange(rope.dim // 4, dtype=torch.float32, device="cpu") / (rope.dim // 2)
+            periods = rope.temperature**exponents
+        frequencies = tuple((2 * math.pi / periods).tolist())
+        return RopeConfig(
+            frequencies, "centered", rope.grid_offset, swap_axes=rope.grid_indexing == "xy", **layout
+        )
+    _require(_is(rope, "RotaryEmbeddingCat"), f"RoPE of type {type(rope).__name__}")
+    _require(rope.grid_type == "index", f"RoPE over a {rope.grid_type!r} grid")
+    frequencies = 1.0 / rope.temperature ** (torch.arange(rope.dim // 4, dtype=torch.float32) / (rope.dim // 4))
+    reference = tuple(rope.ref_feat_shape) if rope.ref_feat_shape is not None else None
+    return RopeConfig(
+        tuple(frequencies.tolist()),
+        "index",
+        rope.grid_offset,
+        reference,
+        swap_axes=rope.grid_indexing == "xy",
+        **layout,
+    )
+
+
+def _state(model: Any, config: ViTConfig) -> dict[str, Tensor]:
+    state: dict[str, Tensor] = {"patch_embed.weight": model.patch_embed.proj.weight}
+    if config.patch_bias:
+        state["patch_embed.bias"] = model.patch_embed.proj.bias
+    cls, registers, positions = model.cls_token, model.reg_token, model.pos_embed
+    num_prefix = config.num_prefix_tokens
+    if positions is not None and positions.shape[1] == config.grid[0] * config.grid[1] + num_prefix and num_prefix:
+        # The original layout gives prefix tokens a position too: a constant, so it moves into the tokens.
+        prefix, positions = positions.split((num_prefix, positions.shape[1] - num_prefix), dim=1)
+        of_cls, of_registers = prefix.split((int(config.class_token), config.num_registers), dim=1)
+        cls = None if cls is None else cls + of_cls
+        registers = None if registers is None else registers + of_registers
+    for name, tensor in (("cls_token", cls), ("registers", registers), ("positions", positions)):
+        if tensor is not None:
+            state[name] = tensor
+    for ours, theirs in (("pre_norm", "norm_pre"), ("norm", "norm"), ("pool_norm", "fc_norm"), ("head", "head")):
+        state |= _named(ours, getattr(model, theirs))
+    if model.attn_pool is not None:
+        state |= _attention_pool(model.attn_pool)
+    for i, block in enumerate(model.blocks):
+        parts = _parallel_block(block) if config.parallel else _block(block)
+        state |= {f"blocks.{i}.{name}": tensor for name, tensor in parts.items()}
+    return state
+
+
+def _named(name: str, module: nn.Module) -> dict[str, Tensor]:
+    return {f"{name}.{key}": tensor for key, tensor in module.state_dict().items()}
+
+
+def _block(block: Any) -> dict[str, Tensor]:
+    state = _named("norm1", block.norm1) | _named("norm2", block.norm2) | _named("attn.proj", block.attn.proj)
+    for norm in ("q_norm", "k_norm", "norm"):
+        if hasattr(block.attn, norm):
+            state |= _named(f"attn.{norm}", getattr(block.attn, norm))
+    weight, bias = _qkv(block.attn)
+    state["attn.qkv.weight"] = weight
+    if bias is not None:
+        state["attn.qkv.bias"] = bias
+    mlp = block.mlp
+    if hasattr(mlp, "fc1_g"):
+        for key, gate in mlp.fc1_g.state_dict().items():
+            state[f"mlp.fc1.{key}"] = torch.cat((gate, mlp.fc1_x.state_dict()[key]))
+    else:
+        for key, tensor in mlp.fc1.state_dict().items():
+            gate_last = getattr(mlp, "gate_last", False)
+            state[f"mlp.fc1.{key}"] = torch.cat(tensor.chunk(2)[::-1]) if gate_last else tensor
+    state |= _named("mlp.norm", mlp.norm) | _named("mlp.fc2", mlp.fc2)
+    for i in (1, 2):
+        scale = _layer_scale(block, i)
+        if scale is not None:
+            state[f"scale{i}"] = scale
+    return state
+
+
+def _parallel_block(block: Any) -> dict[str, Tensor]:
+    mlp_dim = block.mlp_out_proj.in_features
+    state = _named("norm1", block.in_norm) | _named("attn.proj", block.attn_out_proj)
+    state |= _named("mlp.fc2", block.mlp_out_proj) | _named("attn.q_norm", block.q_norm)
+    state |= _named("attn.k_norm", block.k_norm)
+    for key, tensor in block.in_proj.state_dict().items():
+        state[f"mlp.fc1.{key}"], state[f"attn.qkv.{key}"] = tensor.split((mlp_dim, tensor.shape[0] - mlp_dim))
+    if block.mlp_bias is not None:
+        state["mlp.fc1.bias"] = block.mlp_bias
+    scale = _layer_scale(block, 1)
+    if scale is not None:
+        state["scale1"] = scale
+    return state
+
+
+def _layer_scale(block: Any, branch: int) -> Tensor | None:
+    if hasattr(block, f"gamma_{branch}"):
+        return getattr(block, f"gamma_{branch}")
+    scale = getattr(block, f"ls{branch}", None) or getattr(block, "ls", None)
+    return getattr(scale, "gamma", None)
+
+
+def _qkv(attention: Any) -> tuple[Tensor, Tensor | None]:
+    """Weight and bias of the fused projection, whichever way timm stores them."""
+    if attention.qkv is None:
+        layers = (attention.q_proj, attention.k_proj, attention.v_proj)
+        weight = torch.cat([layer.weight for layer in layers])
+        biases = [layer.bias for layer in layers]
+    else:
+        weight, biases = attention.qkv.weight, [attention.qkv.bias]
+        if getattr(attention, "q_bias", None) is not None:
+            biases = [attention.q_bias, None, attention.v_bias]
+    if biases[0] is None:
+        return weight, None
+    return weight, torch.cat([torch.zeros_like(biases[0]) if bias is None else bias for bias in biases])
+
+
+def _attention_pool(pool: Any) -> dict[str, Tensor]:
+    _require(pool.latent_len == 1 and pool.pos_embed is None and pool.mlp is not None, "an unusual attention pool")
+    _require(isinstance(pool.q_norm, nn.Identity), "q/k norm in its attention pool")
+    return {f"attention_pool.{key}": tensor for key, tensor in pool.state_dict().items()}

@@ -1,0 +1,161 @@
+"""Many pictures to a model: decoded by background threads, in order, in full batches, in constant memory."""
+
+import os
+from collections import deque
+from collections.abc import Generator, Iterable, Iterator
+from concurrent.futures import Future, ThreadPoolExecutor
+from contextlib import closing
+from dataclasses import dataclass
+from itertools import islice
+from pathlib import Path
+from threading import Event
+
+import numpy as np
+import torch
+from jaxtyping import Float, UInt8
+from torch import Tensor
+
+from vitreg.images.reading import ImageError, read_image
+from vitreg.model.preprocess import Preprocess
+
+# A thread takes several pictures at a time, because handing one over costs a tenth of decoding it.
+_CHUNK = 4
+_BATCHES_AHEAD = 2
+
+
+@dataclass(frozen=True)
+class SkippedImage:
+    """A file that a stream left out, and the sentence that says why."""
+
+    path: Path
+    reason: str
+
+
+@dataclass(frozen=True, eq=False)
+class ImageBatch:
+    """Pictures ready for the model and the files they are from."""
+
+    images: Float[Tensor, "B 3 h w"]
+    paths: list[Path]
+
+
+_Decoded = tuple[Path, UInt8[Tensor, "3 h w"] | ImageError]
+
+
+class ImageStream:
+    """Batches of preprocessed pictures from files, any number of them; iterate as often as you like.
+
+    Threads decode while the model computes. They stay at most `_BATCHES_AHEAD` batches ahead, so memory does
+    not grow with the number of files, and they end with the iteration, also when it is left early.
+
+    Skipped files are made up for by those that follow: only the last batch may be short. But where pictures
+    come out in different sizes (`Preprocess(crop="none")`), a batch ends where the size changes.
+
+    Attributes:
+        skipped: The files that the latest iteration could not read so far.
+    """
+
+    def __init__(
+        self,
+        paths: Iterable[str | Path],
+        preprocess: Preprocess,
+        *,
+        batch_size: int = 32,
+        strict: bool = False,
+        num_threads: int | None = None,
+        limit: int | None = None,
+        device: torch.device | str | None = None,
+    ) -> None:
+        """Prepares a stream; nothing is read before it is iterated.
+
+        Args:
+            paths: Files, as from `find_images`.
+            preprocess: What is done to each picture, `vit.preprocess`.
+            batch_size: Pictures a batch.
+            strict: Raise `ImageError` at the first file that cannot be read, instead of skipping it.
+            num_threads: Decoding threads; by default one for each core this process may use, at most 8.
+            limit: Use only this many files, the first.
+            device: Where batches are put. They travel as bytes and are normalised there.
+
+        Raises:
+            ValueError: `paths` is a single path, or a count is below 1.
+        """
+        if isinstance(paths, str | Path):
+            raise ValueError(
+                f"paths is the single path {str(paths)!r}; give a list, as from find_images({str(paths)!r})"
+            )
+        counts = {"batch_size": batch_size, "num_threads": num_threads, "limit": limit}
+        for name, count in counts.items():
+            if count is not None and count < 1:
+                raise ValueError(f"{name} is {count}; it must be at least 1")
+        self.paths = [Path(path) for path in islice(paths, limit)]
+        self.preprocess = preprocess
+        self.batch_size = batch_size
+        self.strict = strict
+        self.num_threads = num_threads or min(8, _num_cores())
+        self.device = device
+        self.skipped: list[SkippedImage] = []
+
+    def __len__(self) -> int:
+        """The number of files, those that will be skipped included."""
+        return len(self.paths)
+
+    def __iter__(self) -> Iterator[ImageBatch]:
+        skipped = self.skipped = []
+        batch: list[tuple[Path, Tensor]] = []
+        with closing(self._decoded()) as decoded:
+            for path, pixels in decoded:
+                if isinstance(pixels, ImageError):
+                    if self.strict:
+                        raise pixels
+                    skipped.append(SkippedImage(path, str(pixels)))
+                    continue
+                if batch and batch[0][1].shape != pixels.shape:
+                    yield self._collate(batch)
+                    batch = []
+                batch.append((path, pixels))
+                if len(batch) == self.batch_size:
+                    yield self._collate(batch)
+                    batch = []
+            if batch:
+                yield self._collate(batch)
+
+    def _collate(self, batch: list[tuple[Path, Tensor]]) -> ImageBatch:
+        paths, pixels = zip(*batch, strict=True)
+        stacked = torch.from_numpy(np.stack([picture.numpy() for picture in pixels]))
+        return ImageBatch(self.preprocess.normalize(stacked.to(self.device)), list(paths))
+
+    def _decoded(self) -> Generator[_Decoded, None, None]:
+        """Every file in order, decoded at most `_BATCHES_AHEAD` batches before it is taken."""
+        files = iter(self.paths)
+        stop = Event()
+        size = min(_CHUNK, self.batch_size)
+        pool = ThreadPoolExecutor(self.num_threads, thread_name_prefix="vitreg-images")
+        pending: deque[Future[list[_Decoded]]] = deque()
+        try:
+            for _ in range(max(self.num_threads, _BATCHES_AHEAD * self.batch_size // size)):
+                if chunk := list(islice(files, size)):
+                    pending.append(pool.submit(self._decode, chunk, stop))
+            while pending:
+                yield from pending.popleft().result()
+                if chunk := list(islice(files, size)):
+                    pending.append(pool.submit(self._decode, chunk, stop))
+        finally:
+            stop.set()
+            pool.shutdown(cancel_futures=True)
+
+    def _decode(self, paths: list[Path], stop: Event) -> list[_Decoded]:
+        decoded: list[_Decoded] = []
+        for path in paths:
+            if stop.is_set():
+                break
+            try:
+                decoded.append((path, self.preprocess.pixels(read_image(path))))
+            except ImageError as error:
+                decoded.append((path, error))
+        return decoded
+
+
+def _num_cores() -> int:
+    """Cores this process may use; a container or a batch system may grant fewer than the machine has."""
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1

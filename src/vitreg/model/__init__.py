@@ -1,0 +1,18 @@
+"""The Vision Transformer with registers."""
+
+from vitreg.model.config import PositionInterpolation, RopeConfig, ViTConfig
+from vitreg.model.preprocess import Preprocess
+from vitreg.model.tokens import Tokens
+from vitreg.model.trace import AttentionRows, Trace
+from vitreg.model.vision_transformer import VisionTransformer
+
+__all__ = [
+    "AttentionRows",
+    "PositionInterpolation",
+    "Preprocess",
+    "RopeConfig",
+    "Tokens",
+    "Trace",
+    "ViTConfig",
+    "VisionTransformer",
+]

@@ -1,0 +1,72 @@
+"""Multi-head self-attention, fused, and its rows recomputed on request."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import torch
+import torch.nn.functional as F
+from jaxtyping import Float, Int
+from torch import Tensor, nn
+
+from vitreg.model.config import ViTConfig
+from vitreg.model.rope import Rotation, rotate
+
+Record = Callable[[str, Tensor], None]
+"""Called with the name and the value of an intermediate of a block while it runs; see `trace`."""
+
+# The rows recomputed at once: softmax over [B, H, rows, T] stays below 64 MiB in float32.
+ROW_BUDGET = 2**24
+
+
+class Attention(nn.Module):
+    """`softmax(q k^T / sqrt(d)) v` over all tokens, through PyTorch's fused kernel."""
+
+    def __init__(self, config: ViTConfig) -> None:
+        super().__init__()
+        dim = config.embed_dim
+        self.num_heads = config.num_heads
+        self.interleaved = bool(config.rope and config.rope.interleaved)
+        self.qkv = nn.Linear(dim, 3 * dim, bias=config.qkv_bias)
+        self.q_norm = nn.LayerNorm(config.head_dim, config.norm_eps) if config.qk_norm else nn.Identity()
+        self.k_norm = nn.LayerNorm(config.head_dim, config.norm_eps) if config.qk_norm else nn.Identity()
+        self.norm = nn.LayerNorm(dim, config.norm_eps) if config.attention_norm else nn.Identity()
+        self.proj = nn.Linear(dim, dim, bias=config.proj_bias)
+        self.masks_key_bias = config.qkv_bias and not config.key_bias
+
+    def forward(
+        self, x: Float[Tensor, "B T D"], rotation: Rotation | None = None, record: Record | None = None
+    ) -> Float[Tensor, "B T D"]:
+        """Mix the tokens; `record` receives the queries, keys and values that enter the softmax."""
+        if self.masks_key_bias:  # DINOv3 holds the keys' bias at zero (`LinearKMaskedBias`)
+            query_bias, key_bias, value_bias = self.qkv.bias.chunk(3)
+            bias = torch.cat((query_bias, torch.zeros_like(key_bias), value_bias))
+            qkv = F.linear(x, self.qkv.weight, bias)
+        else:
+            qkv = self.qkv(x)
+        q, k, v = qkv.unflatten(-1, (3, self.num_heads, -1)).permute(2, 0, 3, 1, 4).unbind(0)
+        q, k = self.q_norm(q), self.k_norm(k)
+        if rotation is not None:
+            q = rotate(q, rotation, interleaved=self.interleaved)
+            k = rotate(k, rotation, interleaved=self.interleaved)
+        if record is not None:
+            record("queries", q)
+            record("keys", k)
+            record("values", v)
+        x = F.scaled_dot_product_attention(q, k, v).transpose(1, 2).flatten(2)
+        return self.proj(self.norm(x))
+
+
+def attention_rows(
+    queries: Float[Tensor, "B H T d"], keys: Float[Tensor, "B H T d"], rows: Int[Tensor, " Q"]
+) -> Float[Tensor, "B H Q T"]:
+    """The chosen rows of the attention matrix, float32, exactly as the fused kernel weighs the values.
+
+    Cost and memory are those of the rows asked for: `softmax(q[rows] k^T / sqrt(d))`, some rows at a time.
+    """
+    batch, heads, tokens, head_dim = keys.shape
+    chunk = max(1, ROW_BUDGET // (batch * heads * tokens))
+    chosen = queries[:, :, rows].float() * head_dim**-0.5
+    keys = keys.float().transpose(-1, -2)  # in half precision a product would round before the softmax
+    parts = [torch.matmul(part, keys).softmax(-1) for part in chosen.split(chunk, dim=2)]
+    return parts[0] if len(parts) == 1 else torch.cat(parts, dim=2)

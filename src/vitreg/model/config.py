@@ -1,0 +1,183 @@
+"""What distinguishes one Vision Transformer from another, as data."""
+
+from __future__ import annotations
+
+import dataclasses
+from dataclasses import dataclass, field
+from typing import Any, Literal
+
+from vitreg.model.preprocess import Preprocess
+
+
+@dataclass(frozen=True)
+class PositionInterpolation:
+    """How a checkpoint resizes its learned position embedding to another grid.
+
+    The rule belongs to the weights: features differ visibly when another one is used (transformers #32175).
+
+    Attributes:
+        mode: kernel of the interpolation.
+        antialias: widen the kernel when shrinking (timm, DINOv2 with registers).
+        offset: added to the new grid's sides to form a scale factor, the original DINO and DINOv2 rule
+            (`dinov2/hub/backbones.py`, 0.1); 0 resizes to the exact grid.
+    """
+
+    mode: Literal["bicubic", "bilinear"] = "bicubic"
+    antialias: bool = True
+    offset: float = 0.0
+
+
+@dataclass(frozen=True)
+class RopeConfig:
+    """Axial rotary position embedding of the patches (class token and registers are never rotated).
+
+    The angle of frequency j at row y, column x is `y * frequencies[j]` in the first half of the channel pairs and
+    `x * frequencies[j]` in the second.
+
+    Attributes:
+        frequencies: radians per coordinate unit, head_dim / 4 of them.
+        coordinates: `"centered"`: patch centres on [-1, 1] along each side (DINOv3); `"index"`: patch numbers from 0.
+        offset: added to patch numbers (`"index"`) or to centres before they are scaled (`"centered"`).
+        reference_grid: rescale patch numbers so that the grid spans this one (EVA); None leaves them.
+        interleaved: rotate neighbouring channels together (EVA) instead of the two halves of a head (DINOv3).
+        swap_axes: put the column before the row.
+    """
+
+    frequencies: tuple[float, ...]
+    coordinates: Literal["centered", "index"] = "centered"
+    offset: float = 0.0
+    reference_grid: tuple[int, int] | None = None
+    interleaved: bool = False
+    swap_axes: bool = False
+
+
+@dataclass(frozen=True)
+class ViTConfig:
+    """Everything needed to build a `VisionTransformer`; what a converter reads off a checkpoint.
+
+    Attributes:
+        embed_dim: width of a token.
+        depth: number of blocks.
+        num_heads: attention heads per block.
+        mlp_dim: hidden units of the MLP (of one branch, for SwiGLU).
+        patch_size: side of a patch in pixels.
+        image_size: (height, width) in pixels of the checkpoint's own position embedding.
+        num_registers: tokens added to the input and discarded at the output.
+        class_token: whether there is one.
+        num_classes: outputs of the head (classes, or the width of CLIP's projection); 0 for no head.
+        head_bias: whether the head has a bias.
+        pool: what the head reads: the class token, the mean of the patches, both concatenated, or an attention pool.
+        pool_heads: heads of the attention pool.
+        final_norm: normalise all tokens after the last block.
+        pool_norm: normalise the pooled feature (instead, for MAE-style and CLIP models).
+        pre_norm: normalise after the position embedding (CLIP).
+        patch_bias: whether the patch projection has a bias.
+        qkv_bias, key_bias: whether queries, keys, values have a bias; DINOv3 masks the keys' part.
+        proj_bias, mlp_bias: whether the outputs of attention and the MLP's layers have a bias.
+        qk_norm: normalise queries and keys per head.
+        attention_norm, mlp_norm: a norm before the output projection of attention or MLP (EVA-02).
+        activation: non-linearity of the MLP.
+        gated_mlp: `act(gate) * value` in the MLP (SwiGLU with silu).
+        parallel: attention and MLP read the same input and are added together (timm's parallel block).
+        layer_scale: a learned factor per channel on each branch.
+        norm_eps: epsilon of the layer norms.
+        learned_positions: whether there is a position table for the patches.
+        position_interpolation: the checkpoint's rule for other image sizes.
+        rope: rotary embedding, or None.
+        preprocess: how pictures become the checkpoint's input.
+        name: where the weights come from, for reports.
+        architecture: timm's name of the architecture where there is one.
+    """
+
+    embed_dim: int
+    depth: int
+    num_heads: int
+    mlp_dim: int
+    patch_size: int
+    image_size: tuple[int, int]
+    num_registers: int = 0
+    class_token: bool = True
+    num_classes: int = 0
+    head_bias: bool = True
+    pool: Literal["token", "mean", "token+mean", "attention"] = "token"
+    pool_heads: int = 0
+    final_norm: bool = True
+    pool_norm: bool = False
+    pre_norm: bool = False
+    patch_bias: bool = True
+    qkv_bias: bool = True
+    key_bias: bool = True
+    proj_bias: bool = True
+    mlp_bias: bool = True
+    qk_norm: bool = False
+    attention_norm: bool = False
+    mlp_norm: bool = False
+    activation: Literal["gelu", "gelu_tanh", "quick_gelu", "silu"] = "gelu"
+    gated_mlp: bool = False
+    parallel: bool = False
+    layer_scale: bool = False
+    norm_eps: float = 1e-6
+    learned_positions: bool = True
+    position_interpolation: PositionInterpolation = PositionInterpolation()
+    rope: RopeConfig | None = None
+    preprocess: Preprocess = field(default_factory=lambda: Preprocess(size=(224, 224)))
+    name: str = ""
+    architecture: str = ""
+
+    def __post_init__(self) -> None:
+        for side in ("embed_dim", "depth", "num_heads", "mlp_dim", "patch_size"):
+            if getattr(self, side) < 1:
+                raise ValueError(f"{side} is {getattr(self, side)}; it must be at least 1")
+        if self.embed_dim % self.num_heads:
+            raise ValueError(f"embed_dim {self.embed_dim} is not a multiple of num_heads {self.num_heads}")
+        if self.num_registers < 0:
+            raise ValueError(f"num_registers is {self.num_registers}; it must be 0 or more")
+        if "token" in self.pool and not self.class_token:
+            raise ValueError(f"pool {self.pool!r} needs a class token; use 'mean' or 'attention'")
+        if min(self.grid) < 1:
+            raise ValueError(f"image_size {self.image_size} is smaller than one patch of {self.patch_size} pixels")
+        if self.rope and 4 * len(self.rope.frequencies) != self.head_dim:
+            raise ValueError(
+                f"RoPE needs head_dim / 4 = {self.head_dim / 4:g} frequencies, got {len(self.rope.frequencies)}"
+            )
+
+    @property
+    def head_dim(self) -> int:
+        """Channels of one attention head."""
+        return self.embed_dim // self.num_heads
+
+    @property
+    def grid(self) -> tuple[int, int]:
+        """(rows, columns) of patches at `image_size`."""
+        return self.image_size[0] // self.patch_size, self.image_size[1] // self.patch_size
+
+    @property
+    def num_prefix_tokens(self) -> int:
+        """Tokens before the first patch inside the model."""
+        return int(self.class_token) + self.num_registers
+
+    def to_dict(self) -> dict[str, Any]:
+        """JSON types; `from_dict` is the inverse."""
+        return dataclasses.asdict(self)
+
+    @classmethod
+    def from_dict(cls, values: dict[str, Any]) -> ViTConfig:
+        """The config that `to_dict` wrote.
+
+        Raises:
+            ValueError: a key is unknown, as in a file of a newer vitreg.
+        """
+        known = {f.name for f in dataclasses.fields(cls)}
+        if unknown := sorted(set(values) - known):
+            raise ValueError(f"unknown ViTConfig keys {unknown[:5]}: the file is from a newer vitreg, upgrade to read it")
+        values = dict(values)
+        values["position_interpolation"] = PositionInterpolation(**values["position_interpolation"])
+        values["preprocess"] = Preprocess(**_tuples(values["preprocess"]))
+        if values.get("rope"):
+            values["rope"] = RopeConfig(**_tuples(values["rope"]))
+        return cls(**_tuples(values))
+
+
+def _tuples(values: dict[str, Any]) -> dict[str, Any]:
+    """JSON has no tuples, and a frozen config must be hashable."""
+    return {key: tuple(value) if isinstance(value, list) else value for key, value in values.items()}

@@ -1,0 +1,34 @@
+"""From tokens to one feature per image."""
+
+from __future__ import annotations
+
+import torch
+import torch.nn.functional as F
+from jaxtyping import Float
+from torch import Tensor, nn
+
+from vitreg.model.block import Mlp
+from vitreg.model.config import ViTConfig
+
+
+class AttentionPool(nn.Module):
+    """A learned query attends to the patches, followed by an MLP (SigLIP's "MAP" head; big_vision `MAPHead`)."""
+
+    def __init__(self, config: ViTConfig) -> None:
+        super().__init__()
+        dim = config.embed_dim
+        self.num_heads = config.pool_heads or config.num_heads
+        self.latent = nn.Parameter(torch.empty(1, 1, dim))
+        self.q = nn.Linear(dim, dim)
+        self.kv = nn.Linear(dim, 2 * dim)
+        self.proj = nn.Linear(dim, dim)
+        self.norm = nn.LayerNorm(dim, config.norm_eps)
+        self.mlp = Mlp(config)
+
+    def forward(self, patches: Float[Tensor, "B N D"]) -> Float[Tensor, "B D"]:
+        """Pool the patches (never the registers)."""
+        q = self.q(self.latent).expand(patches.shape[0], -1, -1)
+        q = q.unflatten(-1, (self.num_heads, -1)).transpose(1, 2)
+        k, v = self.kv(patches).unflatten(-1, (2, self.num_heads, -1)).permute(2, 0, 3, 1, 4).unbind(0)
+        x = self.proj(F.scaled_dot_product_attention(q, k, v).transpose(1, 2).flatten(2))
+        return (x + self.mlp(self.norm(x))).squeeze(1)

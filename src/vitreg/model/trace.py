@@ -1,0 +1,215 @@
+"""Looking inside a forward pass without slowing it down."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass, field
+from typing import Literal
+
+import torch
+from jaxtyping import Float
+from torch import Tensor
+
+from vitreg.model.attention import attention_rows
+from vitreg.model.config import ViTConfig
+from vitreg.model.tokens import Tokens
+
+Facet = Literal["queries", "keys", "values"]
+Query = Literal["cls", "registers"] | int | tuple[int, int]
+
+
+@dataclass(frozen=True)
+class AttentionRows:
+    """Rows of the attention matrices of the traced blocks: what each chosen query attends to.
+
+    A row sums to one over `to_cls`, `to_registers` and `to_patches` together.
+
+    Attributes:
+        queries: a name for each row: `"class token"`, `"register 1"`, `"patch (row, column)"`.
+        to_patches: `[L, B, H, Q, h, w]`.
+        to_registers: `[L, B, H, Q, R]`.
+        to_cls: `[L, B, H, Q]`, None where the model has no class token.
+    """
+
+    queries: tuple[str, ...]
+    to_patches: Float[Tensor, "L B H Q h w"]
+    to_registers: Float[Tensor, "L B H Q R"]
+    to_cls: Float[Tensor, "L B H Q"] | None
+
+
+@dataclass(frozen=True)
+class Trace:
+    """What happened in one forward pass. Norms are L2, float32, taken after each block and before the final norm.
+
+    Norms cover every block. Everything else covers `blocks`, in that order, and is None unless asked for.
+
+    Attributes:
+        tokens: the output, as `vit(images)` returns it.
+        blocks: the blocks that the recordings below belong to.
+        patch_norms: `[depth, B, h, w]`.
+        cls_norms: `[depth, B]`, None without a class token.
+        register_norms: `[depth, B, R]`.
+        attention: rows of the attention matrices.
+        queries, keys, values: as they enter the softmax (after q/k norm and RoPE), heads side by side, `[L, B, ., D]`.
+        patches: hidden states of the patches after each block, `[L, B, N, D]`.
+        activations: hidden units of the MLPs, after the non-linearity, `[L, B, ., mlp_dim]`.
+        embeddings: patch embeddings, before position embedding and block 0, `[B, N, D]`.
+    """
+
+    tokens: Tokens
+    blocks: tuple[int, ...]
+    patch_norms: Float[Tensor, "depth B h w"]
+    cls_norms: Float[Tensor, "depth B"] | None
+    register_norms: Float[Tensor, "depth B R"]
+    attention: AttentionRows | None = None
+    queries: Tokens | None = None
+    keys: Tokens | None = None
+    values: Tokens | None = None
+    patches: Float[Tensor, "L B N D"] | None = None
+    activations: Tokens | None = None
+    embeddings: Float[Tensor, "B N D"] | None = None
+
+
+@dataclass
+class Recorder:
+    """Collects one trace while the blocks run; made by `VisionTransformer.trace`, one per forward pass."""
+
+    config: ViTConfig
+    grid: tuple[int, int]
+    blocks: tuple[int, ...]
+    rows: list[int]
+    row_names: list[str]
+    facets: tuple[str, ...]
+    patches: bool
+    activations: bool
+    embeddings: Tensor | None = None
+    norms: list[Tensor] = field(default_factory=list)
+    attention: list[Tensor] = field(default_factory=list)
+    kept: dict[str, list[Tensor]] = field(default_factory=dict)
+    _queries: Tensor | None = None
+
+    @classmethod
+    def plan(
+        cls,
+        config: ViTConfig,
+        grid: tuple[int, int],
+        *,
+        blocks: Iterable[int] | None,
+        attention_from: Query | Sequence[Query] | None,
+        facets: Sequence[Facet],
+        patches: bool,
+        activations: bool,
+    ) -> Recorder:
+        """Check what is asked for before anything runs.
+
+        Raises:
+            ValueError: a block, query or facet that the model or the image does not have.
+        """
+        chosen = tuple(_block(b, config.depth) for b in (range(config.depth) if blocks is None else blocks))
+        if unknown := [f for f in facets if f not in ("queries", "keys", "values")]:
+            raise ValueError(f"facets {unknown} are unknown; choose from queries, keys, values")
+        rows, names = _rows(config, grid, attention_from)
+        return cls(config, grid, chosen, rows, names, tuple(facets), patches, activations)
+
+    def wants(self, block: int) -> bool:
+        """Whether anything inside this block is recorded (norms are taken from outside)."""
+        return block in self.blocks and bool(self.rows or self.facets or self.activations)
+
+    def record(self, name: str, value: Tensor) -> None:
+        """Take what a block hands out while it runs."""
+        if name == "queries":
+            self._queries = value
+        elif name == "keys" and self.rows:
+            assert self._queries is not None
+            rows = torch.tensor(self.rows, device=value.device)
+            self.attention.append(attention_rows(self._queries, value, rows))
+        if name in self.facets:
+            self.kept.setdefault(name, []).append(value.transpose(1, 2).flatten(2))
+        elif name == "activations" and self.activations:
+            self.kept.setdefault(name, []).append(value)
+
+    def after_block(self, block: int, x: Tensor) -> None:
+        """Take the residual stream after a block."""
+        self._queries = None
+        self.norms.append(torch.linalg.vector_norm(x, dim=-1, dtype=torch.float32))
+        if self.patches and block in self.blocks:
+            self.kept.setdefault("patches", []).append(self._split(x).patches)
+
+    def finish(self, tokens: Tokens) -> Trace:
+        """Name the parts of everything that was recorded."""
+        norms = self._split(torch.stack(self.norms).unsqueeze(-1))
+        kept = {name: self._in_order(values) for name, values in self.kept.items()}
+        hidden = kept.pop("patches", None)
+        return Trace(
+            tokens=tokens,
+            blocks=self.blocks,
+            patch_norms=norms.patches.squeeze(-1).unflatten(-1, self.grid),
+            cls_norms=None if norms.cls is None else norms.cls.squeeze(-1),
+            register_norms=norms.registers.squeeze(-1),
+            attention=self._attention_rows() if self.attention else None,
+            patches=hidden,
+            embeddings=self.embeddings,
+            **{name: self._split(value) for name, value in kept.items()},
+        )
+
+    def _attention_rows(self) -> AttentionRows:
+        parts = self._split(self._in_order(self.attention).unsqueeze(-1))
+        return AttentionRows(
+            queries=tuple(self.row_names),
+            to_patches=parts.patches.squeeze(-1).unflatten(-1, self.grid),
+            to_registers=parts.registers.squeeze(-1),
+            to_cls=None if parts.cls is None else parts.cls.squeeze(-1),
+        )
+
+    def _in_order(self, values: list[Tensor]) -> Tensor:
+        """Blocks run from first to last; the caller may have asked for them in another order, or twice."""
+        ran = sorted(set(self.blocks))
+        if len(values) == 1 == len(self.blocks):
+            return values[0].unsqueeze(0)
+        return torch.stack([values[ran.index(block)] for block in self.blocks])
+
+    def _split(self, sequence: Tensor) -> Tokens:
+        return Tokens.split(sequence, class_token=self.config.class_token, grid=self.grid, normed=False)
+
+
+def _block(block: int, depth: int) -> int:
+    if not -depth <= block < depth:
+        raise ValueError(f"block {block} does not exist: the model has blocks 0 to {depth - 1} (or -1 for the last)")
+    return block % depth
+
+
+def _rows(
+    config: ViTConfig, grid: tuple[int, int], attention_from: Query | Sequence[Query] | None
+) -> tuple[list[int], list[str]]:
+    """Positions in the sequence, and names, of the queries that were asked for."""
+    if attention_from is None:
+        return [], []
+    single = isinstance(attention_from, str | int)
+    queries: Sequence[Query] = [attention_from] if single else attention_from  # pyright: ignore[reportAssignmentType]
+    rows, names = [], []
+    for query in queries:
+        if query == "cls":
+            if not config.class_token:
+                raise ValueError("the model has no class token to ask attention from; use patches or registers")
+            rows.append(0)
+            names.append("class token")
+        elif query == "registers":
+            if not config.num_registers:
+                raise ValueError("the model has no registers to ask attention from; use 'cls' or patches")
+            rows.extend(range(int(config.class_token), config.num_prefix_tokens))
+            names.extend(f"register {r + 1}" for r in range(config.num_registers))
+        else:
+            row, column = _patch(query, grid)
+            rows.append(config.num_prefix_tokens + row * grid[1] + column)
+            names.append(f"patch ({row}, {column})")
+    return rows, names
+
+
+def _patch(query: Query, grid: tuple[int, int]) -> tuple[int, int]:
+    """(row, column) of a patch given so, or by its number."""
+    if isinstance(query, str):
+        raise ValueError(f"attention_from {query!r} is unknown; choose 'cls', 'registers', or patches")
+    row, column = divmod(query, grid[1]) if isinstance(query, int) else query
+    if not (0 <= row < grid[0] and 0 <= column < grid[1]):
+        raise ValueError(f"patch {query} is outside the grid of {grid[0]} rows and {grid[1]} columns")
+    return int(row), int(column)

@@ -1,0 +1,205 @@
+"""The Vision Transformer with registers: one class for every checkpoint."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Sequence
+
+import torch
+from jaxtyping import Float
+from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
+
+from vitreg.model.block import Block
+from vitreg.model.config import ViTConfig
+from vitreg.model.pooling import AttentionPool
+from vitreg.model.positions import resize_positions
+from vitreg.model.preprocess import Preprocess
+from vitreg.model.rope import rotation
+from vitreg.model.tokens import Tokens
+from vitreg.model.trace import Facet, Query, Recorder, Trace
+
+# DINOv3's value. Registers must differ from the start: they take no position embedding, so identical ones receive
+# identical gradients and stay identical for ever (timm PR #2229).
+REGISTER_STD = 0.02
+
+
+class VisionTransformer(nn.Module):
+    """A Vision Transformer with any number of registers.
+
+    Inside, the sequence is `[cls, registers, patches]`; registers are inserted after the position embedding and get
+    none ("Vision Transformers Need Registers", section 3 and `dinov2/models/vision_transformer.py`). Outside, tokens
+    have names. Images may have any size whose sides are multiples of the patch size.
+
+    Args:
+        config: the architecture; converters read it off a checkpoint.
+
+    Attributes:
+        config: as given.
+        gradient_checkpointing: recompute each block in the backward pass instead of keeping its activations.
+    """
+
+    def __init__(self, config: ViTConfig) -> None:
+        super().__init__()
+        self.config = config
+        self.gradient_checkpointing = False
+        dim, patch = config.embed_dim, config.patch_size
+        self.patch_embed = nn.Conv2d(3, dim, kernel_size=patch, stride=patch, bias=config.patch_bias)
+        self.cls_token = nn.Parameter(torch.empty(1, 1, dim)) if config.class_token else None
+        self.registers = nn.Parameter(torch.empty(1, config.num_registers, dim)) if config.num_registers else None
+        self.positions = None
+        if config.learned_positions:
+            self.positions = nn.Parameter(torch.empty(1, config.grid[0] * config.grid[1], dim))
+        self.pre_norm = nn.LayerNorm(dim, config.norm_eps) if config.pre_norm else nn.Identity()
+        self.blocks = nn.ModuleList(Block(config) for _ in range(config.depth))
+        self.norm = nn.LayerNorm(dim, config.norm_eps) if config.final_norm else nn.Identity()
+        self.attention_pool = AttentionPool(config) if config.pool == "attention" else None
+        self.pool_norm = nn.LayerNorm(dim, config.norm_eps) if config.pool_norm else nn.Identity()
+        features = dim * (1 + (config.pool == "token+mean"))
+        self.head = nn.Linear(features, config.num_classes, bias=config.head_bias) if config.num_classes else None
+        self.reset_parameters()
+
+    def reset_parameters(self) -> None:
+        """Truncated normal weights (std 0.02), zero biases, LayerScale 1e-5, small distinct registers."""
+        for module in self.modules():
+            if isinstance(module, nn.Linear | nn.Conv2d):
+                nn.init.trunc_normal_(module.weight, std=0.02)
+                if module.bias is not None:
+                    nn.init.zeros_(module.bias)
+            elif isinstance(module, nn.LayerNorm):
+                module.reset_parameters()
+            elif isinstance(module, Block):
+                for scale in (module.scale1, module.scale2):
+                    if scale is not None:
+                        nn.init.constant_(scale, 1e-5)
+            elif isinstance(module, AttentionPool):
+                nn.init.trunc_normal_(module.latent, std=self.config.embed_dim**-0.5)
+        for token in (self.cls_token, self.positions):
+            if token is not None:
+                nn.init.trunc_normal_(token, std=0.02)
+        if self.registers is not None:
+            nn.init.normal_(self.registers, std=REGISTER_STD)
+
+    @property
+    def num_registers(self) -> int:
+        """Registers in the sequence."""
+        return self.config.num_registers
+
+    @property
+    def preprocess(self) -> Preprocess:
+        """Turns a picture into the input that the checkpoint was trained on (mean, std, size, interpolation)."""
+        return self.config.preprocess
+
+    def forward(self, images: Float[Tensor, "B 3 H W"]) -> Tokens:
+        """The tokens after the last block and, where the checkpoint norms before pooling, after the final norm.
+
+        Args:
+            images: normalised as `preprocess` does; sides are multiples of the patch size.
+
+        Raises:
+            ValueError: the images do not fit the model.
+        """
+        return self._run(images, None)
+
+    def pool(self, tokens: Tokens) -> Float[Tensor, "B F"]:
+        """One feature per image, as the checkpoint's head reads it. Registers never take part."""
+        if self.attention_pool is not None:
+            pooled = self.attention_pool(tokens.patches)
+        elif self.config.pool == "token":
+            pooled = tokens.cls
+        elif self.config.pool == "mean":
+            pooled = tokens.patches.mean(1)
+        else:
+            pooled = torch.cat([tokens.cls, tokens.patches.mean(1)], dim=-1)
+        return self.pool_norm(pooled)
+
+    def classify(self, images: Float[Tensor, "B 3 H W"]) -> Float[Tensor, "B classes"]:
+        """The output of the checkpoint's head: class logits, or for CLIP the projected image embedding.
+
+        Raises:
+            ValueError: the checkpoint has no head.
+        """
+        if self.head is None:
+            raise ValueError("this checkpoint has no classification head; use vit(images) for its features")
+        return self.head(self.pool(self(images)))
+
+    def trace(
+        self,
+        images: Float[Tensor, "B 3 H W"],
+        *,
+        blocks: Iterable[int] | None = None,
+        attention_from: Query | Sequence[Query] | None = None,
+        facets: Sequence[Facet] = (),
+        patches: bool = False,
+        activations: bool = False,
+        embeddings: bool = False,
+    ) -> Trace:
+        """A forward pass that also records norms, and on request what happens inside the blocks.
+
+        The pass is the same fused one as `forward`; attention rows are recomputed exactly from queries and keys, so
+        no N x N matrix exists at any time.
+
+        Args:
+            images: as for `forward`.
+            blocks: blocks to record from, counted from 0 (negative from the end); None for all.
+            attention_from: queries whose attention rows are wanted: `"cls"`, `"registers"`, patches by number or by
+                (row, column), or a list of these.
+            facets: any of `"queries"`, `"keys"`, `"values"`.
+            patches: keep the patches' hidden states after each block.
+            activations: keep the MLPs' hidden units.
+            embeddings: keep the patch embeddings.
+
+        Raises:
+            ValueError: the images do not fit, or something is asked for that the model does not have.
+        """
+        recorder = Recorder.plan(
+            self.config,
+            self._grid(images),
+            blocks=blocks,
+            attention_from=attention_from,
+            facets=facets,
+            patches=patches,
+            activations=activations,
+        )
+        return recorder.finish(self._run(images, recorder, keep_embeddings=embeddings))
+
+    def _run(self, images: Tensor, recorder: Recorder | None, *, keep_embeddings: bool = False) -> Tokens:
+        grid = self._grid(images)
+        x = self.patch_embed(images.to(self.patch_embed.weight.dtype)).flatten(2).transpose(1, 2)
+        if recorder is not None and keep_embeddings:
+            recorder.embeddings = x
+        x = self._assemble(x, grid)
+        table = None
+        if self.config.rope is not None:
+            table = rotation(self.config.rope, grid, self.config.num_prefix_tokens, x.device)
+        for i, block in enumerate(self.blocks):
+            record = recorder.record if recorder is not None and recorder.wants(i) else None
+            if self.gradient_checkpointing and self.training and record is None:
+                x = checkpoint(block, x, table, use_reentrant=False)
+            else:
+                x = block(x, table, record)
+            if recorder is not None:
+                recorder.after_block(i, x)
+        return Tokens.split(
+            self.norm(x), class_token=self.config.class_token, grid=grid, normed=self.config.final_norm
+        )
+
+    def _assemble(self, patches: Tensor, grid: tuple[int, int]) -> Tensor:
+        """`[cls, registers, patches]`, the patches with their positions."""
+        if self.positions is not None:
+            rule = self.config.position_interpolation
+            patches = patches + resize_positions(self.positions, self.config.grid, grid, rule)
+        batch = patches.shape[0]
+        prefix = [token.expand(batch, -1, -1) for token in (self.cls_token, self.registers) if token is not None]
+        return self.pre_norm(torch.cat([*prefix, patches], dim=1) if prefix else patches)
+
+    def _grid(self, images: Tensor) -> tuple[int, int]:
+        patch = self.config.patch_size
+        if images.ndim != 4 or images.shape[1] != 3:
+            raise ValueError(f"images have shape {list(images.shape)}; expected [B, 3, H, W]")
+        height, width = images.shape[-2:]
+        if height % patch or width % patch or not (height and width):
+            raise ValueError(
+                f"images are {height} x {width} pixels; both sides must be multiples of the patch size {patch} "
+                f"(vit.preprocess resizes to one that is)"
+            )
+        return height // patch, width // patch
