@@ -2,6 +2,8 @@
 
 import dataclasses
 import os
+import subprocess
+import sys
 from pathlib import Path
 
 import numpy as np
@@ -53,8 +55,9 @@ def test_equals_timms_evaluation_transform_on_photos(photos, config):
     data = pytest.importorskip("timm.data")
     config = data.resolve_data_config(config)
     theirs_of, ours_of = data.create_transform(**config, is_training=False), Preprocess.from_timm(config)
-    # Pillow 13 resizes unevenly squeezed pictures rows first, earlier ones and torch columns first.
-    share, most = (0.05, 16) if config["crop_mode"] == "squash" else (0.02, 8)
+    # Pillow 13 resizes rows first where that leaves less to do, earlier ones and torch columns first.
+    may_swap = config["crop_mode"] == "squash" or config["interpolation"] == "lanczos"
+    share, most = (0.05, 16) if may_swap else (0.02, 8)
     differing, above_one = [], []
     for photo in photos:
         ours, theirs = ours_of(photo), theirs_of(photo)
@@ -96,8 +99,8 @@ def test_from_timm_refuses_models_of_other_channels():
 @pytest.mark.parametrize(
     ("changes", "message"),
     [
-        ({"interpolation": "random"}, "bicubic, bilinear"),
-        ({"crop": "centre"}, "center, squash"),
+        ({"interpolation": "random"}, "bicubic.*bilinear"),
+        ({"crop": "centre"}, "center.*squash"),
         ({"crop_fraction": 0.0}, "crop_fraction"),
         ({"crop_fraction": 1.1}, "crop_fraction"),
         ({"mean": (0.5,)}, "three numbers"),
@@ -107,7 +110,8 @@ def test_from_timm_refuses_models_of_other_channels():
     ],
 )
 def test_refuses_what_makes_no_sense(changes, message):
-    with pytest.raises(ValueError, match=message):
+    # With beartype on, values outside of a Literal are a TypeError already.
+    with pytest.raises((ValueError, TypeError), match=message):
         Preprocess(**changes)
 
 
@@ -149,7 +153,7 @@ def test_border_pads_with_the_mean():
     pixels = Preprocess(size=(64, 64), crop="border", crop_fraction=1.0).pixels(noise(32, 64))
     expected = torch.tensor([round(255 * value) for value in IMAGENET["mean"]])
     assert torch.equal(pixels[:, 0, 0].int(), expected.int())
-    assert torch.equal(pixels[:, 16:48], torch.from_numpy(np.asarray(noise(32, 64))).permute(2, 0, 1))
+    assert torch.equal(pixels[:, 16:48], torch.from_numpy(np.array(noise(32, 64))).permute(2, 0, 1))
 
 
 def test_grey_pictures_get_three_channels():
@@ -165,14 +169,18 @@ def test_pictures_of_any_shape_come_out_as_promised(crop, interpolation, shape):
     pixels = preprocess.pixels(photo)
     assert pixels.shape == (3, *preprocess.output_size(*shape))
     if crop != "border":
-        assert (pixels.flatten(1).T == torch.tensor([10, 200, 30])).all()
+        assert (torch.tensor([10, 200, 30]) == pixels.flatten(1).T).all()
 
 
 sides = st.integers(1, 3000)
 
 
 @given(
-    sides, sides, st.sampled_from(["center", "squash", "border"]), st.floats(0.3, 1), st.sampled_from([1, 14, 16])
+    sides,
+    sides,
+    st.sampled_from(["center", "squash", "border"]),
+    st.floats(0.3, 1),
+    st.sampled_from([1, 14, 16]),
 )
 def test_crops_always_have_the_promised_size(height, width, crop, fraction, multiple):
     preprocess = Preprocess((224, 160), crop=crop, crop_fraction=fraction, multiple_of=multiple)
@@ -217,12 +225,10 @@ def test_region_finds_a_mark_again():
 
 
 def test_importing_does_not_load_torchvision_or_timm():
-    import subprocess
-    import sys
-
     source = Path(__file__).parents[2] / "src/vitreg/model/preprocess.py"
     code = (
-        "import sys, importlib.util as u; s = u.spec_from_file_location('p', sys.argv[1]); m = u.module_from_spec(s);"
-        "sys.modules['p'] = m; s.loader.exec_module(m); assert not {'torchvision', 'timm'} & set(sys.modules)"
+        "import sys, importlib.util as u; s = u.spec_from_file_location('p', sys.argv[1]);"
+        "m = u.module_from_spec(s); sys.modules['p'] = m; s.loader.exec_module(m);"
+        "assert not {'torchvision', 'timm'} & set(sys.modules)"
     )
     subprocess.run([sys.executable, "-c", code, str(source)], check=True)

@@ -129,10 +129,10 @@ def _is_candidate(path: Path) -> bool:
     return path.suffix[1:].lower() in EXTENSIONS
 
 
-def _natural(path: Path) -> list[list[str | int]]:
+def _natural(path: Path) -> list[tuple[list[str | int], str]]:
     """Sort key: numbers by value. Splitting at digits puts text at even places and numbers at odd ones."""
     return [
-        [int(piece) if piece.isdecimal() else piece.lower() for piece in re.split(r"([0-9]+)", part)] + [part]
+        ([int(piece) if piece.isdecimal() else piece.lower() for piece in re.split(r"([0-9]+)", part)], part)
         for part in path.parts
     ]
 

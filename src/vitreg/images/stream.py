@@ -18,7 +18,7 @@ from torch import Tensor
 from vitreg.images.reading import ImageError, read_image
 from vitreg.model.preprocess import Preprocess
 
-# A thread takes several pictures at a time, because handing one over costs a tenth of decoding it.
+# A thread takes several pictures at a time, so that handing over costs little beside decoding.
 _CHUNK = 4
 _BATCHES_AHEAD = 2
 

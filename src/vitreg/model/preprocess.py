@@ -48,8 +48,8 @@ class Preprocess:
             the nearest multiple of `multiple_of`, so pictures differ in size; aspects beyond `MAX_ASPECT` are
             squeezed to it.
         multiple_of: The patch size. Where it does not divide `size`, the rows and columns left over at the
-            bottom and right are dropped. A patch embedding, a convolution without padding, never sees them, so
-            the tokens are the checkpoint's own (SigLIP so400m: resized to 384, 378 handed on, 27 patches of 14).
+            bottom and right are dropped. A patch embedding, a convolution without padding, never sees them,
+            so the tokens are the checkpoint's own (SigLIP so400m: resized to 384, 378 are handed on).
     """
 
     size: tuple[int, int] = (224, 224)
@@ -127,8 +127,8 @@ class Preprocess:
         if pixels.device.type != "cpu":
             return pixels.to(torch.float32).mul_(scale).add_(shift)
         images = torch.empty(pixels.shape)
-        # Picture by picture it stays in the cache. And it is numpy, because torch's threads would spin, waiting
-        # for the cores on which `images.ImageStream` decodes: half a core-millisecond a picture on two cores.
+        # Picture by picture it stays in the cache. And by numpy, because torch's threads would spin, waiting
+        # for the cores `images.ImageStream` decodes on: half a core-millisecond a picture on two cores.
         pictures = pixels.reshape(-1, *pixels.shape[-3:]).numpy()
         for source, target in zip(pictures, images.view(pictures.shape).numpy(), strict=True):
             np.multiply(source, scale.numpy(), out=target)
