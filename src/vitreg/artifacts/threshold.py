@@ -11,22 +11,25 @@ from numpy.typing import NDArray
 from vitreg.artifacts.histogram import BINS_PER_OCTAVE, BINS_PER_STEP, LogAxis
 
 MIN_RATIO = 3.0
-"""The upper mode's median is at least this many times the lower mode's: in the paper it is about 10."""
-
-MIN_SPREADS = 4.0
-"""... and at least this many half-widths of the lower mode away from it (in log-norm), so that a tail is no mode."""
+"""The upper mode's median is at least this many times the lower mode's; in the paper it is about 10."""
 
 MAX_FRACTION = 0.2
 """Above this share the upper mode would be the picture, not an exception."""
 
-MIN_TOKENS = 3
-"""Fewer tokens are no mode."""
+MIN_FRACTION, MIN_TOKENS = 1e-4, 3
+"""A smaller share, or fewer tokens, are no mode but the end of a tail."""
 
 MAX_VALLEY = 0.5
-"""Density between the modes, as a share of the upper mode's peak."""
+"""Density at the cut, as a share of the upper mode's peak."""
+
+MIN_EXCESS, MAX_CHANCE = 4.0, 1e-4
+"""How many times more tokens lie above the cut than the lower mode's tail explains, and the chance of that many."""
 
 WINDOW = BINS_PER_OCTAVE // 4
 """Densities are taken over a quarter of an octave."""
+
+TAIL = 0.1
+"""The upper part of the lower mode whose decay is extrapolated."""
 
 
 @dataclass(frozen=True)
@@ -85,32 +88,50 @@ def threshold_step(rule: Rule, axis: LogAxis, counts: NDArray[np.int64], mean: f
 def two_modes(axis: LogAxis, counts: NDArray[np.int64]) -> int | None:
     """The step in the valley between two separated modes of the log-norms, or None where there is one mode.
 
-    A cut is accepted where the tokens above it (1) are at least `MIN_TOKENS` and at most `MAX_FRACTION`, (2) have a
-    median of at least `MIN_RATIO` times the median of those below, (3) which is also `MIN_SPREADS` half-widths of the
-    lower mode away, and (4) form a mode: the density at the cut is at most `MAX_VALLEY` of the density at their peak.
+    A cut is accepted where the tokens above it
+
+    1. are at least `MIN_TOKENS` and `MIN_FRACTION`, and at most `MAX_FRACTION` of all;
+    2. have a median of at least `MIN_RATIO` times the median of all;
+    3. form a mode of their own: the density at the cut is at most `MAX_VALLEY` of the density at their peak;
+    4. are no tail of the lower mode: an exponential fitted to its upper tenth (which decays more slowly than a normal
+       distribution does) would leave `MIN_EXCESS` times fewer of them, and so many by chance less often than
+       `MAX_CHANCE`.
+
     Of the accepted cuts the middle of the emptiest stretch is taken. `docs/diagnosis.md` has the measured error rates.
     """
     total = int(counts.sum())
     if total == 0:
         return None
-    median, half_width = _lower_mode(axis, counts)
+    median = axis.quantile(counts, 0.5)
     density = np.convolve(counts, np.ones(WINDOW), mode="same")
-    above = total - np.concatenate([[0], np.cumsum(counts)])
-    first = axis.step_of(median) + 1
+    below = np.concatenate([[0], np.cumsum(counts)])
     accepted: dict[int, float] = {}
-    for step in range(first, len(counts) // BINS_PER_STEP):
+    for step in range(axis.step_of(median) + 1, len(counts) // BINS_PER_STEP):
         edge = step * BINS_PER_STEP
-        if not MIN_TOKENS <= above[edge] <= MAX_FRACTION * total:
+        above = total - below[edge]
+        if not max(MIN_TOKENS, MIN_FRACTION * total) <= above <= MAX_FRACTION * total:
             continue
         upper = np.zeros_like(counts)
         upper[edge:] = counts[edge:]
-        octaves = np.log2(axis.quantile(upper, 0.5) / median)
-        if octaves < np.log2(MIN_RATIO) or octaves < MIN_SPREADS * half_width:
+        if axis.quantile(upper, 0.5) < MIN_RATIO * median:
             continue
         valley = density[edge] / density[edge + WINDOW // 2 :].max(initial=1.0)
-        if valley <= MAX_VALLEY:
+        if valley <= MAX_VALLEY and _exceeds_tail(counts[:edge], int(above)):
             accepted[step] = valley
     return _middle_of_emptiest(accepted)
+
+
+def _exceeds_tail(lower: NDArray[np.int64], above: int) -> bool:
+    """Whether more tokens lie above a cut than the exponential tail of those below it leads one to expect."""
+    from scipy.special import pdtrc
+
+    from_top = np.cumsum(lower[::-1])
+    length = int(np.searchsorted(from_top, TAIL * from_top[-1])) + 1
+    tail = lower[len(lower) - length :]
+    # The tail is cut off where the outliers begin, which makes its mean excess a little small: at least one step.
+    mean_excess = max(float((tail * (np.arange(length) + 0.5)).sum() / tail.sum()), BINS_PER_STEP)
+    expected = float(tail.sum() * np.exp(-length / mean_excess))
+    return above >= MIN_EXCESS * expected and float(pdtrc(above - 1, expected)) < MAX_CHANCE
 
 
 def _middle_of_emptiest(valleys: dict[int, float]) -> int | None:
@@ -126,13 +147,3 @@ def _middle_of_emptiest(valleys: dict[int, float]) -> int | None:
             runs.append([step])
     longest = max(runs, key=len)
     return longest[len(longest) // 2]
-
-
-def _lower_mode(axis: LogAxis, counts: NDArray[np.int64]) -> tuple[float, float]:
-    """Median and half-width in octaves, from the second and third quartile.
-
-    Both are taken over everything: at most `MAX_FRACTION` of outliers moves them little, and up only. The distance
-    between the quartiles is 0.674 standard deviations of a normal distribution.
-    """
-    median = axis.quantile(counts, 0.5)
-    return median, float(np.log2(axis.quantile(counts, 0.75) / median)) / 0.674

@@ -37,6 +37,9 @@ def _safetensors(path: Path) -> tuple[StateDict, dict[str, str]]:
 
 
 def _torch(path: Path) -> StateDict:
+    with path.open("rb") as file:
+        if not file.read(2).startswith((b"PK", b"\x80")):  # a zip archive or a pickle, as torch writes them
+            raise CheckpointError(f"{path} is no PyTorch checkpoint, but text or another format; download it again")
     try:
         # Training scripts of DINO, DeiT and MAE store their parsed arguments beside the weights: plain data.
         with torch.serialization.safe_globals([argparse.Namespace]):

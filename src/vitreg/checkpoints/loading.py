@@ -103,7 +103,10 @@ def _from_file(path: Path, architecture: str | None, name: str) -> VisionTransfo
     state, metadata = read_weights(path)
     if (config := config_from_metadata(metadata)) is not None:
         return build(config, state, str(path))
-    architecture = architecture or metadata.get("architecture") or _architecture_of(name)
+    named = _architecture_of(name)
+    if named is None or registry.find(named) is None:  # a short name also says whose position rule it is
+        named = metadata.get("architecture") or named
+    architecture = architecture or named
     if architecture is None:
         raise CheckpointError(
             f"{path} does not say which architecture it is; give one, for example "

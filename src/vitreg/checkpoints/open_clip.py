@@ -19,18 +19,22 @@ def from_open_clip(model: nn.Module) -> VisionTransformer:
     """A vitreg model with the weights of an open_clip model or image tower; the original is left untouched.
 
     `classify` equals `model.encode_image` (not normalised), and the tokens are those that open_clip pools, in
-    evaluation mode. Where an image has another size than the checkpoint, positions are resized as open_clip does when
-    it loads a model at another size. Source: open_clip 3 `transformer.py`, `timm_model.py`.
+    evaluation mode. Where an image has another size than the checkpoint, positions are resized as open_clip
+    does when it loads a model at another size. Source: open_clip 3 `transformer.py`, `timm_model.py`.
 
     Raises:
         CheckpointError: the tower has a part that vitreg does not implement; the message names it.
     """
     tower: Any = getattr(model, "visual", model)
     kind = type(tower).__name__
-    if type(tower).__module__.partition(".")[0] != "open_clip" or kind not in ("VisionTransformer", "TimmModel"):
+    if type(tower).__module__.partition(".")[0] != "open_clip" or kind not in (
+        "VisionTransformer",
+        "TimmModel",
+    ):
         raise CheckpointError(
-            f"{type(model).__name__} has no image tower that vitreg reads; give an open_clip CLIP or CustomTextCLIP "
-            f"model whose `visual` is a VisionTransformer or a timm model, or that tower, not a {kind}"
+            f"{type(model).__name__} has no image tower that vitreg reads; give an open_clip CLIP or "
+            f"CustomTextCLIP model whose `visual` is a VisionTransformer or a timm model, or that tower, "
+            f"not a {kind}"
         )
     return _from_timm_tower(tower) if kind == "TimmModel" else _from_native_tower(tower)
 
@@ -44,7 +48,9 @@ def _from_timm_tower(tower: Any) -> VisionTransformer:
         _require(len(layers) == 1 and isinstance(layers[0], nn.Linear), f"a projection {tower.head}")
         _require(not vit.config.num_classes, "a projection after a classification head")
         linear = layers[0]
-        config = dataclasses.replace(config, num_classes=linear.out_features, head_bias=linear.bias is not None)
+        config = dataclasses.replace(
+            config, num_classes=linear.out_features, head_bias=linear.bias is not None
+        )
         state |= {f"head.{key}": tensor for key, tensor in linear.state_dict().items()}
     return build(config, state, f"open_clip {config.architecture or 'TimmModel'}")
 

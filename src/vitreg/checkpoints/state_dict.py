@@ -93,13 +93,16 @@ def _meta_model(name: str, base: str, weights: Mapping[str, Tensor]) -> Any:
     known = name if timm.models.is_model_pretrained(name) else base
     with torch.device("meta"):
         model = timm.create_model(known, **options)
-        positions = weights.get("pos_embed")
-        ours = getattr(model, "pos_embed", None)
-        if positions is not None and ours is not None and positions.ndim == 3:
-            side = _grid_side(positions.shape[1])
+        positions = next((weights[key] for key in _POSITIONS if key in weights), None)
+        if positions is not None and model.pos_embed is not None:
+            side = _grid_side(positions.shape[-2])
             if side and side != model.patch_embed.grid_size[0]:
                 model = timm.create_model(known, img_size=side * model.patch_embed.patch_size[0], **options)
     return model
+
+
+# timm's, and those of CLIP's image tower; a whole CLIP has the text tower's under the last name.
+_POSITIONS = ("pos_embed", "visual.trunk.pos_embed", "visual.positional_embedding", "positional_embedding")
 
 
 def _grid_side(num_positions: int) -> int | None:

@@ -178,7 +178,7 @@ def _state(model: Any, config: ViTConfig) -> dict[str, Tensor]:
     for ours, theirs in (("pre_norm", "norm_pre"), ("norm", "norm"), ("pool_norm", "fc_norm"), ("head", "head")):
         state |= _named(ours, getattr(model, theirs))
     if model.attn_pool is not None:
-        state |= _attention_pool(model.attn_pool)
+        state |= _attention_pool(model.attn_pool, config)
     for i, block in enumerate(model.blocks):
         parts = _parallel_block(block) if config.parallel else _block(block)
         state |= {f"blocks.{i}.{name}": tensor for name, tensor in parts.items()}
@@ -251,7 +251,11 @@ def _qkv(attention: Any) -> tuple[Tensor, Tensor | None]:
     return weight, torch.cat([torch.zeros_like(biases[0]) if bias is None else bias for bias in biases])
 
 
-def _attention_pool(pool: Any) -> dict[str, Tensor]:
-    _require(pool.latent_len == 1 and pool.pos_embed is None and pool.mlp is not None, "an unusual attention pool")
+def _attention_pool(pool: Any, config: ViTConfig) -> dict[str, Tensor]:
+    usual = pool.latent_len == 1 and pool.pos_embed is None and pool.mlp is not None
+    _require(
+        usual and pool.mlp.fc1.out_features == config.mlp_dim and not config.gated_mlp,
+        "an attention pool unlike SigLIP's",
+    )
     _require(isinstance(pool.q_norm, nn.Identity), "q/k norm in its attention pool")
     return {f"attention_pool.{key}": tensor for key, tensor in pool.state_dict().items()}

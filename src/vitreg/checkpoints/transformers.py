@@ -20,6 +20,9 @@ CLIP_MEAN = (0.48145466, 0.4578275, 0.40821073)
 CLIP_STD = (0.26862954, 0.26130258, 0.27577711)
 
 
+_PLAIN = PositionInterpolation("bicubic", antialias=False)
+
+
 @dataclass(frozen=True)
 class _Family:
     """What the classes of a family share and their configs do not say."""
@@ -29,7 +32,7 @@ class _Family:
     interpolation: Interpolation
     crop: Crop = "squash"
     crop_fraction: float = 1.0
-    positions: PositionInterpolation = PositionInterpolation("bicubic", antialias=False)
+    positions: PositionInterpolation = _PLAIN
 
 
 @dataclass(frozen=True)
@@ -45,7 +48,12 @@ _VIT = _Family(HALF, HALF, "bilinear")
 _MAE = _Family(IMAGENET_MEAN, IMAGENET_STD, "bilinear")
 _DINOV2 = _Family(IMAGENET_MEAN, IMAGENET_STD, "bicubic", "center", 224 / 256)
 _DINOV2_REG = _Family(
-    IMAGENET_MEAN, IMAGENET_STD, "bicubic", "center", 224 / 256, PositionInterpolation("bicubic", antialias=True)
+    IMAGENET_MEAN,
+    IMAGENET_STD,
+    "bicubic",
+    "center",
+    224 / 256,
+    PositionInterpolation("bicubic", antialias=True),
 )
 _DINOV3 = _Family(IMAGENET_MEAN, IMAGENET_STD, "bilinear")
 _CLIP = _Family(CLIP_MEAN, CLIP_STD, "bicubic", "center")
@@ -123,39 +131,39 @@ _UNUSED = re.compile(r"^(text_|logit_|decoder\.)|(^|\.)(pooler\.|mask_token$|pos
 
 
 def from_transformers(model: nn.Module) -> VisionTransformer:
-    """A vitreg model with the weights of a transformers model, also a fine-tuned one; the original is untouched.
+    """A vitreg model with the weights of a transformers model, also a fine-tuned one; the original stays.
 
-    The tokens equal `last_hidden_state`, `pool` equals `pooler_output` (CLIP, SigLIP, DINO), and `classify` equals
-    `logits` or `image_embeds`, in evaluation mode, for any image size (transformers'
-    `interpolate_pos_encoding=True`). CLIP's `last_hidden_state` is from before the last norm, and so are the tokens
-    here. MAE runs without masking. Source: transformers 5 `models/*/modeling_*.py`; the names of transformers 4 are
-    understood too.
+    The tokens equal `last_hidden_state`, `pool` equals `pooler_output` (CLIP, SigLIP, DINO), and `classify`
+    equals `logits` or `image_embeds`, in evaluation mode, for any image size (transformers'
+    `interpolate_pos_encoding=True`). CLIP's `last_hidden_state` is from before the last norm, and so are the
+    tokens here. MAE runs without masking. Source: transformers 5 `models/*/modeling_*.py`; the names of
+    transformers 4 are understood too.
 
     Raises:
-        CheckpointError: the class is not known, or has a part that vitreg does not implement; the message names it.
+        CheckpointError: the class is unknown, or has a part that vitreg does not implement.
     """
     name = type(model).__name__
     if type(model).__module__.partition(".")[0] == "transformers" and name.startswith("DeiT"):
         raise CheckpointError(
-            f"{name} has a distillation token, which vitreg does not implement; for DeiT without distillation load "
-            f"timm's deit_base_patch16_224, or deit3_base_patch16_224"
+            f"{name} has a distillation token, which vitreg does not implement; for other DeiTs "
+            f"load timm's deit_base_patch16_224, or deit3_base_patch16_224"
         )
     if type(model).__module__.partition(".")[0] != "transformers" or name not in _CLASSES:
         raise CheckpointError(
             f"{name} is not one of transformers' classes that vitreg reads: {', '.join(_CLASSES)}; "
             f"for other libraries use from_timm, from_open_clip or from_state_dict"
         )
-    weights = {canonical_name(key): tensor for key, tensor in model.state_dict().items()}
-    weights.pop(None, None)
+    named = ((canonical_name(key), tensor) for key, tensor in model.state_dict().items())
+    weights = {key: tensor for key, tensor in named if key is not None}
     config = _config(model, _CLASSES[name], weights)
     return build(config, _state(weights, config), f"transformers {name}")
 
 
 def canonical_name(name: str) -> str | None:
-    """vitreg's name for a parameter of transformers 4 or 5; None for one that takes no part in the vision tower.
+    """Our name for a parameter of transformers 4 or 5; None for what is no part of the tower.
 
-    Queries, keys and values (`attn.q`, `attn.k`, `attn.v`) and gate and value of a gated MLP (`mlp.gate`, `mlp.up`)
-    are still apart, as transformers stores them.
+    Queries, keys and values (`attn.q`, `attn.k`, `attn.v`) and gate and value of a gated MLP (`mlp.gate`,
+    `mlp.up`) are still apart, as transformers stores them.
     """
     if _UNUSED.search(name):
         return None
@@ -168,7 +176,8 @@ def preprocess_from_processor(config: Mapping[str, Any], patch_size: int) -> Pre
     """The preprocessing that a `preprocessor_config.json` describes.
 
     Args:
-        config: of an image processor: `size`, `crop_size`, `do_center_crop`, `resample`, `image_mean`, `image_std`.
+        config: of an image processor: `size`, `crop_size`, `do_center_crop`, `resample`, `image_mean`,
+            `image_std`.
         patch_size: of the model.
 
     Raises:
@@ -211,11 +220,11 @@ def _geometry(config: Mapping[str, Any]) -> tuple[tuple[int, int], Crop, float]:
     if not isinstance(size, Mapping) or set(size) not in ({"height", "width"}, {"shortest_edge"}):
         raise _unknown_processor("size", size)
     square = "shortest_edge" in size
-    resized = (size["shortest_edge"],) * 2 if square else (size["height"], size["width"])
+    resized = _pair(size["shortest_edge"]) if square else (size["height"], size["width"])
     if not center:
         return resized, "none" if square else "squash", 1.0
     kept = config.get("crop_size", 224)
-    kept = (kept, kept) if isinstance(kept, int) else (kept["height"], kept["width"])
+    kept = (kept["height"], kept["width"]) if isinstance(kept, Mapping) else _pair(kept)
     fractions = {keep / full for keep, full in zip(kept, resized, strict=True)}
     if len(fractions) > 1 or max(fractions) > 1:
         raise _unknown_processor("crop_size", config.get("crop_size"))
@@ -305,14 +314,14 @@ def _pair(value: Any) -> tuple[int, int]:
 
 
 def _rope(hf: Any) -> RopeConfig:
-    """DINOv3's frequencies, from its config: the module's own table loses digits when a model is cast to half."""
+    """DINOv3's frequencies, from its config: the module's own table loses digits when cast to half."""
     num = hf.hidden_size // hf.num_attention_heads // 4
     frequencies = 2 * math.pi / hf.rope_theta ** (torch.arange(num, dtype=torch.float64) / num)
     return RopeConfig(tuple(frequencies.tolist()))
 
 
 def _state(weights: dict[str, Tensor], config: ViTConfig) -> dict[str, Tensor]:
-    """vitreg's tensors from canonical ones."""
+    """Vitreg's tensors from canonical ones."""
     state = dict(weights)
     if not config.num_registers:
         state.pop("registers", None)

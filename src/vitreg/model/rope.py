@@ -13,32 +13,42 @@ from vitreg.model.config import RopeConfig
 Rotation = tuple[Tensor, Tensor]
 
 
-@functools.lru_cache(maxsize=32)
 def rotation(rope: RopeConfig, grid: tuple[int, int], num_prefix: int, device: torch.device) -> Rotation:
     """Cosines and sines `[num_prefix + N, head_dim]`, float32, for every token of a sequence.
 
     Prefix tokens get the identity, so that one multiplication serves the whole sequence. DINOv3 (arXiv 2508.10104,
     `RopePositionEmbedding`) and EVA-02 (timm `RotaryEmbeddingCat`) differ only in coordinates and channel layout.
-    The table depends on nothing that trains, hence the cache.
     """
-    # A cached inference tensor could not take part in a later training step.
-    with torch.inference_mode(False), torch.no_grad(), torch.device(device):
-        axes = []
-        for side, size in enumerate(grid):
-            if rope.coordinates == "centered":
-                axis = 2.0 * ((torch.arange(size, dtype=torch.float32) + 0.5 + rope.offset) / size) - 1.0
-            else:
-                axis = torch.arange(size, dtype=torch.float32) + rope.offset
-                if rope.reference_grid:
-                    axis = axis / size * rope.reference_grid[side]
-            axes.append(axis)
-        coordinates = torch.stack(torch.meshgrid(*axes, indexing="ij"), dim=-1).flatten(0, 1)
-        if rope.swap_axes:
-            coordinates = coordinates.flip(-1)
-        angles = (coordinates[:, :, None] * torch.tensor(rope.frequencies)).flatten(1)
-        angles = angles.repeat_interleave(2, -1) if rope.interleaved else angles.repeat(1, 2)
-        angles = torch.cat([angles.new_zeros(num_prefix, angles.shape[1]), angles])
-        return angles.cos(), angles.sin()
+    # Under torch.compile the table is part of the graph.
+    table = _table if torch.compiler.is_compiling() else _cached_table
+    return table(rope, grid, num_prefix, device)
+
+
+@functools.lru_cache(maxsize=32)
+def _cached_table(rope: RopeConfig, grid: tuple[int, int], num_prefix: int, device: torch.device) -> Rotation:
+    """The table depends on nothing that trains; a cached inference tensor could not take part in a training step."""
+    with torch.inference_mode(False), torch.no_grad():
+        return _table(rope, grid, num_prefix, device)
+
+
+def _table(rope: RopeConfig, grid: tuple[int, int], num_prefix: int, device: torch.device) -> Rotation:
+    axes = []
+    for side, size in enumerate(grid):
+        axis = torch.arange(size, dtype=torch.float32, device=device)
+        if rope.coordinates == "centered":
+            axis = 2.0 * ((axis + 0.5 + rope.offset) / size) - 1.0
+        else:
+            axis = axis + rope.offset
+            if rope.reference_grid:
+                axis = axis / size * rope.reference_grid[side]
+        axes.append(axis)
+    coordinates = torch.stack(torch.meshgrid(*axes, indexing="ij"), dim=-1).flatten(0, 1)
+    if rope.swap_axes:
+        coordinates = coordinates.flip(-1)
+    angles = (coordinates[:, :, None] * torch.tensor(rope.frequencies, device=device)).flatten(1)
+    angles = angles.repeat_interleave(2, -1) if rope.interleaved else angles.repeat(1, 2)
+    angles = torch.cat([angles.new_zeros(num_prefix, angles.shape[1]), angles])
+    return angles.cos(), angles.sin()
 
 
 def rotate(x: Float[Tensor, "B H T d"], table: Rotation, *, interleaved: bool) -> Float[Tensor, "B H T d"]:

@@ -1,8 +1,15 @@
-"""What people look at: the self-contained HTML report and the figures. Draws plain data, imports no other part of vitreg."""
+"""What people look at: the HTML report and the figures. Draws plain data, imports no other part of vitreg."""
 
 from vitreg.report.attention import write_attention
 from vitreg.report.diagnosis import write_report
 from vitreg.report.examples import ExampleMaps
 from vitreg.report.figures import attention_figure, diagnosis_figure, overlay
 
-__all__ = ["ExampleMaps", "attention_figure", "diagnosis_figure", "overlay", "write_attention", "write_report"]
+__all__ = [
+    "ExampleMaps",
+    "attention_figure",
+    "diagnosis_figure",
+    "overlay",
+    "write_attention",
+    "write_report",
+]

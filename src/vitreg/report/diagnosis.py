@@ -51,10 +51,8 @@ def _render(summary: dict, packed: dict) -> str:
         undefined=jinja2.StrictUndefined,
     )
     environment.filters |= {"percent": _percent, "number": _number}
-    colours = {
-        name: "".join(f"{r:02x}{g:02x}{b:02x}" for r, g, b in matplotlib.colormaps[name](range(256), bytes=True)[:, :3])
-        for name in ("viridis", "magma")
-    }
+    tables = {name: matplotlib.colormaps[name](range(256), bytes=True) for name in ("viridis", "magma")}
+    colours = {name: table[:, :3].tobytes().hex() for name, table in tables.items()}
     return environment.get_template("diagnosis.html.j2").render(
         s=summary,
         reported=summary["blocks"][summary["block"]],
@@ -76,9 +74,10 @@ def _percent(share: float | None) -> str:
     """Two significant digits: 0.0204 -> "2.0 %"."""
     if share is None:
         return "–"
-    if share == 0:
-        return "0 %"
-    return f"{100 * share:.3f} %" if share < 0.001 else f"{100 * share:.2f} %" if share < 0.01 else f"{100 * share:.1f} %"
+    if share == 0 or share >= 0.9995:
+        return f"{100 * share:.0f} %"
+    digits = 3 if share < 0.001 else 2 if share < 0.01 else 1
+    return f"{100 * share:.{digits}f} %"
 
 
 def _number(value: float | None) -> str:

@@ -32,29 +32,29 @@ class ExampleMaps:
 def check_examples(summary: dict, examples: Sequence[ExampleMaps]) -> None:
     """Raise `ValueError` unless every example fits the summary, and so every other example.
 
-    One slider and one colour scale serve all images, so they must agree on blocks, grid and who attends, and a
-    single NaN would take the scale of every picture with it.
+    One slider and one colour scale serve all images, so they must agree on blocks, grid and who attends, and
+    a single NaN would take the scale of every picture with it.
     """
     shape = (len(summary["blocks"]), *summary["grid"])
     for example in examples:
         if example.photo.dtype != np.uint8 or example.photo.ndim != 3 or example.photo.shape[2] != 3:
             raise ValueError(
-                f"{example.name}: photo is {example.photo.dtype} {list(example.photo.shape)}, expected uint8 [H, W, 3]; "
-                "undo the model's normalisation first."
+                f"{example.name}: photo is {example.photo.dtype} {list(example.photo.shape)}, expected uint8 "
+                "[H, W, 3]; undo the model's normalisation first."
             )
         if example.attention.keys() != examples[0].attention.keys():
             raise ValueError(
-                f"{example.name}: attention is from {list(example.attention)}, but that of {examples[0].name} is from "
-                f"{list(examples[0].attention)}; record the same queries for every image."
+                f"{example.name}: attention is from {list(example.attention)}, but that of {examples[0].name} is "
+                f"from {list(examples[0].attention)}; record the same queries for every image."
             )
         for what, values in {"norms": example.norms, **example.attention}.items():
             if values.shape != shape:
                 raise ValueError(
-                    f"{example.name}: {what} has shape {list(values.shape)}, but the summary has {shape[0]} blocks of "
-                    f"{shape[1]} x {shape[2]} patches."
+                    f"{example.name}: {what} has shape {list(values.shape)}, but the summary has {shape[0]} "
+                    f"blocks of {shape[1]} x {shape[2]} patches."
                 )
             if not np.isfinite(values).all():
                 raise ValueError(
-                    f"{example.name}: {what} holds NaN or infinity; run the model in float32 or bfloat16, float16 "
-                    "overflows in some Vision Transformers."
+                    f"{example.name}: {what} holds NaN or infinity; run the model in float32 or bfloat16, "
+                    "float16 overflows in some Vision Transformers."
                 )

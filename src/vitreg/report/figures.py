@@ -14,14 +14,14 @@ from vitreg.report.examples import ExampleMaps, check_examples
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
-    from matplotlib.colorbar import Colorbar
     from matplotlib.colors import Normalize
-    from matplotlib.figure import Figure
 
 OUTLIER = "#ff5a3c"
 QUIET = "#59616b"
 TITLE = {"fontsize": 12, "fontweight": "bold"}
-CELL = 1.25  # inches, the width of one head
+# Inches.
+GAP = 0.09
+MARGIN = 0.12
 
 
 def overlay(
@@ -29,23 +29,26 @@ def overlay(
 ) -> UInt8[np.ndarray, "H W 3"]:
     """Lay an attention map over a photograph, patches as sharp rectangles.
 
-    The colour goes with the square root of the attention: a few patches often hold most of it, and on a linear scale
-    everything else would be black.
+    The colour goes with the square root of the attention: a few patches often hold most of it, and on a linear
+    scale everything else would be black.
 
     Args:
         photo: The photograph; the h x w patches tile it.
         attention: What each patch receives, not negative.
-        highest: The attention of the brightest colour, to compare several maps; the map's own maximum by default.
+        highest: The attention of the brightest colour, to compare several maps; by default the
+            map's own maximum.
     """
     import matplotlib
 
     highest = float(attention.max()) if highest is None else highest
-    heat = np.sqrt(np.clip(attention / (highest or 1.0), 0, 1))
     rows, columns = (np.arange(n) * m // n for n, m in zip(photo.shape[:2], attention.shape, strict=True))
-    colour = matplotlib.colormaps["magma"](heat[rows[:, None], columns])[..., :3]
-    # A grey, half dark photograph: its own colours would be read as heat.
-    grey = photo @ np.array([0.299, 0.587, 0.114]) / 255
-    return (255 * (0.4 * grey[..., None] + 0.6 * colour)).round().astype(np.uint8)
+    heat = np.sqrt(np.clip(attention / (highest or 1.0), 0, 1))[rows[:, None], columns]
+    colour = matplotlib.colormaps["magma"](heat)[..., :3]
+    # Grey, since the photograph's own colours would be read as heat, and less of it where there is more to show,
+    # so that the brightest patches have the colour that the colour bar gives them.
+    grey = (photo @ np.array([0.299, 0.587, 0.114]) / 255)[..., None]
+    strength = 0.45 + 0.5 * heat[..., None]
+    return (255 * ((1 - strength) * grey + strength * colour)).round().astype(np.uint8)
 
 
 def attention_figure(
@@ -53,37 +56,46 @@ def attention_figure(
 ) -> Path:
     """Write a PNG of a photograph, its attention averaged over heads, and the attention of every head.
 
-    All maps share one colour scale; the colour bar gives the share of a query's attention that a patch receives.
+    All maps share one colour scale, the share of a query's attention that a patch receives.
 
     Returns:
         `path`.
     """
     heads, highest = len(attention), float(attention.max())
+    aspect = photo.shape[0] / photo.shape[1]
     # Two large pictures, then the heads at half their size: side by side over two rows, or stacked over four.
-    rows = 2 if heads <= 8 else 4
-    large, small = 2 if rows == 4 else 4, math.ceil(heads / rows)
-    height = CELL * photo.shape[0] / photo.shape[1] + 0.24
-    figure = _figure(CELL * (large + small) + 0.9, height * rows, [(title, 0.1, TITLE)])
-    grid = figure.add_gridspec(rows, large + small)
+    stacked = heads > 8
+    rows = 4 if stacked else 2
+    columns = math.ceil(heads / rows)
+    small, label = 1.25, 0.24
+    step_x, step_y = small + GAP, small * aspect + label
+    # A large picture is as tall as two small ones with the label between them.
+    tall = small * aspect + step_y
+    large = tall / aspect
+    left = MARGIN + (large + GAP) * (1 if stacked else 2)
+    top = 0.35
+    sheet = _Sheet(left + columns * step_x + 0.85, top + rows * step_y + MARGIN)
+    sheet.text(title, MARGIN, 0.1, **TITLE)
     mean = overlay(photo, attention.mean(axis=0), highest=highest)
-    panels = [
-        (grid[:2, :2], photo, "photograph", 9),
-        (grid[2:, :2] if rows == 4 else grid[:, 2:4], mean, f"mean of {heads} heads", 9),
-    ]
+    second = (MARGIN, top + label + 2 * step_y) if stacked else (MARGIN + large + GAP, top + label)
+    for picture, (x, y), name in (
+        (photo, (MARGIN, top + label), "photograph"),
+        (mean, second, f"mean of {heads} heads"),
+    ):
+        sheet.picture(picture, x, y, large, tall, name)
     for i, head in enumerate(attention):
-        picture = overlay(photo, head, highest=highest)
-        panels.append((grid[i // small, large + i % small], picture, f"head {i}", 8))
-    for place, picture, label, size in panels:
-        axes = figure.add_subplot(place)
-        axes.imshow(picture, interpolation="nearest")
-        axes.set_title(label, fontsize=size, color=QUIET, pad=3)
-        axes.set_axis_off()
-    _colour_bar(figure, figure.axes, _root_scale(highest), "magma", "attention a patch receives", percent=True)
-    return _write(figure, path)
+        x, y = left + i % columns * step_x, top + label + i // columns * step_y
+        sheet.picture(overlay(photo, head, highest=highest), x, y, small, small * aspect, f"head {i}")
+    ticks = [highest * t**2 for t in (0, 0.5, 0.75, 1)]
+    bar = left + columns * step_x, top + label, rows * step_y - label
+    sheet.colour_bar(*bar, _root_scale(highest), "magma", ticks, "attention a patch receives", percent=True)
+    return sheet.write(path)
 
 
-def diagnosis_figure(summary: dict, examples: Sequence[ExampleMaps], path: Path, max_examples: int = 4) -> Path:
-    """Write a PNG of the diagnosis: photographs, norm maps and class-token attention after the reported block.
+def diagnosis_figure(
+    summary: dict, examples: Sequence[ExampleMaps], path: Path, max_examples: int = 4
+) -> Path:
+    """Write a PNG of the diagnosis: photographs, norm maps and class-token attention at the reported block.
 
     Args:
         summary: `Diagnosis.to_dict()`.
@@ -104,64 +116,123 @@ def diagnosis_figure(summary: dict, examples: Sequence[ExampleMaps], path: Path,
     check_examples(summary, examples)
     shown, block, threshold = examples[:max_examples], summary["block"], summary["threshold"]
     norms = np.stack([example.norms[block] for example in shown])
-    lowest = max(norms.min(), norms.max() * 1e-4, 1e-12)
-    rows = [("patch norm", norms, LogNorm(lowest, max(norms.max(), lowest * 1.01)), "viridis")]
+    low, high = max(norms.min(), norms.max() * 1e-4, 1e-12), max(norms.max(), 2e-12)
+    ticks = np.geomspace(low, high, 3) if threshold is None else [low, threshold, high]
+    rows = [("patch norm", norms, LogNorm(low, high), "viridis", ticks, "norm (log scale)")]
     query = next(iter(shown[0].attention), None)
     if query is not None:
         attention = np.stack([example.attention[query][block] for example in shown])
-        rows.append((f"attention of\n{query}", attention, _root_scale(attention.max()), "magma"))
+        most = float(attention.max())
+        ticks = [most * t**2 for t in (0, 0.5, 0.75, 1)]
+        rows.append(
+            (f"attention of\n{query}", attention, _root_scale(most), "magma", ticks, "attention received")
+        )
 
-    height, width = shown[0].photo.shape[:2]
-    inches = 2.0 * height / width * (1 + len(rows)) + 0.25
-    figure = _figure(2.0 * len(shown) + 1.35, inches, _headline(summary))
-    axes = figure.subplots(1 + len(rows), len(shown), squeeze=False)
-    for axis, example in zip(axes[0], shown, strict=True):
-        axis.imshow(example.photo)
-        axis.set_title(_shorten(example.name), fontsize=8.5, color=QUIET, pad=4, parse_math=False)
-    for line, (_, maps, scale, colours) in zip(axes[1:], rows, strict=True):
-        for axis, values, norm in zip(line, maps, norms, strict=True):
-            axis.imshow(values, cmap=colours, norm=scale, extent=(0, width, height, 0), interpolation="nearest")
+    width = 2.0
+    height = width * shown[0].photo.shape[0] / shown[0].photo.shape[1]
+    left, top, step = 0.5, 0.88, height + GAP
+    right = left + len(shown) * (width + GAP)
+    title, detail = _headline(summary)
+    # One narrow column must still hold the headline.
+    sheet = _Sheet(max(right + 0.95, 7.0), top + (1 + len(rows)) * step + MARGIN - GAP)
+    sheet.text(title, MARGIN, 0.12, **TITLE)
+    sheet.text(detail, MARGIN, 0.4, fontsize=9.5, color=QUIET)
+    for line, label in enumerate(("photograph", *(row[0] for row in rows))):
+        style = {"rotation": 90, "ha": "center", "fontsize": 9.5, "linespacing": 1.1}
+        sheet.text(label, left - 0.22, top + line * step + height / 2, **style | {"va": "center"})
+    for i, example in enumerate(shown):
+        x = left + i * (width + GAP)
+        sheet.picture(example.photo, x, top, width, height, _shorten(example.name))
+        for line, (_, maps, scale, colours, _, _) in enumerate(rows, start=1):
+            axes = sheet.picture(maps[i], x, top + line * step, width, height, norm=scale, cmap=colours)
             if threshold is not None:
-                _outline(axis, norm > threshold, width, height)
-    for line, label in zip(axes, ("photograph", *(row[0] for row in rows)), strict=True):
-        line[0].set_ylabel(label, fontsize=9.5)
-    for axis in axes.flat:
-        axis.set(xticks=[], yticks=[])
-        axis.spines[:].set_visible(False)
-    bar = _colour_bar(figure, axes[1], rows[0][2], "viridis", "norm (log scale)")
-    if threshold is not None:
-        bar.ax.axhline(threshold, color=OUTLIER, linewidth=2)
-    if query is not None:
-        _colour_bar(figure, axes[2], rows[1][2], "magma", "share of attention", percent=True)
-    return _write(figure, path)
+                _outline(axes, norms[i] >= threshold)
+    for line, (_, _, scale, colours, ticks, label) in enumerate(rows, start=1):
+        place = right, top + line * step, height
+        bar = sheet.colour_bar(*place, scale, colours, ticks, label, percent=line == 2)
+        if line == 1 and threshold is not None:
+            bar.axhline(threshold, color=OUTLIER, linewidth=2)
+    return sheet.write(path)
 
 
-def _figure(width: float, height: float, lines: list[tuple[str, float, dict]]) -> Figure:
-    """A figure with `height` inches for pictures and, above them, lines of text at inches from the top."""
-    from matplotlib.figure import Figure
+class _Sheet:
+    """A figure laid out in inches from the top left corner, so that rows and columns line up exactly."""
 
-    head = lines[-1][1] + 0.3
-    figure = Figure(figsize=(width, height + head), dpi=160, layout="constrained")
-    share = 1 - head / (height + head)
-    figure.get_layout_engine().set(w_pad=0.04, h_pad=0.03, wspace=0.01, hspace=0.01, rect=(0, 0, 1, share))
-    for text, inches, style in lines:
-        y = 1 - inches / (height + head)
-        figure.text(0.08 / width, y, text, va="top", parse_math=False, **style)
-    return figure
+    def __init__(self, width: float, height: float) -> None:
+        from matplotlib.figure import Figure
+
+        self.width, self.height = width, height
+        self.figure = Figure(figsize=(width, height), dpi=160)
+
+    def text(self, text: str, x: float, y: float, **style: object) -> None:
+        style = {"va": "top", "parse_math": False} | style
+        self.figure.text(x / self.width, 1 - y / self.height, text, **style)
+
+    def _axes(self, x: float, y: float, width: float, height: float) -> Axes:
+        corner = x / self.width, 1 - (y + height) / self.height
+        axes = self.figure.add_axes((*corner, width / self.width, height / self.height))
+        axes.spines[:].set_visible(False)
+        return axes
+
+    def picture(
+        self,
+        picture: np.ndarray,
+        x: float,
+        y: float,
+        width: float,
+        height: float,
+        label: str = "",
+        **style: object,
+    ) -> Axes:
+        axes = self._axes(x, y, width, height)
+        axes.imshow(picture, **{"interpolation": "nearest", "aspect": "auto"} | style)
+        axes.set_title(label, fontsize=8.5, color=QUIET, pad=3, parse_math=False)
+        axes.set(xticks=[], yticks=[])
+        return axes
+
+    def colour_bar(
+        self,
+        x: float,
+        y: float,
+        height: float,
+        scale: Normalize,
+        colours: str,
+        ticks: Sequence[float],
+        label: str,
+        percent: bool,
+    ) -> Axes:
+        from matplotlib.cm import ScalarMappable
+
+        # A little shorter than what it stands beside, so that the numbers at its ends keep off its neighbour's.
+        axes = self._axes(x, y + 0.06, 0.11, height - 0.12)
+        bar = self.figure.colorbar(ScalarMappable(scale, colours), cax=axes)
+        bar.set_ticks(
+            ticks, labels=[f"{100 * t:.2g} %" if percent else f"{t:.3g}" for t in ticks], minor=False
+        )
+        bar.minorticks_off()
+        bar.ax.tick_params(labelsize=8, labelcolor=QUIET, color=QUIET, length=2)
+        bar.set_label(label, fontsize=8.5, color=QUIET)
+        bar.outline.set_visible(False)
+        return axes
+
+    def write(self, path: Path) -> Path:
+        path = Path(path)
+        path.parent.mkdir(parents=True, exist_ok=True)
+        self.figure.savefig(path)
+        return path
 
 
-def _headline(summary: dict) -> list[tuple[str, float, dict]]:
-    reported, block = summary["blocks"][summary["block"]], summary["block"]
+def _headline(summary: dict) -> tuple[str, str]:
+    reported, block, name = summary["blocks"][summary["block"]], summary["block"], summary["model"]["name"]
     median, largest = reported["median"], reported["max"]
-    title = f"{summary['model']['name']}: "
-    if summary["has_artifacts"]:
-        title += f"{100 * summary['outlier_fraction']:.1f} % of patches are artifacts"
-        detail = f"Outlined: norm above {summary['threshold']:.0f}. "
-    else:
-        title += "no artifacts"
-        detail = ""
-    detail += f"After block {block} the median norm is {median:.1f}, the largest {largest:.0f}."
-    return [(title, 0.1, TITLE), (detail, 0.37, {"fontsize": 9.5, "color": QUIET})]
+    norms = f"After block {block} the median patch norm is {median:.1f}, the largest {largest:.0f}."
+    if not summary["has_artifacts"]:
+        return f"{name}: no artifacts", norms
+    share = f"{100 * summary['outlier_fraction']:.1f} %"
+    return (
+        f"{name}: {share} of patches are artifacts",
+        f"{norms} Outlined: {summary['threshold']:.0f} or more.",
+    )
 
 
 def _root_scale(highest: float) -> Normalize:
@@ -170,37 +241,15 @@ def _root_scale(highest: float) -> Normalize:
     return PowerNorm(0.5, 0, highest or 1.0)
 
 
-def _colour_bar(figure: Figure, axes: Sequence[Axes], scale: Normalize, colours: str, label: str, percent: bool = False) -> Colorbar:
-    from matplotlib.cm import ScalarMappable
-    from matplotlib.ticker import FuncFormatter, NullLocator
-
-    bar = figure.colorbar(ScalarMappable(scale, colours), ax=list(axes), aspect=18, pad=0.015, fraction=0.03)
-    low, high = scale.vmin, scale.vmax
-    ticks = [low + (high - low) * t**2 for t in (0, 0.5, 0.75, 1)] if percent else np.geomspace(low, high, 4)
-    bar.set_ticks(ticks)
-    bar.ax.yaxis.set_minor_locator(NullLocator())
-    bar.ax.yaxis.set_major_formatter(FuncFormatter(lambda v, _: f"{100 * v:.2g} %" if percent else f"{v:.3g}"))
-    bar.ax.tick_params(labelsize=8, colors=QUIET, length=2)
-    bar.set_label(label, fontsize=8.5, color=QUIET)
-    bar.outline.set_visible(False)
-    return bar
-
-
-def _outline(axis: Axes, outliers: np.ndarray, width: int, height: int) -> None:
+def _outline(axes: Axes, outliers: np.ndarray) -> None:
     from matplotlib.collections import PatchCollection
     from matplotlib.patches import Rectangle
 
-    h, w = height / outliers.shape[0], width / outliers.shape[1]
-    boxes = [Rectangle((column * w, row * h), w, h) for row, column in np.argwhere(outliers)]
-    axis.add_collection(PatchCollection(boxes, facecolor="none", edgecolor=OUTLIER, linewidth=1.3, clip_on=False))
+    boxes = [Rectangle((column - 0.5, row - 0.5), 1, 1) for row, column in np.argwhere(outliers)]
+    axes.add_collection(
+        PatchCollection(boxes, facecolor="none", edgecolor=OUTLIER, linewidth=1.3, clip_on=False)
+    )
 
 
-def _shorten(name: str, most: int = 26) -> str:
+def _shorten(name: str, most: int = 28) -> str:
     return name if len(name) <= most else f"{name[: most - 9]}…{name[-8:]}"
-
-
-def _write(figure: Figure, path: Path) -> Path:
-    path = Path(path)
-    path.parent.mkdir(parents=True, exist_ok=True)
-    figure.savefig(path)
-    return path

@@ -20,13 +20,14 @@ PHOTO_STEPS = ((448, 85), (336, 75), (256, 65))
 def pack_examples(summary: dict, examples: Sequence[ExampleMaps], max_bytes: int = MAX_BYTES) -> dict:
     """Pack the examples into JSON types, in at most `max_bytes` where that is possible.
 
-    Photographs shrink first, then blocks are left out; the reported block, the onset and the last one always stay.
+    Photographs shrink first, then blocks are left out; the reported block, the onset and the last always stay.
 
     Returns:
-        `blocks` (the indices kept), `queries` (who attends), `norm_range` and `attention_range` (`[low, high]` per
-        kept block, the latter also per query: code c of 0..255 means `low * (high / low) ** (c / 255)`), and
-        `examples`: `name`, `photo` (a data URL) and `maps` (base64 of the zlib-compressed bytes; per kept block the
-        norm codes, the attention codes of each query, and the outlier bits, most significant first).
+        `blocks` (the indices kept), `queries` (who attends), `norm_range[block]` and
+        `attention_range[query][block]` (`[low, high]`, over all examples: code c of 0..255 means
+        `low * (high / low) ** (c / 255)`), and `examples`: `name`, `photo` (a data URL) and `maps` (base64 of the
+        zlib-compressed bytes; per kept block the norm codes, the attention codes of each query, and the outlier
+        bits, most significant first).
     """
     depth = len(summary["blocks"])
     photos: list[str] = []
@@ -41,7 +42,9 @@ def pack_examples(summary: dict, examples: Sequence[ExampleMaps], max_bytes: int
         # Compressed maps are nearly independent of each other, so bytes are nearly proportional to blocks.
         room = max(0, max_bytes - _size(photos))
         count = min(len(blocks) - 1, int(len(blocks) * room / _size(maps["maps"])))
-        blocks = sorted({*must, *np.linspace(0, depth - 1, max(0, count - len(must))).round().astype(int).tolist()})
+        blocks = sorted(
+            {*must, *np.linspace(0, depth - 1, max(0, count - len(must))).round().astype(int).tolist()}
+        )
         maps = _pack_maps(summary, examples, blocks)
     coded = zip(examples, photos, maps.pop("maps"), strict=True)
     return {**maps, "examples": [{"name": e.name, "photo": p, "maps": m} for e, p, m in coded]}
@@ -57,8 +60,8 @@ def _pack_maps(summary: dict, examples: Sequence[ExampleMaps], blocks: list[int]
         return packed
     norms = np.stack([e.norms[blocks] for e in examples])
     norm_codes, packed["norm_range"] = _quantise(norms)
-    # The outliers are stored as bits of their own: a code rounds, and a patch at the threshold would change sides.
-    outliers = np.packbits((norms > limits).reshape(*norms.shape[:2], -1), axis=-1)
+    # Outliers are bits of their own: codes are rounded, and a patch near the threshold would change sides.
+    outliers = np.packbits((norms >= limits).reshape(*norms.shape[:2], -1), axis=-1)
     parts = [norm_codes]
     for query in queries:
         codes, ranges = _quantise(np.stack([e.attention[query][blocks] for e in examples]))

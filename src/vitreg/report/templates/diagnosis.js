@@ -11,8 +11,10 @@ const rgb = Object.fromEntries(Object.entries(colours).map(([name, hex]) => [nam
 const number = (v) => (v === null || v === undefined ? "–" : v >= 100 ? v.toFixed(0) : v >= 10 ? v.toFixed(1) : v.toFixed(2));
 const percent = (v) => {
   if (v === null || v === undefined) return "–";
-  return v === 0 ? "0 %" : `${(100 * v).toFixed(v < 0.001 ? 3 : v < 0.01 ? 2 : 1)} %`;
+  return v === 0 || v >= 0.9995 ? `${Math.round(100 * v)} %` : `${(100 * v).toFixed(v < 0.001 ? 3 : v < 0.01 ? 2 : 1)} %`;
 };
+const tick = (v) => `${+v.toPrecision(3)}`;
+const tickPercent = (v) => `${tick(100 * v)} %`;
 const decode = ([low, high], code) => low * (high / low) ** (code / 255);
 
 function node(tag, properties = {}, ...children) {
@@ -42,9 +44,10 @@ const logarithmic = (a, b, from, to) => { const f = linear(Math.log(a), Math.log
 
 function logTicks(low, high) {
   const ticks = [];
-  for (let e = Math.floor(Math.log10(low)); e <= Math.log10(high); e++) for (const m of [1, 2, 5]) ticks.push(m * 10 ** e);
+  const steps = high / low > 5 ? [1, 2, 5] : [1, 1.5, 2, 3, 4, 5, 6, 7, 8, 9];
+  for (let e = Math.floor(Math.log10(low)); e <= Math.log10(high); e++) for (const m of steps) ticks.push(m * 10 ** e);
   const inside = ticks.filter((t) => t >= low && t <= high);
-  return inside.length <= 6 ? inside : inside.filter((t) => Number.isInteger(Math.round(Math.log10(t) * 1e6) / 1e6));
+  return inside.length <= 7 ? inside : inside.filter((t) => Math.abs(Math.log10(t) - Math.round(Math.log10(t))) < 1e-6);
 }
 
 function linearTicks(high) {
@@ -62,7 +65,7 @@ function yAxis(c, scale, ticks, format, title) {
 
 function xAxis(c, scale, ticks, title) {
   svg(c.root, "line", { class: "axis", x1: c.left, x2: c.right, y1: c.bottom, y2: c.bottom });
-  for (const t of ticks) svg(c.root, "text", { x: scale(t), y: c.bottom + 16, "text-anchor": "middle" }, `${+t.toPrecision(3)}`);
+  for (const t of ticks) svg(c.root, "text", { x: scale(t), y: c.bottom + 16, "text-anchor": "middle" }, tick(t));
   svg(c.root, "text", { x: (c.left + c.right) / 2, y: c.bottom + 33, "text-anchor": "middle" }, title);
 }
 
@@ -77,7 +80,7 @@ function drawHistogram() {
   counts.forEach((count, i) => {
     if (!count) return;
     const from = x(edges[i]), to = x(edges[i + 1]);
-    const outlier = block.threshold !== null && Math.sqrt(edges[i] * edges[i + 1]) > block.threshold;
+    const outlier = block.threshold !== null && Math.sqrt(edges[i] * edges[i + 1]) >= block.threshold;
     const box = { x: from, y: y(count), width: Math.max(to - from - 0.5, 1), height: c.bottom - y(count) };
     svg(c.root, "rect", { class: outlier ? "bar-outlier" : "bar-typical", ...box });
   });
@@ -87,7 +90,7 @@ function drawHistogram() {
     const at = x(block.threshold), flip = at > (c.left + c.right) / 2;
     svg(c.root, "line", { class: "threshold", x1: at, x2: at, y1: c.top, y2: c.bottom });
     svg(c.root, "text", { x: at + (flip ? -6 : 6), y: c.top + 8, "text-anchor": flip ? "end" : "start" }, `threshold ${number(block.threshold)}`);
-    says = `After block ${state.block}, ${percent(block.outlier_fraction)} of patches lie above the threshold of ${number(block.threshold)}.`;
+    says = `After block ${state.block}, ${percent(block.outlier_fraction)} of patches reach the threshold of ${number(block.threshold)}.`;
   }
   byId("histogram-says").textContent = says;
 }
@@ -100,7 +103,7 @@ function drawLines(id, series, { log, format, title }) {
   const low = log ? Math.min(...values) / 1.1 : 0, high = log ? Math.max(...values) * 1.1 : Math.max(...values, 0.01) * 1.05;
   const last = S.blocks.length - 1;
   const x = linear(0, last, c.left + 8, c.right - 8), y = (log ? logarithmic : linear)(low, high, c.bottom, c.top);
-  yAxis(c, y, log ? logTicks(low, high) : linearTicks(high), format, title + (log ? " (log scale)" : ""));
+  yAxis(c, y, log ? logTicks(low, high) : linearTicks(high), log ? tick : tickPercent, title + (log ? " (log scale)" : ""));
   const every = [1, 2, 4, 5, 10, 20, 50].find((s) => (last / s) * 26 < c.right - c.left) || 100;
   xAxis(c, x, S.blocks.map((b) => b.block).filter((k) => k % every === 0), "block");
   if (S.onset_block !== null) {
@@ -143,9 +146,9 @@ function drawCharts() {
   const shares = [
     { label: "outlier|patches", values: over("outlier_fraction"), colour: "peak" },
     { label: "attention|on outliers", values: over("attention_on_outliers"), colour: "high" },
-    { label: "attention|on registers", values: over("attention_on_registers"), colour: "registers" },
   ];
-  drawLines("shares", shares.filter((s) => s.values.some((v) => v !== null)), { log: false, format: percent, title: "share" });
+  if (S.model.num_registers) shares.push({ label: "attention|on registers", values: over("attention_on_registers"), colour: "registers" });
+  if (byId("shares")) drawLines("shares", shares.filter((s) => s.values.some((v) => v !== null)), { log: false, format: percent, title: "share" });
   if (!byId("tokens")) return;
   const tokens = [{ label: "median|patch", values: over("median"), colour: "typical" }];
   if (S.cls_norms) tokens.push({ label: "class token", values: S.cls_norms, colour: "high" });
@@ -211,7 +214,7 @@ function drawPosition() {
   if (!canvas) return;
   const cells = S.position_frequency.flat(), most = Math.max(...cells);
   paint(canvas, (i) => colourAt("magma", (255 * cells[i]) / (most || 1)));
-  scaleBar(byId("position-scale"), "", "magma", ["0 %", percent(most / 2), percent(most)]);
+  scaleBar(byId("position-scale"), "", "magma", [0, most / 2, most].map(tickPercent));
   const best = cells.indexOf(most);
   const say = (i) => { byId("position-says").textContent = `Row ${Math.floor(i / COLUMNS)}, column ${i % COLUMNS}: ${percent(cells[i])} of images.`; };
   say(best);
@@ -223,10 +226,9 @@ function drawPosition() {
 const examples = [];
 
 async function unpack(text) {
-  const zipped = await (await fetchless(text)).arrayBuffer();
-  return new Uint8Array(await new Response(new Blob([zipped]).stream().pipeThrough(new DecompressionStream("deflate"))).arrayBuffer());
+  const zipped = new Blob([Uint8Array.from(atob(text), (c) => c.charCodeAt(0))]);
+  return new Uint8Array(await new Response(zipped.stream().pipeThrough(new DecompressionStream("deflate"))).arrayBuffer());
 }
-const fetchless = async (text) => new Blob([Uint8Array.from(atob(text), (c) => c.charCodeAt(0))]);
 
 // Where a block's maps lie in the bytes: norm, then one map a query, then the outlier bits.
 function layersOf(example, slot) {
@@ -252,7 +254,9 @@ function drawExample(example) {
   const pens = [fit(example.panels[0])];
   pens[0].drawImage(example.image, 0, 0, pens[0].canvas.width, pens[0].canvas.height);
   pens.push(paint(example.panels[1], (i) => colourAt("viridis", layers.norm[i])));
-  if (M.queries.length) pens.push(paint(example.panels[2], (i) => colourAt("magma", layers.attention[i])));
+  // The root of the attention: linear shows a few patches on black, logarithmic makes them drown in the rest.
+  const range = M.attention_range[state.query]?.[slot], rooted = Array.from({ length: 256 }, (_, c) => range && 255 * Math.sqrt(decode(range, c) / range[1]));
+  if (range) pens.push(paint(example.panels[2], (i) => colourAt("magma", rooted[layers.attention[i]])));
   for (const pen of pens) outline(pen, layers.outliers);
   const normAt = (i) => decode(M.norm_range[slot], layers.norm[i]);
   const count = layers.outliers.reduce((a, b) => a + b, 0), top = layers.norm.indexOf(Math.max(...layers.norm));
@@ -267,19 +271,22 @@ function drawExample(example) {
     stroke(pen, 2, "#fff");
   }
   const lines = [`Row ${row}, column ${column}`, `Norm ${number(normAt(at))}, ${number(normAt(at) / median)} × the median${layers.outliers[at] ? " (outlier)" : ""}`];
-  if (M.queries.length) {
-    const value = decode(M.attention_range[state.query][slot], layers.attention[at]);
+  if (range) {
+    const value = decode(range, layers.attention[at]);
     lines.push(`Attention ${percent(value)}, ${number(value * CELLS)} × the even share`);
   }
   example.readout.replaceChildren(...lines.map((line) => node("span", {}, line)));
 }
 
+// A line may end after a separator of a file name, rather than in the middle of a word.
+const breakable = (name) => name.split(/(?<=[-_./\\])/).flatMap((part) => [part, node("wbr")]);
+
 function addExample({ name, photo }, bytes) {
   const captions = ["photograph", "patch norm", ...(M.queries.length ? ["attention"] : [])];
   const panels = captions.map((what) => node("canvas", { role: "img", ariaLabel: `${what} of ${name}` }));
   const example = { bytes, panels, patch: null, image: node("img", { src: photo }), sum: node("p"), readout: node("p", { className: "readout", ariaLive: "polite" }) };
-  const about = node("div", { className: "about" }, node("h3", {}, name), example.sum, example.readout);
-  const card = node("article", { className: "example", tabIndex: 0 }, about, node("div", { className: "panels" }, ...panels.map((p) => node("figure", {}, p))));
+  const about = node("div", { className: "about" }, node("h3", {}, ...breakable(name)), example.sum, example.readout);
+  const card = node("article", { className: "example", tabIndex: 0, ariaLabel: name }, about, node("div", { className: "panels" }, ...panels.map((p) => node("figure", {}, p))));
   const point = (patch) => { if (patch !== example.patch) { example.patch = patch; drawExample(example); } };
   for (const panel of panels) {
     panel.onpointerdown = panel.onpointermove = (event) => point(patchUnder(event));
@@ -302,12 +309,11 @@ function drawImages() {
   if (!examples.length) return;
   const slot = slotOf(state.block), kept = M.blocks[slot], threshold = S.blocks[kept].threshold;
   const [low, high] = M.norm_range[slot];
-  const middle = (range) => decode(range, 127.5);
   const mark = threshold === null ? undefined : Math.log(threshold / low) / Math.log(high / low);
-  scaleBar(byId("norm-scale"), `Patch norm after block ${kept}`, "viridis", [low, middle([low, high]), high].map(number), mark);
+  scaleBar(byId("norm-scale"), `Patch norm, block ${kept}${threshold === null ? "" : `; outlier ≥ ${number(threshold)}`}`, "viridis", [low, Math.sqrt(low * high), high].map(number), mark);
   if (M.queries.length) {
-    const range = M.attention_range[state.query][slot];
-    scaleBar(byId("attention-scale"), "", "magma", [range[0], middle(range), range[1]].map(percent));
+    const most = M.attention_range[state.query][slot][1];
+    scaleBar(byId("attention-scale"), "", "magma", [0, most / 4, most].map(tickPercent));
   }
   byId("thinned").textContent = kept === state.block ? "" : `To keep this file small it holds the maps of some blocks only; these are of block ${kept}, the nearest.`;
   examples.forEach(drawExample);

@@ -1,0 +1,119 @@
+"""How often is the automatic threshold wrong? Planted outliers, and clean models on several kinds of pictures.
+
+    python benchmarks/threshold.py PHOTOGRAPHS [--num-images 24]
+
+Planted: in randomly initialised models of several families, tokens of random patches are scaled after a block to a
+multiple of the median norm. Recall and precision are of the planted patches, over all runs of a row. Clean: the same
+families untouched, as initialised and with every parameter perturbed; an alarm is a diagnosis with artifacts.
+"""
+
+import argparse
+import itertools
+from pathlib import Path
+
+import timm
+import torch
+
+import vitreg
+from vitreg.images import find_images, read_image
+
+FAMILIES = (
+    "vit_small_patch16_224",
+    "vit_base_patch14_dinov2",
+    "vit_small_patch14_reg4_dinov2",
+    "vit_small_patch16_dinov3_qkvb",
+    "deit3_small_patch16_224",
+    "vit_base_patch16_clip_quickgelu_224",
+    "vit_base_patch16_siglip_224",
+    "vit_medium_patch16_reg4_gap_256",
+    "vit_pwee_patch16_reg1_gap_256",
+    "eva02_tiny_patch14_224",
+)
+RATIOS, FRACTIONS = (3, 5, 10, 30), (0.001, 0.005, 0.02, 0.05)
+
+
+def random_model(family: str, seed: int, perturb: bool) -> vitreg.VisionTransformer:
+    torch.manual_seed(seed)
+    model = timm.create_model(family, img_size=224, depth=4)
+    if perturb:
+        with torch.no_grad():
+            for name, parameter in model.named_parameters():
+                parameter.add_(0.05 * torch.randn_like(parameter) + (0.3 if "gamma" in name else 0.0))
+    return vitreg.from_timm(model)
+
+
+def plant(vit, block: int, ratio: float, planted: torch.Tensor) -> None:
+    """Scale the tokens of `planted [B, N]` after a block to `ratio` times the median norm, give or take 10 %."""
+    jitter = 1 + 0.1 * (2 * torch.rand(planted.shape) - 1)
+
+    def hook(module, args, output):
+        num_prefix = output.shape[1] - planted.shape[1]
+        norms = output[:, num_prefix:].norm(dim=-1)
+        factor = torch.where(planted, ratio * norms.median() * jitter / norms, 1.0)
+        return torch.cat([output[:, :num_prefix], output[:, num_prefix:] * factor.unsqueeze(-1)], dim=1)
+
+    vit.blocks[block].register_forward_hook(hook)
+
+
+def photographs(folder: Path, num_images: int) -> torch.Tensor:
+    preprocess = vitreg.Preprocess(size=(224, 224))
+    paths = find_images(folder)
+    step = max(1, len(paths) // num_images)
+    return torch.stack([preprocess(read_image(path)) for path in paths[::step][:num_images]])
+
+
+def picture_kinds(photos: torch.Tensor) -> dict[str, torch.Tensor]:
+    generator = torch.Generator().manual_seed(0)
+    drawings = torch.full((12, 3, 224, 224), 2.4)
+    for image, line in itertools.product(drawings, range(6)):
+        row, column = torch.randint(0, 223, (2,), generator=generator).tolist()
+        image[:, row] = image[:, :, column] = -2.0 + 0.1 * line
+    return {
+        "photographs": photos,
+        "one photograph": photos[:1],
+        "line drawings": drawings,
+        "noise": torch.randn((8, 3, 224, 224), generator=generator),
+        "uniform colours": torch.randn((8, 3, 1, 1), generator=generator).expand(-1, -1, 224, 224),
+    }
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("photographs", type=Path)
+    parser.add_argument("--num-images", type=int, default=24)
+    args = parser.parse_args()
+    photos = photographs(args.photographs, args.num_images)
+
+    print("planted\nratio  share    found   recall  precision")
+    for ratio, fraction in itertools.product(RATIOS, FRACTIONS):
+        found = hits = marked = total = 0
+        for seed, family in enumerate(FAMILIES):
+            vit = random_model(family, seed, perturb=False)
+            grid = 224 // vit.config.patch_size
+            planted = torch.rand(len(photos), grid * grid, generator=torch.Generator().manual_seed(seed)) < fraction
+            plant(vit, 2, ratio, planted)
+            diagnosis = vitreg.diagnose(vit, photos, block=2, batch_size=len(photos), max_examples=0)
+            found += diagnosis.threshold is not None
+            total += int(planted.sum())
+            if diagnosis.threshold is not None:
+                with torch.inference_mode():
+                    marks = vit.trace(photos).patch_norms[2].flatten(1) >= diagnosis.threshold
+                hits += int((marks & planted).sum())
+                marked += int(marks.sum())
+        precision = hits / marked if marked else float("nan")
+        print(
+            f"{ratio:>4} x {fraction:7.1%} {found:>3}/{len(FAMILIES)}   {hits / total:6.4f}  {precision:6.4f}", flush=True
+        )
+
+    print("\nclean\npictures          alarms")
+    for kind, images in picture_kinds(photos).items():
+        alarms = runs = 0
+        for (seed, family), perturb in itertools.product(enumerate(FAMILIES), (False, True)):
+            diagnosis = vitreg.diagnose(random_model(family, seed, perturb), images, max_examples=0)
+            alarms += diagnosis.has_artifacts
+            runs += 1
+        print(f"{kind:<16} {alarms:>3} of {runs}", flush=True)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,226 @@
+"""Parity with timm: the same weights, the same images, timm run in the same test."""
+
+from __future__ import annotations
+
+import pytest
+import timm
+import torch
+from peers import TOLERANCE, error, errors, perturb, pictures, timm_model
+from torch import nn
+
+from vitreg import CheckpointError, from_timm
+
+# One of each way to build a Vision Transformer, with what timm must be told beyond its own defaults.
+FAMILIES = {
+    "augreg": ("vit_small_patch16_224", {}),
+    "augreg_patch8": ("vit_small_patch8_224", dict(img_size=64)),
+    "augreg_nonsquare": ("vit_small_patch16_224", dict(img_size=(96, 160))),
+    "mae": ("vit_base_patch16_224", dict(num_classes=0)),
+    "mae_finetuned": ("vit_base_patch16_224", dict(global_pool="avg")),
+    "deit": ("deit_small_patch16_224", {}),
+    "deit3": ("deit3_small_patch16_224", {}),
+    "deit3_patch14": ("deit3_huge_patch14_224", dict(img_size=98)),
+    "dinov2": ("vit_small_patch14_dinov2", dict(img_size=98)),
+    "dinov2_reg": ("vit_small_patch14_reg4_dinov2", dict(img_size=98)),
+    "dinov2_swiglu": ("vit_giant_patch14_dinov2", dict(img_size=98)),
+    "dinov2_swiglu_reg": ("vit_giant_patch14_reg4_dinov2", dict(img_size=98)),
+    "dinov3": ("vit_small_patch16_dinov3", {}),
+    "dinov3_token": ("vit_small_patch16_dinov3", dict(global_pool="token")),
+    "dinov3_qkvb": ("vit_small_patch16_dinov3_qkvb", {}),
+    "dinov3_plus": ("vit_small_plus_patch16_dinov3_qkvb", {}),
+    "dinov3_huge_plus": ("vit_huge_plus_patch16_dinov3_qkvb", {}),
+    "clip": ("vit_base_patch16_clip_224", {}),
+    "clip_quickgelu": ("vit_base_patch16_clip_quickgelu_224", {}),
+    "clip_patch32": ("vit_base_patch32_clip_256", {}),
+    "siglip": ("vit_base_patch16_siglip_224", {}),
+    "siglip_gap": ("vit_base_patch16_siglip_gap_224", {}),
+    "siglip2": ("vit_giantopt_patch16_siglip_256", {}),
+    "siglip_so400m": ("vit_so400m_patch14_siglip_378", dict(img_size=126)),
+    "sbb_reg1": ("vit_wee_patch16_reg1_gap_256", {}),
+    "sbb_reg4": ("vit_medium_patch16_reg4_gap_256", {}),
+    "sbb_parallel": ("vit_pwee_patch16_reg1_gap_256", {}),
+    "sbb_map": ("vit_so150m_patch16_reg4_map_256", {}),
+    "sbb_rope": ("vit_medium_patch16_rope_reg1_gap_256", {}),
+    "sbb_rope_reg4": ("vit_betwixt_patch16_rope_reg4_gap_256", {}),
+    "rope": ("vit_small_patch16_rope_224", {}),
+    "rope_ape": ("vit_small_patch16_rope_ape_224", {}),
+    "eva02": ("eva02_small_patch14_224", {}),
+    "eva02_norms": ("eva02_large_patch14_224", {}),
+    "eva_clip": ("eva02_base_patch16_clip_224", {}),
+    "pe_spatial": ("vit_pe_spatial_small_patch16_512", dict(img_size=128)),
+    "tipsv2": ("vit_base_patch14_reg1_tipsv2", dict(img_size=98)),
+    "qk_norm": ("vit_small_patch16_224", dict(qk_norm=True, init_values=1e-5)),
+    "reg_with_positions": ("vit_small_patch16_224", dict(reg_tokens=3)),
+}
+HAS_HEAD = {name for name, (_, options) in FAMILIES.items() if options.get("num_classes") != 0}
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_tokens_pooled_feature_and_logits_equal_timms(family):
+    architecture, options = FAMILIES[family]
+    model = timm_model(architecture, **options)
+    vit = from_timm(model)
+    patch, (height, width) = vit.config.patch_size, vit.config.image_size
+    larger = (height + 3 * patch, width + 3 * patch)
+    for size in ((height, width), larger, (height + patch, width - 2 * patch), (2 * patch, 3 * patch)):
+        found = errors(vit, model, pictures(*size))
+        assert ("logits" in found) == (family in HAS_HEAD)
+        assert ("registers" in found) == bool(vit.num_registers)
+        assert max(found.values()) <= TOLERANCE, (size, found)
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+@torch.no_grad()
+def test_every_parameter_counts(family):
+    """Guards the test above: a weight that no output depends on could be converted wrongly without a trace."""
+    architecture, options = FAMILIES[family]
+    model = timm_model(architecture, **options)
+    images = pictures(4 * timm_patch(model), batch=1)
+
+    def outputs():
+        sequence = model.forward_features(images)
+        return sequence, model.forward_head(sequence)
+
+    before = outputs()
+    for name, parameter in model.named_parameters():
+        if name.endswith("k_norm.bias") and getattr(model, "rope", None) is None:
+            continue  # without RoPE it adds the same to every logit of a row
+        kept = parameter.clone()
+        parameter.add_(0.1 * torch.randn_like(parameter))
+        assert max(map(error, outputs(), before)) > 10 * TOLERANCE, name
+        parameter.copy_(kept)
+
+
+def timm_patch(model) -> int:
+    return model.patch_embed.patch_size[0]
+
+
+# What vitreg refuses: the pattern in the message, and every architecture of timm 1.0.31 that it is for.
+REFUSED = {
+    "a norm in its patch embedding": "aimv2_",
+    "registers in its pooling": "test_vit3",
+    "RMSNorm": "test_vit4|_xp_|_sapiens2",
+    "blocks of type": "_18x2_|_rpn_|vit_dpwee|eva02_enormous",
+    "attention DiffAttention": "vit_dlittle|vit_dwee",
+    "RotaryEmbeddingMixed": "_rope_mixed_",
+    "an attention pool unlike SigLIP's": "vit_pe_core_gigantic",
+    "a class token in its attention pool": "vit_pe_core_",
+    "VisionTransformerDistilled": "_distilled_",
+}
+ARCHITECTURES = [
+    name for module in ("vision_transformer", "eva", "deit") for name in timm.list_models(module=module)
+]
+
+
+def expected_refusal(architecture: str) -> str | None:
+    return next(
+        (why for why, names in REFUSED.items() if any(part in architecture for part in names.split("|"))), None
+    )
+
+
+@pytest.mark.parametrize("architecture", ARCHITECTURES)
+def test_every_timm_architecture_is_equal_or_refused(architecture):
+    side = 4 * (14 if "patch14" in architecture else 32 if "patch32" in architecture else 16)
+    options = dict(depth=2, embed_dim=48, num_heads=3, num_classes=5, img_size=side, dynamic_img_size=True)
+    if "sapiens2" in architecture:
+        options.update(num_kv_heads=3)
+    model = perturb(timm.create_model(architecture, **options))
+    if (why := expected_refusal(architecture)) is not None:
+        with pytest.raises(CheckpointError, match=why):
+            from_timm(model)
+        return
+    vit = from_timm(model)
+    assert vit.config.architecture == architecture
+    found = errors(vit, model, pictures(side, side + 2 * timm_patch(model), batch=1))
+    assert max(found.values()) <= TOLERANCE, found
+
+
+FULL_SIZE = {
+    "vit_small_patch16_224": {},
+    "deit3_small_patch16_224": {},
+    "vit_small_patch16_dinov3_qkvb": {},
+    "vit_medium_patch16_reg4_gap_256": {},
+    "vit_base_patch14_reg4_dinov2": dict(img_size=224),
+    "vit_base_patch16_clip_quickgelu_224": {},
+    "vit_base_patch16_siglip_224": {},
+}
+
+
+@pytest.mark.parametrize("architecture", FULL_SIZE)
+def test_full_size_models_equal_timms(architecture):
+    model = perturb(timm.create_model(architecture, num_classes=10, **FULL_SIZE[architecture]))
+    vit = from_timm(model)
+    found = errors(vit, model, pictures(*vit.config.image_size, batch=1))
+    assert max(found.values()) <= 1e-4, found
+
+
+@pytest.mark.parametrize(("dtype", "precision"), [(torch.bfloat16, 2**-8), (torch.float16, 2**-11)])
+@pytest.mark.parametrize("family", ["deit3", "dinov3_plus", "siglip", "sbb_reg4"])
+def test_half_precision_is_as_close_to_float32_as_timms(family, dtype, precision):
+    architecture, options = FAMILIES[family]
+    model, images = timm_model(architecture, **options), pictures(96)
+    vit = from_timm(model)
+    with torch.no_grad():
+        expected = vit(images).patches
+        model.to(dtype)
+        ours = from_timm(model)(images).patches
+        theirs = model.forward_features(images.to(dtype))[:, model.num_prefix_tokens :]
+    assert ours.dtype == dtype
+    assert error(ours, expected) <= min(16 * precision, 2 * error(theirs, expected))
+
+
+def test_the_original_is_left_untouched_and_shares_no_memory():
+    model, images = timm_model("vit_small_patch14_reg4_dinov2", img_size=98), pictures(98)
+    before = {name: tensor.clone() for name, tensor in model.state_dict().items()}
+    vit = from_timm(model)
+    expected = model(images)
+    with torch.no_grad():
+        for parameter in vit.parameters():
+            parameter.fill_(7.0)
+    assert all(torch.equal(tensor, before[name]) for name, tensor in model.state_dict().items())
+    assert torch.equal(model(images), expected)
+
+
+def test_a_fine_tuned_model_without_pretrained_cfg_converts():
+    model = perturb(timm.models.vision_transformer.VisionTransformer(
+        img_size=64, patch_size=16, embed_dim=96, depth=2, num_heads=3, num_classes=3, drop_rate=0.5,
+        drop_path_rate=0.5, attn_drop_rate=0.5, dynamic_img_size=True,
+    )).train()  # fmt: skip
+    vit = from_timm(model)
+    assert not vit.training
+    assert max(errors(vit, model.eval(), pictures(64, 96)).values()) <= TOLERANCE
+
+
+def test_the_config_says_where_the_weights_are_from():
+    model = timm.create_model("vit_small_patch14_reg4_dinov2.lvd142m", depth=1, img_size=224)
+    vit = from_timm(model)
+    assert (vit.config.name, vit.config.architecture) == (
+        "vit_small_patch14_reg4_dinov2.lvd142m",
+        "vit_small_patch14_reg4_dinov2",
+    )
+    assert (vit.num_registers, vit.preprocess.size, vit.preprocess.multiple_of) == (4, (224, 224), 14)
+    assert vit.preprocess.mean == (0.485, 0.456, 0.406)
+
+
+def test_a_model_without_memory_converts_with_its_rope():
+    with torch.device("meta"):
+        model = timm.create_model("vit_small_patch16_dinov3_qkvb")
+    vit = from_timm(model)
+    assert all(parameter.is_meta for parameter in vit.parameters())
+    assert vit.config.rope == from_timm(timm.create_model("vit_small_patch16_dinov3_qkvb", depth=1)).config.rope
+
+
+@pytest.mark.parametrize(
+    ("model", "why"),
+    [
+        (lambda: nn.Linear(2, 2), "Linear is not a timm VisionTransformer .* from_transformers"),
+        (lambda: timm.create_model("resnet18"), "ResNet is not a timm VisionTransformer"),
+        (lambda: timm_model("vit_small_patch16_224", in_chans=4), "4 input channels"),
+        (lambda: timm_model("vit_small_patch16_224", patch_size=(8, 16)), r"patches of \(8, 16\) pixels"),
+        (lambda: timm_model("vit_small_patch16_224", act_layer=nn.ReLU), "the activation ReLU"),
+    ],
+    ids=["linear", "resnet", "channels", "patches", "activation"],
+)
+def test_what_is_not_implemented_is_refused_by_name(model, why):
+    with pytest.raises(CheckpointError, match=why):
+        from_timm(model())
