@@ -19,8 +19,8 @@ MAX_FRACTION = 0.2
 MIN_FRACTION, MIN_TOKENS = 1e-4, 3
 """A smaller share, or fewer tokens, are no mode but the end of a tail."""
 
-MAX_VALLEY = 0.5
-"""Density at the cut, as a share of the upper mode's peak."""
+MAX_VALLEY, MAX_VALLEY_CHANCE = 0.5, 0.05
+"""Density at the cut as a share of the upper mode's peak, and the chance of so empty a cut without a valley."""
 
 MIN_EXCESS, MAX_CHANCE = 4.0, 1e-4
 """How many times more tokens lie above the cut than the lower mode's tail explains, and the chance of that many."""
@@ -28,8 +28,8 @@ MIN_EXCESS, MAX_CHANCE = 4.0, 1e-4
 WINDOW = BINS_PER_OCTAVE // 4
 """Densities are taken over a quarter of an octave."""
 
-TAIL = 0.1
-"""The upper part of the lower mode whose decay is extrapolated."""
+TAIL, MIN_TAIL = 0.02, 20
+"""The upper part of the lower mode whose decay is extrapolated: a share, but at least so many tokens."""
 
 
 @dataclass(frozen=True)
@@ -93,12 +93,13 @@ def two_modes(axis: LogAxis, counts: NDArray[np.int64]) -> int | None:
     1. are at least `MIN_TOKENS` and `MIN_FRACTION`, and at most `MAX_FRACTION` of all;
     2. have a median of at least `MIN_RATIO` times the median of all;
     3. form a mode of their own: the density at the cut is at most `MAX_VALLEY` of the density at their peak;
-    4. are no tail of the lower mode: an exponential fitted to its upper tenth (which decays more slowly than a normal
-       distribution does) would leave `MIN_EXCESS` times fewer of them, and so many by chance less often than
+    4. are no tail of the lower mode: an exponential fitted to its end (which decays more slowly than a normal distribution) would leave `MIN_EXCESS` times fewer of them, and so many by chance less often than
        `MAX_CHANCE`.
 
     Of the accepted cuts the middle of the emptiest stretch is taken. `docs/diagnosis.md` has the measured error rates.
     """
+    from scipy.special import pdtr
+
     total = int(counts.sum())
     if total == 0:
         return None
@@ -115,22 +116,34 @@ def two_modes(axis: LogAxis, counts: NDArray[np.int64]) -> int | None:
         upper[edge:] = counts[edge:]
         if axis.quantile(upper, 0.5) < MIN_RATIO * median:
             continue
-        valley = density[edge] / density[edge + WINDOW // 2 :].max(initial=1.0)
-        if valley <= MAX_VALLEY and _exceeds_tail(counts[:edge], int(above)):
+        peak = density[edge + WINDOW // 2 :].max(initial=1.0)
+        valley = density[edge] / peak
+        # With few tokens a valley may be chance: the density of the peak would have to leave it so rarely.
+        if valley > MAX_VALLEY or pdtr(density[edge], peak) > MAX_VALLEY_CHANCE:
+            continue
+        if _exceeds_tail(counts[:edge], int(above)):
             accepted[step] = valley
     return _middle_of_emptiest(accepted)
 
 
 def _exceeds_tail(lower: NDArray[np.int64], above: int) -> bool:
-    """Whether more tokens lie above a cut than the exponential tail of those below it leads one to expect."""
+    """Whether more tokens lie above a cut than the exponential tail of those below it leads one to expect.
+
+    The tail ends at the cut, so it is fitted as a truncated exponential: on a length of x decay lengths, the mean is
+    `1/x - 1/(e^x - 1)` of the length (maximum likelihood), and one token in `e^x - 1` is expected beyond the cut.
+    """
     from scipy.special import pdtrc
 
     from_top = np.cumsum(lower[::-1])
-    length = int(np.searchsorted(from_top, TAIL * from_top[-1])) + 1
+    wanted = max(TAIL * from_top[-1], min(MIN_TAIL, from_top[-1]))
+    length = int(np.searchsorted(from_top, wanted)) + 1
     tail = lower[len(lower) - length :]
-    # The tail is cut off where the outliers begin, which makes its mean excess a little small: at least one step.
-    mean_excess = max(float((tail * (np.arange(length) + 0.5)).sum() / tail.sum()), BINS_PER_STEP)
-    expected = float(tail.sum() * np.exp(-length / mean_excess))
+    mean = float((tail * (np.arange(length) + 0.5)).sum() / tail.sum()) / length
+    if mean >= 0.5:
+        return False  # no decay before the cut
+    decays = np.geomspace(1e-3, 500, 2000)
+    x = float(np.interp(-mean, -(1 / decays - 1 / np.expm1(decays)), decays))
+    expected = float(tail.sum() / np.expm1(x))
     return above >= MIN_EXCESS * expected and float(pdtrc(above - 1, expected)) < MAX_CHANCE
 
 

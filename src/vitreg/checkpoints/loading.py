@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
+import json
 import os
 import socket
 from collections.abc import Iterator
@@ -20,7 +21,7 @@ from vitreg.checkpoints.open_clip import from_open_clip
 from vitreg.checkpoints.state import CheckpointError, build
 from vitreg.checkpoints.state_dict import from_state_dict
 from vitreg.checkpoints.timm import from_timm
-from vitreg.checkpoints.transformers import from_transformers
+from vitreg.checkpoints.transformers import from_transformers, preprocess_from_processor
 from vitreg.model import Preprocess, VisionTransformer
 
 WEIGHT_FILES = (".safetensors", ".pth", ".pt", ".bin", ".ckpt")
@@ -112,7 +113,8 @@ def _from_file(path: Path, architecture: str | None, name: str) -> VisionTransfo
             f"{path} does not say which architecture it is; give one, for example "
             f"architecture='vit_base_patch16_224' (on the command line --architecture)"
         )
-    vit = from_state_dict(state, architecture, source=str(path))
+    kwargs = json.loads(metadata.get("kwargs", "{}"))  # what `save(format="timm")` built timm's model with
+    vit = from_state_dict(state, architecture, source=str(path), model_kwargs=kwargs)
     preprocess = _stored_preprocess(metadata, vit.preprocess)
     vit.config = dataclasses.replace(vit.config, preprocess=preprocess, name=name)
     return vit
@@ -173,22 +175,27 @@ def _from_timm_name(name: str) -> VisionTransformer:
 
 def _from_hub(repository: str) -> VisionTransformer:
     try:
-        from transformers import AutoModel, AutoModelForImageClassification
+        import transformers
     except ImportError as error:
         raise CheckpointError(
             f'loading {repository} needs transformers: pip install "vitreg[transformers]", or use a timm name'
         ) from error
     try:
-        from transformers import AutoConfig
-
         with _reachable_hub():
-            config = AutoConfig.from_pretrained(repository)
-            classifier = any("ForImageClassification" in a for a in config.architectures or ())
-            auto = AutoModelForImageClassification if classifier else AutoModel
-            model = auto.from_pretrained(repository)
+            config = transformers.AutoConfig.from_pretrained(repository)
+            # The class that was saved keeps its head: AutoModel would drop a classifier or CLIP's projection.
+            saved = next(iter(config.architectures or ()), "")
+            model = getattr(transformers, saved, transformers.AutoModel).from_pretrained(repository)
+            processor = transformers.utils.cached_file(
+                repository, "preprocessor_config.json", _raise_exceptions_for_missing_entries=False
+            )
     except Exception as error:
         raise _download_error(repository, error) from error
-    return from_transformers(model)
+    vit = from_transformers(model)
+    if processor is not None:
+        preprocess = preprocess_from_processor(json.loads(Path(processor).read_text()), vit.config.patch_size)
+        vit.config = dataclasses.replace(vit.config, preprocess=preprocess)
+    return vit
 
 
 def _from_open_clip_name(source: str) -> VisionTransformer:

@@ -20,7 +20,13 @@ from vitreg.model import PositionInterpolation, VisionTransformer
 DINOV2_POSITIONS = PositionInterpolation("bicubic", antialias=False, offset=0.1)
 
 
-def from_state_dict(state: Mapping[str, Any], architecture: str, *, source: str = "the state dict") -> VisionTransformer:
+def from_state_dict(
+    state: Mapping[str, Any],
+    architecture: str,
+    *,
+    source: str = "the state dict",
+    model_kwargs: Mapping[str, Any] | None = None,
+) -> VisionTransformer:
     """A model from weights in memory.
 
     The names of the weights may be those of timm or of the official repositories of DINO, DINOv2, DINOv3, DeiT,
@@ -31,6 +37,7 @@ def from_state_dict(state: Mapping[str, Any], architecture: str, *, source: str 
         state: names to tensors.
         architecture: timm's name (`vit_large_patch14_reg4_dinov2`, a tag may follow) or a short name of `vitreg models`.
         source: what to call the weights in a message.
+        model_kwargs: for `timm.create_model`, where the model departs from its architecture.
 
     Raises:
         CheckpointError: the architecture is unknown or does not fit; names at most five missing and unexpected keys.
@@ -52,7 +59,7 @@ def from_state_dict(state: Mapping[str, Any], architecture: str, *, source: str 
         weights = {k: v for k, v in weights.items() if not k.startswith("decoder_") and k != "mask_token"}
     if dialect == "DINOv3" and not base.endswith("_qkvb") and timm.is_model(f"{base}_qkvb"):
         name = base = f"{base}_qkvb"  # the architectures without suffix drop biases that the official weights have
-    model = _meta_model(name, base, weights)
+    model = _meta_model(name, base, weights, dict(model_kwargs or {}))
     translated = _translate(weights, model, source)
     check_keys(translated, model.state_dict(), source)
     try:
@@ -78,7 +85,7 @@ def _dialect(weights: Mapping[str, Tensor]) -> str:
     return "timm"
 
 
-def _meta_model(name: str, base: str, weights: Mapping[str, Tensor]) -> Any:
+def _meta_model(name: str, base: str, weights: Mapping[str, Tensor], model_kwargs: dict[str, Any]) -> Any:
     """timm's model without memory for weights, of the size and with the head of this state dict."""
     import timm
 
@@ -90,6 +97,7 @@ def _meta_model(name: str, base: str, weights: Mapping[str, Tensor]) -> Any:
         options["num_classes"] = head.shape[0] if "head.weight" in weights else head.shape[1]
     if "dinov3" in base and not options["num_classes"]:
         options["global_pool"] = "token"  # what DINOv3 itself reads; timm's default is the mean
+    options |= model_kwargs
     known = name if timm.models.is_model_pretrained(name) else base
     with torch.device("meta"):
         model = timm.create_model(known, **options)
@@ -97,7 +105,8 @@ def _meta_model(name: str, base: str, weights: Mapping[str, Tensor]) -> Any:
         if positions is not None and model.pos_embed is not None:
             side = _grid_side(positions.shape[-2])
             if side and side != model.patch_embed.grid_size[0]:
-                model = timm.create_model(known, img_size=side * model.patch_embed.patch_size[0], **options)
+                options["img_size"] = side * model.patch_embed.patch_size[0]
+                model = timm.create_model(known, **options)
     return model
 
 
