@@ -21,8 +21,8 @@ TOLERANCE = 1e-5
 def perturb(model: nn.Module, seed: int = 0) -> nn.Module:
     """Move every parameter away from its initial value, so that none can be lost or swapped unnoticed.
 
-    Zero biases, unit norms, LayerScale of 1e-5 and equal registers would hide each other. Matrices keep a gain of
-    about one, so that the softmax stays smooth and float32 errors small.
+    Zero biases, unit norms, LayerScale of 1e-5 and equal registers would hide each other. Matrices keep a
+    gain of about one, so that the softmax stays smooth and float32 errors small.
     """
     generator = torch.Generator().manual_seed(seed)
     with torch.no_grad():
@@ -75,12 +75,12 @@ def token_errors(tokens: Tokens, sequence: Tensor, model: Any) -> dict[str, floa
 
 @torch.no_grad()
 def errors(vit: Any, model: Any, images: Tensor) -> dict[str, float]:
-    """Error of everything that a timm model returns: each kind of token, the pooled feature and the logits."""
+    """Error of everything that a timm model returns: every kind of token, pooled feature, logits."""
     tokens, sequence = vit(images), model.forward_features(images)
     found = token_errors(tokens, sequence, model)
     found["pooled"] = error(vit.pool(tokens), model.forward_head(sequence, pre_logits=True))
     if vit.head is not None:
-        found["logits"] = error(vit.classify(images), model(images))
+        found["logits"] = error(vit.classify(images), model.forward_head(sequence))
     return found
 
 

@@ -39,7 +39,9 @@ class Armed:
 def test_code_in_a_pickle_does_not_run(tmp_path, wrap, zipped):
     file, trace = tmp_path / "model.pth", tmp_path / "ran"
     torch.save(wrap(Armed(trace)), file, _use_new_zipfile_serialization=zipped)
-    with pytest.raises(CheckpointError, match=r"model\.pth holds Python objects besides tensors.*\.safetensors"):
+    with pytest.raises(
+        CheckpointError, match=r"model\.pth holds Python objects besides tensors.*\.safetensors"
+    ):
         read_weights(file)
     assert not trace.exists()
     torch.load(file, weights_only=False)
@@ -60,7 +62,12 @@ def test_code_in_a_plain_pickle_does_not_run(tmp_path):
 @pytest.mark.parametrize("zipped", [True, False], ids=["zip", "legacy"])
 def test_training_scripts_keep_their_arguments_beside_the_weights(tmp_path, suffix, zipped):
     file = tmp_path / f"checkpoint{suffix}"
-    content = {"model": WEIGHTS, "args": argparse.Namespace(lr=1e-3, blr=None), "epoch": 7, "scaler": {"scale": 1.0}}
+    content = {
+        "model": WEIGHTS,
+        "args": argparse.Namespace(lr=1e-3, blr=None),
+        "epoch": 7,
+        "scaler": {"scale": 1.0},
+    }
     torch.save(content, file, _use_new_zipfile_serialization=zipped)
     state, metadata = read_weights(file)
     same(state, WEIGHTS)
@@ -100,7 +107,11 @@ def test_a_truncated_legacy_file(tmp_path, part):
 @pytest.mark.parametrize("suffix", [".safetensors", ".pth", ".bin"])
 @pytest.mark.parametrize(
     "content",
-    [b"version https://git-lfs.github.com/spec/v1\noid sha256:0\nsize 22883188\n", b"<!DOCTYPE html>", b"Entry not found"],
+    [
+        b"version https://git-lfs.github.com/spec/v1\noid sha256:0\nsize 22883188\n",
+        b"<!DOCTYPE html>",
+        b"Entry not found",
+    ],
     ids=["git-lfs pointer", "html", "text"],
 )
 def test_text_in_place_of_weights(tmp_path, suffix, content):

@@ -9,11 +9,11 @@ from pathlib import Path
 import pytest
 import timm
 import torch
-from peers import TOLERANCE, error, perturb, pictures
 from PIL import Image
 from safetensors.torch import save_file
 
 import vitreg
+from peers import TOLERANCE, error, perturb, pictures
 from vitreg import CheckpointError, load
 from vitreg.model import PositionInterpolation
 
@@ -67,12 +67,14 @@ def model_and_file(path: Path, architecture: str = TIMM_NAME, metadata: dict | N
 @torch.no_grad()
 def same(vit, model, *size: int) -> None:
     images = pictures(*(size or (224,)), batch=1)
-    assert error(vit(images).patches, model.forward_features(images)[:, model.num_prefix_tokens :]) <= TOLERANCE
+    assert (
+        error(vit(images).patches, model.forward_features(images)[:, model.num_prefix_tokens :]) <= TOLERANCE
+    )
     if model.num_classes:
         assert error(vit.classify(images), model(images)) <= TOLERANCE
 
 
-# --- the folder -----------------------------------------------------------------------------------------------------
+# --- the folder -----------------------------------------------------------------------------------
 
 
 @pytest.mark.usefixtures("narrow")
@@ -104,7 +106,9 @@ def test_a_hub_repository_in_the_folder(folder, file):
     model = model_and_file(folder / f"{file}.safetensors", metadata={"architecture": "vit_tiny_patch16_224"})
     same(load("owner/name"), model)
     model = model_and_file(folder / f"{file}.safetensors", metadata=None)
-    with pytest.raises(CheckpointError, match=r"name\.safetensors does not say which architecture it is; give one"):
+    with pytest.raises(
+        CheckpointError, match=r"name\.safetensors does not say which architecture it is; give one"
+    ):
         load("owner/name")
     same(load("owner/name", architecture="vit_tiny_patch16_224"), model)
 
@@ -140,7 +144,11 @@ def test_files_as_the_download_pages_name_them(tmp_path, file, architecture, rul
 @pytest.mark.usefixtures("narrow")
 def test_metadata_of_a_file_is_used(tmp_path):
     file = tmp_path / "mine.safetensors"
-    for mean, std in (("0.5", "0.25"), ("0.5,0.5,0.5", "0.25, 0.25, 0.25"), ("[0.5, 0.5, 0.5]", "(0.25 0.25 0.25)")):
+    for mean, std in (
+        ("0.5", "0.25"),
+        ("0.5,0.5,0.5", "0.25, 0.25, 0.25"),
+        ("[0.5, 0.5, 0.5]", "(0.25 0.25 0.25)"),
+    ):
         metadata = {"architecture": "deit_tiny_patch16_224", "mean": mean, "std": std}
         model = model_and_file(file, "deit_tiny_patch16_224", metadata)
         vit = load(str(file))
@@ -177,7 +185,7 @@ def test_device_and_dtype(folder):
     assert load(TIMM_NAME, device=torch.device("cpu")).patch_embed.weight.dtype == torch.float32
 
 
-# --- names that do not exist, and no network ------------------------------------------------------------------------
+# --- names that do not exist, and no network ------------------------------------------------------
 
 
 @pytest.mark.parametrize(
@@ -195,7 +203,9 @@ def test_misspelt_names_get_the_nearest_ones(typed, meant):
 
 
 def test_nonsense_is_sent_to_the_list_of_names():
-    with pytest.raises(CheckpointError, match="no checkpoint or architecture is called 'qqqqqqqqqqqq'; `vitreg models`"):
+    with pytest.raises(
+        CheckpointError, match="no checkpoint or architecture is called 'qqqqqqqqqqqq'; `vitreg models`"
+    ):
         load("qqqqqqqqqqqq")
 
 
@@ -205,7 +215,9 @@ def test_a_missing_file_is_not_taken_for_a_name():
 
 
 @pytest.mark.usefixtures("narrow")
-@pytest.mark.parametrize("source", ["augreg_vit_ti16", TIMM_NAME, "dinov2_vits14", "dinov3_vits16", "clip_vit_b32"])
+@pytest.mark.parametrize(
+    "source", ["augreg_vit_ti16", TIMM_NAME, "dinov2_vits14", "dinov3_vits16", "clip_vit_b32"]
+)
 def test_without_a_network_the_error_comes_at_once_and_names_the_folder(source):
     from huggingface_hub import constants
 
@@ -214,7 +226,7 @@ def test_without_a_network_the_error_comes_at_once_and_names_the_folder(source):
         load(source)
     assert time.monotonic() - began < 10
     assert "\n" not in str(caught.value)
-    assert constants.HF_HUB_OFFLINE == offline
+    assert offline == constants.HF_HUB_OFFLINE
 
 
 def test_an_architecture_without_weights_is_refused():
@@ -222,7 +234,7 @@ def test_an_architecture_without_weights_is_refused():
         load("vit_small_patch16_36x1_224")
 
 
-# --- the download path ----------------------------------------------------------------------------------------------
+# --- the download path ----------------------------------------------------------------------------
 
 
 @pytest.fixture
@@ -248,7 +260,12 @@ def hub(monkeypatch, tmp_path):
         ("dino_vits16", "vit_small_patch16_224.dino", DINO_RULE, {}),
         ("dinov2_vits14", "vit_small_patch14_dinov2.lvd142m", DINO_RULE, {}),
         ("dinov2_vits14_reg", "vit_small_patch14_reg4_dinov2.lvd142m", PositionInterpolation(), {}),
-        ("dinov3_vits16", "vit_small_patch16_dinov3_qkvb.lvd1689m", PositionInterpolation(), {"global_pool": "token"}),
+        (
+            "dinov3_vits16",
+            "vit_small_patch16_dinov3_qkvb.lvd1689m",
+            PositionInterpolation(),
+            {"global_pool": "token"},
+        ),
         ("deit3_small_patch16_224", "deit3_small_patch16_224.fb_in1k", PositionInterpolation(), {}),
     ],
 )
@@ -270,7 +287,7 @@ def test_a_damaged_download_is_one_line(hub, narrow):
     assert "\n" not in str(caught.value)
 
 
-# --- the real thing -------------------------------------------------------------------------------------------------
+# --- the real thing -------------------------------------------------------------------------------
 
 
 def test_the_real_vit_tiny_equals_timm_on_real_photographs(tiny_vit, test_data, photographs):

@@ -1,7 +1,7 @@
 """State dicts as the official repositories write them.
 
-Each is made from a timm model by renaming its weights to the repository's names, rule by rule, so that timm's own
-class with the original weights says what the features must be.
+Each is made from a timm model by renaming its weights to the repository's names, rule by rule, so that timm's
+own class with the original weights says what the features must be.
 """
 
 from __future__ import annotations
@@ -13,9 +13,9 @@ import pytest
 import timm
 import torch
 import torch.nn.functional as F
-from peers import TOLERANCE, error, perturb, pictures, token_errors
 from torch import Tensor
 
+from peers import TOLERANCE, error, perturb, pictures, token_errors
 from vitreg import CheckpointError, from_state_dict, from_timm
 
 State = dict[str, Tensor]
@@ -49,7 +49,7 @@ def check(vit, model, images: Tensor, tolerance: float = TOLERANCE) -> None:
     assert max(found.values()) <= tolerance, found
 
 
-# --- DINOv2 ---------------------------------------------------------------------------------------------------------
+# --- DINOv2 ---------------------------------------------------------------------------------------
 
 
 def dinov2_state(model) -> State:
@@ -98,7 +98,7 @@ def with_official_positions(model, architecture: str, height: int, width: int, *
 
 @pytest.mark.parametrize("size", [(98, 98), (224, 224), (154, 238), (560, 532)])
 def test_dinov2_resizes_positions_as_the_official_repository(size):
-    """D7: a scale factor with offset 0.1 and no antialiasing is visible in the features (transformers #32175)."""
+    """D7: a scale factor with offset 0.1 without antialiasing shows in the features (transformers #32175)."""
     model = small("vit_small_patch14_dinov2")
     vit = from_state_dict(dinov2_state(model), "vit_small_patch14_dinov2")
     images = pictures(*size, batch=1)
@@ -116,7 +116,7 @@ def test_dinov2_equals_timm_at_its_own_size():
 
 @pytest.mark.parametrize("size", [(98, 98), (154, 238)])
 def test_dinov2_with_registers_resizes_positions_with_antialiasing(size):
-    """`hub/backbones.py`: interpolate_offset=0.0 and interpolate_antialias=True for the `_reg` models: timm's rule."""
+    """`hub/backbones.py`: offset 0.0 and antialias True for the `_reg` models, which is timm's rule."""
     model = small("vit_small_patch14_reg4_dinov2")
     vit = from_state_dict(dinov2_state(model), "dinov2_vits14_reg")
     assert vit.num_registers == 4
@@ -138,7 +138,7 @@ def test_dinov2_of_another_training_size():
     check(vit, model, pictures(224, batch=1))
 
 
-# --- DINO -----------------------------------------------------------------------------------------------------------
+# --- DINO -----------------------------------------------------------------------------------------
 
 
 def test_dino_by_its_short_name_resizes_positions_as_the_official_repository():
@@ -163,7 +163,7 @@ def test_dino_training_checkpoint_gives_the_teacher():
     check(from_state_dict(checkpoint, "vit_small_patch16_224"), teacher, pictures(224, batch=1))
 
 
-# --- DINOv3 ---------------------------------------------------------------------------------------------------------
+# --- DINOv3 ---------------------------------------------------------------------------------------
 
 
 def dinov3_state(model, architecture: str) -> State:
@@ -181,10 +181,9 @@ def dinov3_state(model, architecture: str) -> State:
         elif key.endswith("attn.v_bias"):
             continue
         state[key] = tensor
-    state = renamed(
-        state, (r"gamma_(\d)", r"ls\1.gamma"), ("^reg_token$", "storage_tokens"),
-        (r"mlp\.fc1_g", "mlp.w1"), (r"mlp\.fc1_x", "mlp.w2"), (r"mlp\.fc2", "mlp.w3") if "plus" in architecture else ("^$", ""),
-    )  # fmt: skip
+    state = renamed(state, (r"gamma_(\d)", r"ls\1.gamma"), ("^reg_token$", "storage_tokens"))
+    if "plus" in architecture:  # SwiGLU
+        state = renamed(state, (r"mlp\.fc1_g", "mlp.w1"), (r"mlp\.fc1_x", "mlp.w2"), (r"mlp\.fc2", "mlp.w3"))
     state["rope_embed.periods"] = model.rope.periods.to(torch.bfloat16)
     state["mask_token"] = torch.randn(1, model.embed_dim)
     state["local_cls_norm.weight"] = torch.randn(model.embed_dim)
@@ -207,7 +206,9 @@ def test_dinov3_keeps_masked_key_bias_and_rounded_periods(architecture):
     assert error(rounded, model.forward_features(images)) > 10 * TOLERANCE
 
 
-@pytest.mark.parametrize("name", ["dinov3_vits16", "vit_small_patch16_dinov3", "vit_small_patch16_dinov3.lvd1689m"])
+@pytest.mark.parametrize(
+    "name", ["dinov3_vits16", "vit_small_patch16_dinov3", "vit_small_patch16_dinov3.lvd1689m"]
+)
 def test_dinov3_biases_are_kept_under_every_name(name):
     """timm's architectures without `_qkvb` have no place for the biases of the official file."""
     model = small("vit_small_patch16_dinov3_qkvb", global_pool="token")
@@ -219,7 +220,7 @@ def test_dinov3_biases_are_kept_under_every_name(name):
     assert error(vit.pool(vit(images)), model(images)) <= TOLERANCE
 
 
-# --- DeiT, MAE ------------------------------------------------------------------------------------------------------
+# --- DeiT, MAE ------------------------------------------------------------------------------------
 
 
 def test_deit3_has_gammas_and_a_wrapper():
@@ -248,7 +249,7 @@ def test_mae_pretraining_checkpoint_gives_the_encoder():
     check(vit, model, pictures(160, 256, batch=1))
 
 
-# --- CLIP -----------------------------------------------------------------------------------------------------------
+# --- CLIP -----------------------------------------------------------------------------------------
 
 
 def clip_state(model) -> State:
@@ -296,7 +297,10 @@ def test_clip_under_openai_and_open_clip_names(architecture, wrap):
     wrapped = {
         "whole": lambda: state | TEXT,
         "module": lambda: {f"module.{key}": tensor for key, tensor in (state | TEXT).items()},
-        "state_dict": lambda: {"state_dict": {f"module.{k}": v for k, v in (state | TEXT).items()}, "epoch": 32},
+        "state_dict": lambda: {
+            "state_dict": {f"module.{k}": v for k, v in (state | TEXT).items()},
+            "epoch": 32,
+        },
         "visual": lambda: {key.removeprefix("visual."): tensor for key, tensor in state.items()},
     }[wrap]()
     vit = from_state_dict(wrapped, architecture)
@@ -322,7 +326,7 @@ def test_siglip_under_open_clip_names():
     assert error(vit.pool(vit(images)), model(images)) <= TOLERANCE
 
 
-# --- Wrappers and wrong files ---------------------------------------------------------------------------------------
+# --- Wrappers and wrong files ---------------------------------------------------------------------
 
 
 @pytest.mark.parametrize(
@@ -330,7 +334,9 @@ def test_siglip_under_open_clip_names():
     [
         lambda s: {"model": s},
         lambda s: {"state_dict": {f"module.{k}": v for k, v in s.items()}},
-        lambda s: {f"module.backbone.{k}": v for k, v in s.items()} | {"module.head.weight": torch.zeros(3, 3)},
+        lambda s: (
+            {f"module.backbone.{k}": v for k, v in s.items()} | {"module.head.weight": torch.zeros(3, 3)}
+        ),
         lambda s: {f"_orig_mod.{k}": v for k, v in s.items()},
         lambda s: {f"module._orig_mod.{k}": v for k, v in s.items()},
         lambda s: {"teacher": {f"backbone.{k}": v for k, v in s.items()}, "student": {}},
@@ -360,7 +366,9 @@ def test_a_state_dict_of_timm_round_trips():
 
 def test_missing_and_unexpected_keys_are_named_five_at_most():
     state = timm.create_model("vit_tiny_patch16_224").state_dict()
-    few = {key: tensor for key, tensor in state.items() if key not in ("norm.weight", "blocks.1.mlp.fc1.bias")}
+    few = {
+        key: tensor for key, tensor in state.items() if key not in ("norm.weight", "blocks.1.mlp.fc1.bias")
+    }
     with pytest.raises(CheckpointError, match=r"2 missing keys: blocks\.1\.mlp\.fc1\.bias, norm\.weight;"):
         from_state_dict(few, "vit_tiny_patch16_224")
     with pytest.raises(CheckpointError, match=r"1 unexpected keys: extra\.weight;"):
@@ -410,4 +418,3 @@ def test_transformers_names_are_sent_to_from_transformers():
 def test_no_weights_at_all(content):
     with pytest.raises(CheckpointError, match="holds no state dict"):
         from_state_dict(content, "vit_tiny_patch16_224")
-

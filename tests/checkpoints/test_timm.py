@@ -5,9 +5,9 @@ from __future__ import annotations
 import pytest
 import timm
 import torch
-from peers import TOLERANCE, error, errors, perturb, pictures, timm_model
 from torch import nn
 
+from peers import TOLERANCE, error, errors, perturb, pictures, timm_model
 from vitreg import CheckpointError, from_timm
 
 # One of each way to build a Vision Transformer, with what timm must be told beyond its own defaults.
@@ -72,7 +72,7 @@ def test_tokens_pooled_feature_and_logits_equal_timms(family):
 @pytest.mark.parametrize("family", FAMILIES)
 @torch.no_grad()
 def test_every_parameter_counts(family):
-    """Guards the test above: a weight that no output depends on could be converted wrongly without a trace."""
+    """Guards the test above: a weight that no output depends on could be converted wrongly unnoticed."""
     architecture, options = FAMILIES[family]
     model = timm_model(architecture, **options)
     images = pictures(4 * timm_patch(model), batch=1)
@@ -114,7 +114,8 @@ ARCHITECTURES = [
 
 def expected_refusal(architecture: str) -> str | None:
     return next(
-        (why for why, names in REFUSED.items() if any(part in architecture for part in names.split("|"))), None
+        (why for why, names in REFUSED.items() if any(part in architecture for part in names.split("|"))),
+        None,
     )
 
 
@@ -207,7 +208,9 @@ def test_a_model_without_memory_converts_with_its_rope():
         model = timm.create_model("vit_small_patch16_dinov3_qkvb")
     vit = from_timm(model)
     assert all(parameter.is_meta for parameter in vit.parameters())
-    assert vit.config.rope == from_timm(timm.create_model("vit_small_patch16_dinov3_qkvb", depth=1)).config.rope
+    assert (
+        vit.config.rope == from_timm(timm.create_model("vit_small_patch16_dinov3_qkvb", depth=1)).config.rope
+    )
 
 
 @pytest.mark.parametrize(

@@ -6,9 +6,9 @@ import itertools
 
 import pytest
 import torch
-from peers import TOLERANCE, attention_inputs, error, pictures, split, timm_model, unfused_attention
 from torch.utils._python_dispatch import TorchDispatchMode
 
+from peers import TOLERANCE, attention_inputs, error, pictures, split, timm_model, unfused_attention
 from vitreg import from_timm
 from vitreg.model import attention
 
@@ -40,7 +40,9 @@ def traced(request):
 def outputs_of_blocks(model, images):
     """`[L, B, T, D]`: the residual stream after each of timm's blocks."""
     seen = []
-    hooks = [block.register_forward_hook(lambda _m, _i, output: seen.append(output)) for block in model.blocks]
+    hooks = [
+        block.register_forward_hook(lambda _m, _i, output: seen.append(output)) for block in model.blocks
+    ]
     model(images)
     for hook in hooks:
         hook.remove()
@@ -134,7 +136,9 @@ def test_activations_are_what_enters_the_last_layer_of_the_mlp(traced):
 def test_patches_are_hidden_states_and_embeddings_come_before_positions(traced):
     model, vit, images = traced
     trace = vit.trace(images, patches=True, embeddings=True)
-    assert error(trace.patches, outputs_of_blocks(model, images)[:, :, model.num_prefix_tokens :]) <= TOLERANCE
+    assert (
+        error(trace.patches, outputs_of_blocks(model, images)[:, :, model.num_prefix_tokens :]) <= TOLERANCE
+    )
     assert error(trace.embeddings, model.patch_embed(images).flatten(1, -2)) <= TOLERANCE
 
 
@@ -180,7 +184,15 @@ def test_blocks_in_any_order(asked):
 def test_nothing_is_kept_unless_asked_for():
     _, vit, images = pair("plain")
     trace = vit.trace(images)
-    kept = (trace.attention, trace.queries, trace.keys, trace.values, trace.patches, trace.activations, trace.embeddings)
+    kept = (
+        trace.attention,
+        trace.queries,
+        trace.keys,
+        trace.values,
+        trace.patches,
+        trace.activations,
+        trace.embeddings,
+    )
     assert kept == (None,) * 7
     assert trace.register_norms.shape == (4, 2, 0)
     assert vit.trace(images, facets=("keys",)).queries is None

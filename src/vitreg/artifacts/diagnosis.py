@@ -171,7 +171,7 @@ def diagnose(
     vit: VisionTransformer,
     images: Images,
     *,
-    threshold: float | str = "auto",
+    threshold: float | int | str = "auto",
     block: int | str = "auto",
     batch_size: int = 32,
     max_examples: int = 20,

@@ -49,7 +49,7 @@ class Rule:
         }[self.kind]
 
 
-def parse_rule(threshold: float | str) -> Rule:
+def parse_rule(threshold: float | int | str) -> Rule:
     """Read what `diagnose(threshold=...)` accepts.
 
     `"auto"`; a number (150 for DINOv2-g, Darcet et al.); `"mean+3sd"` (Jiang et al.); `"5xmedian"`.

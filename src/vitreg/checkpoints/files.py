@@ -21,7 +21,7 @@ def read_weights(path: Path) -> tuple[StateDict, dict[str, str]]:
     """Tensors and metadata of a `.safetensors` file, or tensors of a `.pth`, `.pt`, `.bin` or `.ckpt` file.
 
     Raises:
-        CheckpointError: the file is missing, damaged, no checkpoint, or a pickle that holds more than tensors.
+        CheckpointError: the file is missing, damaged, no checkpoint, or a pickle of more than tensors.
     """
     if not path.is_file():
         raise CheckpointError(f"{path} is not a file; give a .safetensors or .pth file, or a model name")
@@ -31,15 +31,20 @@ def read_weights(path: Path) -> tuple[StateDict, dict[str, str]]:
 def _safetensors(path: Path) -> tuple[StateDict, dict[str, str]]:
     try:
         with safe_open(path, framework="pt") as file:
-            return {key: file.get_tensor(key) for key in file.keys()}, dict(file.metadata() or {})  # noqa: SIM118
+            tensors = {key: file.get_tensor(key) for key in file.keys()}  # noqa: SIM118
+            return tensors, dict(file.metadata() or {})
     except (SafetensorError, OSError) as error:
-        raise CheckpointError(f"{path} is truncated or no safetensors file ({error}); download it again") from error
+        raise CheckpointError(
+            f"{path} is truncated or no safetensors file ({error}); download it again"
+        ) from error
 
 
 def _torch(path: Path) -> StateDict:
     with path.open("rb") as file:
         if not file.read(2).startswith((b"PK", b"\x80")):  # a zip archive or a pickle, as torch writes them
-            raise CheckpointError(f"{path} is no PyTorch checkpoint, but text or another format; download it again")
+            raise CheckpointError(
+                f"{path} is no PyTorch checkpoint, but text or another format; download it again"
+            )
     try:
         # Training scripts of DINO, DeiT and MAE store their parsed arguments beside the weights: plain data.
         with torch.serialization.safe_globals([argparse.Namespace]):
@@ -47,8 +52,8 @@ def _torch(path: Path) -> StateDict:
     except pickle.UnpicklingError as error:
         if "weights only" in str(error).lower():
             raise CheckpointError(
-                f"{path} holds Python objects besides tensors, which could run code when loaded; refused. Save its "
-                f"state_dict as .safetensors where it was made, and load that"
+                f"{path} holds Python objects besides tensors, which could run code when loaded; refused. "
+                f"Save its state_dict as .safetensors where it was made, and load that"
             ) from error
         raise CheckpointError(f"{path} is no PyTorch checkpoint, or damaged; download it again") from error
     except (RuntimeError, EOFError, OSError, zipfile.BadZipFile, ValueError, KeyError) as error:
@@ -63,13 +68,18 @@ def unwrap(content: Any, source: str) -> StateDict:
         CheckpointError: there is no state dict inside.
     """
     while isinstance(content, dict):
-        inner = next((k for k in ("model_ema", "teacher", "model", "state_dict") if isinstance(content.get(k), dict)), None)
+        inner = next(
+            (k for k in ("model_ema", "teacher", "model", "state_dict") if isinstance(content.get(k), dict)),
+            None,
+        )
         if inner is None:
             break
         content = content[inner]
     tensors = {}
     if isinstance(content, dict):
-        tensors = {key: value for key, value in content.items() if isinstance(key, str) and isinstance(value, Tensor)}
+        tensors = {
+            key: value for key, value in content.items() if isinstance(key, str) and isinstance(value, Tensor)
+        }
     if not tensors:
         raise CheckpointError(f"{source} holds no state dict (a mapping of names to tensors)")
     for prefix in ("module.", "_orig_mod.", "backbone."):

@@ -40,9 +40,10 @@ def load(
     Args:
         source: a short name (`dinov2_vitl14_reg`; `vitreg models` lists them), a timm name
             (`vit_large_patch14_dinov2.lvd142m`), a hub repository (`facebook/dinov2-large`, `timm/...`),
-            `open_clip:ARCH/PRETRAINED`, a file (`.safetensors`, `.pth`, a saved vitreg model) or a folder with
-            transformers' `config.json`. The folder named by the environment variable `VITREG_CHECKPOINTS` is searched
-            first, for `<source>.safetensors`, so that a machine without a network needs nothing else.
+            `open_clip:ARCH/PRETRAINED`, a file (`.safetensors`, `.pth`, a saved vitreg model) or a folder
+            with transformers' `config.json`. The folder named by the environment variable
+            `VITREG_CHECKPOINTS` is searched first, for `<source>.safetensors`, so that a machine without a
+            network needs nothing else.
         architecture: timm's name, for a file that does not say what it is.
         device: where the model goes; the CPU by default.
         dtype: of the parameters; as stored by default.
@@ -83,7 +84,7 @@ def _timm_name(source: str) -> str:
 
 
 def _in_checkpoint_folder(source: str) -> Path | None:
-    """The file or transformers folder that `VITREG_CHECKPOINTS` holds for this source, under any of its names."""
+    """The file or transformers folder that `VITREG_CHECKPOINTS` holds for this source under any name."""
     folder = os.environ.get(FOLDER_VARIABLE)
     if not folder:
         return None
@@ -145,7 +146,7 @@ _OFFICIAL_FILES = {
 
 
 def _stored_preprocess(metadata: dict[str, str], default: Preprocess) -> Preprocess:
-    """Mean and standard deviation from a file's metadata, where it has them as comma-separated numbers or JSON."""
+    """Mean and standard deviation from a file's metadata, as comma-separated numbers or JSON."""
     found = {}
     for key in ("mean", "std"):
         numbers = [float(n) for n in metadata.get(key, "").strip("[]() ").replace(",", " ").split()]
@@ -205,7 +206,9 @@ def _from_open_clip_name(source: str) -> VisionTransformer:
     except ImportError as error:
         raise CheckpointError(f'loading {source} needs open_clip: pip install "vitreg[clip]"') from error
     if architecture not in open_clip.list_models():
-        raise CheckpointError(f"open_clip has no architecture {architecture!r}; give open_clip:ARCH/PRETRAINED")
+        raise CheckpointError(
+            f"open_clip has no architecture {architecture!r}; give open_clip:ARCH/PRETRAINED"
+        )
     try:
         with _reachable_hub():
             model = open_clip.create_model(architecture, pretrained=pretrained or None)
@@ -237,6 +240,6 @@ def _reachable_hub() -> Iterator[None]:
 def _download_error(name: str, error: Exception) -> CheckpointError:
     reason = str(error).strip().splitlines()[0][:200] if str(error).strip() else type(error).__name__
     return CheckpointError(
-        f"could not get {name}: {reason}. Without a network, put {name.split('/')[-1]}.safetensors into the folder "
-        f"that {FOLDER_VARIABLE} names"
+        f"could not get {name}: {reason}. Without a network, put {name.split('/')[-1]}.safetensors into the "
+        f"folder that {FOLDER_VARIABLE} names"
     )

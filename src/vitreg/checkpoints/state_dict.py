@@ -29,18 +29,20 @@ def from_state_dict(
 ) -> VisionTransformer:
     """A model from weights in memory.
 
-    The names of the weights may be those of timm or of the official repositories of DINO, DINOv2, DINOv3, DeiT,
-    DeiT-III, MAE, CLIP and open_clip, also wrapped (`{"model": ...}`, `module.`). Weights of an official repository
-    get its own position interpolation.
+    The names of the weights may be those of timm or of the official repositories of DINO, DINOv2, DINOv3,
+    DeiT, DeiT-III, MAE, CLIP and open_clip, also wrapped (`{"model": ...}`, `module.`). Weights of an
+    official repository get its own position interpolation.
 
     Args:
         state: names to tensors.
-        architecture: timm's name (`vit_large_patch14_reg4_dinov2`, a tag may follow) or a short name of `vitreg models`.
+        architecture: timm's name (`vit_large_patch14_reg4_dinov2`, a tag may follow) or a short name of
+            `vitreg models`.
         source: what to call the weights in a message.
         model_kwargs: for `timm.create_model`, where the model departs from its architecture.
 
     Raises:
-        CheckpointError: the architecture is unknown or does not fit; names at most five missing and unexpected keys.
+        CheckpointError: the architecture is unknown or does not fit; names at most five missing and five
+            unexpected keys.
     """
     import timm
 
@@ -53,12 +55,15 @@ def from_state_dict(
     dialect = _dialect(weights)
     if dialect == "transformers":
         raise CheckpointError(
-            f"{source} has transformers' names; load its folder with config.json, or use from_transformers(model)"
+            f"{source} has transformers' names; load its folder with config.json, or use "
+            f"from_transformers(model)"
         )
     if dialect == "MAE":
         weights = {k: v for k, v in weights.items() if not k.startswith("decoder_") and k != "mask_token"}
     if dialect == "DINOv3" and not base.endswith("_qkvb") and timm.is_model(f"{base}_qkvb"):
-        name = base = f"{base}_qkvb"  # the architectures without suffix drop biases that the official weights have
+        name = base = (
+            f"{base}_qkvb"  # the architectures without suffix drop biases that the official weights have
+        )
     model = _meta_model(name, base, weights, dict(model_kwargs or {}))
     translated = _translate(weights, model, source)
     check_keys(translated, model.state_dict(), source)
@@ -86,7 +91,7 @@ def _dialect(weights: Mapping[str, Tensor]) -> str:
 
 
 def _meta_model(name: str, base: str, weights: Mapping[str, Tensor], model_kwargs: dict[str, Any]) -> Any:
-    """timm's model without memory for weights, of the size and with the head of this state dict."""
+    """A timm model without memory for weights, of the size and with the head of this state dict."""
     import timm
 
     options: dict[str, Any] = {}
@@ -100,7 +105,7 @@ def _meta_model(name: str, base: str, weights: Mapping[str, Tensor], model_kwarg
     options |= model_kwargs
     known = name if timm.models.is_model_pretrained(name) else base
     with torch.device("meta"):
-        model = timm.create_model(known, **options)
+        model: Any = timm.create_model(known, **options)
         positions = next((weights[key] for key in _POSITIONS if key in weights), None)
         if positions is not None and model.pos_embed is not None:
             side = _grid_side(positions.shape[-2])
@@ -137,10 +142,14 @@ def _translate(weights: dict[str, Tensor], model: Any, source: str) -> dict[str,
         # `adapt_layer_scale` only renames DeiT-III's gamma_1 and gamma_2.
         return vision_transformer.checkpoint_filter_fn(weights, model, adapt_layer_scale=True)
     except (KeyError, RuntimeError, IndexError, ValueError, AttributeError) as error:
-        raise CheckpointError(f"{source} does not fit the architecture ({error}); check `architecture`") from error
+        raise CheckpointError(
+            f"{source} does not fit the architecture ({error}); check `architecture`"
+        ) from error
 
 
-def _official(vit: VisionTransformer, dialect: str, weights: Mapping[str, Tensor], row: registry.Model | None) -> Any:
+def _official(
+    vit: VisionTransformer, dialect: str, weights: Mapping[str, Tensor], row: registry.Model | None
+) -> Any:
     """The config with what the official repository does differently from timm."""
     config = vit.config
     if dialect == "DINOv2" and not config.num_registers:

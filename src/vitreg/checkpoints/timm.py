@@ -15,8 +15,9 @@ from vitreg.model import Preprocess, RopeConfig, VisionTransformer, ViTConfig
 def from_timm(model: nn.Module) -> VisionTransformer:
     """A vitreg model with the weights of a timm model, also a fine-tuned one; the original is left untouched.
 
-    The result equals `model.forward_features` (tokens) and `model.forward` (`classify`) in evaluation mode, for any
-    image size, with timm's position interpolation. Source: timm 1.0 `models/vision_transformer.py`, `models/eva.py`.
+    The result equals `model.forward_features` (tokens) and `model.forward` (`classify`) in evaluation mode,
+    for any image size, with timm's position interpolation. Source: timm 1.0 `models/vision_transformer.py`
+    and `models/eva.py`.
 
     Raises:
         CheckpointError: the model has a part that vitreg does not implement; the message names it.
@@ -51,17 +52,27 @@ def _config(model: Any) -> ViTConfig:
     attention = block if parallel else block.attn
     if not parallel:
         _require(
-            _is(attention, "Attention", "AttentionRope", "EvaAttention"), f"attention {type(attention).__name__}"
+            _is(attention, "Attention", "AttentionRope", "EvaAttention"),
+            f"attention {type(attention).__name__}",
         )
         _require(getattr(attention, "gate", None) is None, "gated attention")
         _require(getattr(attention, "num_kv_groups", 1) == 1, "grouped-query attention")
-        _require(attention.head_dim * attention.num_heads == model.embed_dim, f"heads of {attention.head_dim} channels")
+        _require(
+            attention.head_dim * attention.num_heads == model.embed_dim,
+            f"heads of {attention.head_dim} channels",
+        )
     for name, module in model.named_modules():
         _require("rmsnorm" not in type(module).__name__.lower(), f"an RMSNorm ({name})")
-    pool = {"token": "token", "avg": "mean", "map": "attention", "": "token" if model.cls_token is not None else "mean"}
+    pool = {
+        "token": "token",
+        "avg": "mean",
+        "map": "attention",
+        "": "token" if model.cls_token is not None else "mean",
+    }
     _require(model.global_pool in pool, f"global_pool={model.global_pool!r}")
     _require(
-        model.global_pool == "token" or not getattr(model, "pool_include_prefix", False), "registers in its pooling"
+        model.global_pool == "token" or not getattr(model, "pool_include_prefix", False),
+        "registers in its pooling",
     )
     _require(
         not (_is(model, "Eva") and model.attn_pool is not None and model.cls_token is not None),
@@ -134,7 +145,9 @@ def _rope(model: Any) -> RopeConfig | None:
         return None
     layout = dict(interleaved=not rope.rotate_half) if hasattr(rope, "rotate_half") else {}
     if _is(rope, "RotaryEmbeddingDinoV3"):
-        _require(rope.normalize_coords == "separate", f"RoPE coordinates normalised by {rope.normalize_coords!r}")
+        _require(
+            rope.normalize_coords == "separate", f"RoPE coordinates normalised by {rope.normalize_coords!r}"
+        )
         # From the attributes, not the buffer: the model may have no memory yet (device "meta").
         if rope.min_period is not None and rope.max_period is not None:
             ratio = rope.max_period / rope.min_period
@@ -148,7 +161,9 @@ def _rope(model: Any) -> RopeConfig | None:
         )
     _require(_is(rope, "RotaryEmbeddingCat"), f"RoPE of type {type(rope).__name__}")
     _require(rope.grid_type == "index", f"RoPE over a {rope.grid_type!r} grid")
-    frequencies = 1.0 / rope.temperature ** (torch.arange(rope.dim // 4, dtype=torch.float32) / (rope.dim // 4))
+    frequencies = 1.0 / rope.temperature ** (
+        torch.arange(rope.dim // 4, dtype=torch.float32, device="cpu") / (rope.dim // 4)
+    )
     reference = tuple(rope.ref_feat_shape) if rope.ref_feat_shape is not None else None
     return RopeConfig(
         tuple(frequencies.tolist()),
@@ -166,7 +181,11 @@ def _state(model: Any, config: ViTConfig) -> dict[str, Tensor]:
         state["patch_embed.bias"] = model.patch_embed.proj.bias
     cls, registers, positions = model.cls_token, model.reg_token, model.pos_embed
     num_prefix = config.num_prefix_tokens
-    if positions is not None and positions.shape[1] == config.grid[0] * config.grid[1] + num_prefix and num_prefix:
+    if (
+        positions is not None
+        and positions.shape[1] == config.grid[0] * config.grid[1] + num_prefix
+        and num_prefix
+    ):
         # The original layout gives prefix tokens a position too: a constant, so it moves into the tokens.
         prefix, positions = positions.split((num_prefix, positions.shape[1] - num_prefix), dim=1)
         of_cls, of_registers = prefix.split((int(config.class_token), config.num_registers), dim=1)
@@ -175,7 +194,12 @@ def _state(model: Any, config: ViTConfig) -> dict[str, Tensor]:
     for name, tensor in (("cls_token", cls), ("registers", registers), ("positions", positions)):
         if tensor is not None:
             state[name] = tensor
-    for ours, theirs in (("pre_norm", "norm_pre"), ("norm", "norm"), ("pool_norm", "fc_norm"), ("head", "head")):
+    for ours, theirs in (
+        ("pre_norm", "norm_pre"),
+        ("norm", "norm"),
+        ("pool_norm", "fc_norm"),
+        ("head", "head"),
+    ):
         state |= _named(ours, getattr(model, theirs))
     if model.attn_pool is not None:
         state |= _attention_pool(model.attn_pool, config)
@@ -252,10 +276,8 @@ def _qkv(attention: Any) -> tuple[Tensor, Tensor | None]:
 
 
 def _attention_pool(pool: Any, config: ViTConfig) -> dict[str, Tensor]:
-    usual = pool.latent_len == 1 and pool.pos_embed is None and pool.mlp is not None
-    _require(
-        usual and pool.mlp.fc1.out_features == config.mlp_dim and not config.gated_mlp,
-        "an attention pool unlike SigLIP's",
-    )
+    plain = pool.latent_len == 1 and pool.pos_embed is None and not config.gated_mlp
+    mlp_dim = pool.mlp.fc1.out_features if pool.mlp is not None else 0
+    _require(plain and mlp_dim == config.mlp_dim, "an attention pool unlike SigLIP's")
     _require(isinstance(pool.q_norm, nn.Identity), "q/k norm in its attention pool")
     return {f"attention_pool.{key}": tensor for key, tensor in pool.state_dict().items()}

@@ -40,7 +40,7 @@ class Mlp(nn.Module):
         self.fc2 = nn.Linear(config.mlp_dim, config.embed_dim, bias=config.mlp_bias)
 
     def forward(self, x: Float[Tensor, "B T D"], record: Record | None = None) -> Float[Tensor, "B T D"]:
-        """`record` receives the hidden units as they enter `fc2`: what a neuron writes is its value times a column."""
+        """`record` receives the hidden units that enter `fc2`: a neuron writes its value times a column."""
         x = self.fc1(x)
         if self.gated:
             gate, value = x.chunk(2, dim=-1)

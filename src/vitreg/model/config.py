@@ -31,12 +31,13 @@ class PositionInterpolation:
 class RopeConfig:
     """Axial rotary position embedding of the patches (class token and registers are never rotated).
 
-    The angle of frequency j at row y, column x is `y * frequencies[j]` in the first half of the channel pairs and
-    `x * frequencies[j]` in the second.
+    The angle of frequency j at row y, column x is `y * frequencies[j]` in the first half of the channel pairs
+    and `x * frequencies[j]` in the second.
 
     Attributes:
         frequencies: radians per coordinate unit, head_dim / 4 of them.
-        coordinates: `"centered"`: patch centres on [-1, 1] along each side (DINOv3); `"index"`: patch numbers from 0.
+        coordinates: `"centered"`: patch centres on [-1, 1] along each side (DINOv3); `"index"`: patch numbers
+            from 0.
         offset: added to patch numbers (`"index"`) or to centres before they are scaled (`"centered"`).
         reference_grid: rescale patch numbers so that the grid spans this one (EVA); None leaves them.
         interleaved: rotate neighbouring channels together (EVA) instead of the two halves of a head (DINOv3).
@@ -66,7 +67,8 @@ class ViTConfig:
         class_token: whether there is one.
         num_classes: outputs of the head (classes, or the width of CLIP's projection); 0 for no head.
         head_bias: whether the head has a bias.
-        pool: what the head reads: the class token, the mean of the patches, both concatenated, or an attention pool.
+        pool: what the head reads: the class token, the mean of the patches, both concatenated, or an
+            attention pool.
         pool_heads: heads of the attention pool.
         final_norm: normalise all tokens after the last block.
         pool_norm: normalise the pooled feature (instead, for MAE-style and CLIP models).
@@ -135,10 +137,13 @@ class ViTConfig:
         if "token" in self.pool and not self.class_token:
             raise ValueError(f"pool {self.pool!r} needs a class token; use 'mean' or 'attention'")
         if min(self.grid) < 1:
-            raise ValueError(f"image_size {self.image_size} is smaller than one patch of {self.patch_size} pixels")
+            raise ValueError(
+                f"image_size {self.image_size} is smaller than one patch of {self.patch_size} pixels"
+            )
         if self.rope and 4 * len(self.rope.frequencies) != self.head_dim:
             raise ValueError(
-                f"RoPE needs head_dim / 4 = {self.head_dim / 4:g} frequencies, got {len(self.rope.frequencies)}"
+                f"RoPE needs head_dim / 4 = {self.head_dim / 4:g} frequencies, "
+                f"got {len(self.rope.frequencies)}"
             )
 
     @property
@@ -169,7 +174,9 @@ class ViTConfig:
         """
         known = {f.name for f in dataclasses.fields(cls)}
         if unknown := sorted(set(values) - known):
-            raise ValueError(f"unknown ViTConfig keys {unknown[:5]}: the file is from a newer vitreg, upgrade to read it")
+            raise ValueError(
+                f"unknown ViTConfig keys {unknown[:5]}: the file is from a newer vitreg, upgrade to read it"
+            )
         values = dict(values)
         values["position_interpolation"] = PositionInterpolation(**values["position_interpolation"])
         values["preprocess"] = Preprocess(**_tuples(values["preprocess"]))

@@ -12,7 +12,7 @@ from vitreg.model.config import ViTConfig
 
 
 class AttentionPool(nn.Module):
-    """A learned query attends to the patches, followed by an MLP (SigLIP's "MAP" head; big_vision `MAPHead`)."""
+    """A learned query attends to the patches, then an MLP (SigLIP's "MAP" head; big_vision `MAPHead`)."""
 
     def __init__(self, config: ViTConfig) -> None:
         super().__init__()

@@ -15,9 +15,10 @@ def resize_positions(
 ) -> Float[Tensor, "1 N D"]:
     """The position table of a grid `old` on a grid `new`, by the checkpoint's own rule, in float32 inside.
 
-    Sources of the rules: `timm.layers.resample_abs_pos_embed` (bicubic, antialias); `dinov2/models/vision_transformer.py`
-    `interpolate_pos_encoding` and DINO v1 (`offset=0.1`: a scale factor a little above the exact one, which also
-    shifts the samples); transformers (exact size, no antialias, except for DINOv2 with registers and SigLIP 2).
+    Sources of the rules: `timm.layers.resample_abs_pos_embed` (bicubic, antialias);
+    `interpolate_pos_encoding` of `dinov2/models/vision_transformer.py` and DINO v1 (`offset=0.1`: a scale
+    factor a little above the exact one, which also shifts the samples); transformers (exact size, no
+    antialias, except for DINOv2 with registers and SigLIP 2).
     """
     if old == new:
         return table

@@ -16,8 +16,9 @@ Rotation = tuple[Tensor, Tensor]
 def rotation(rope: RopeConfig, grid: tuple[int, int], num_prefix: int, device: torch.device) -> Rotation:
     """Cosines and sines `[num_prefix + N, head_dim]`, float32, for every token of a sequence.
 
-    Prefix tokens get the identity, so that one multiplication serves the whole sequence. DINOv3 (arXiv 2508.10104,
-    `RopePositionEmbedding`) and EVA-02 (timm `RotaryEmbeddingCat`) differ only in coordinates and channel layout.
+    Prefix tokens get the identity, so that one multiplication serves the whole sequence. DINOv3 (arXiv
+    2508.10104, `RopePositionEmbedding`) and EVA-02 (timm `RotaryEmbeddingCat`) differ only in coordinates and
+    channel layout.
     """
     # Under torch.compile the table is part of the graph.
     table = _table if torch.compiler.is_compiling() else _cached_table
@@ -26,7 +27,8 @@ def rotation(rope: RopeConfig, grid: tuple[int, int], num_prefix: int, device: t
 
 @functools.lru_cache(maxsize=32)
 def _cached_table(rope: RopeConfig, grid: tuple[int, int], num_prefix: int, device: torch.device) -> Rotation:
-    """The table depends on nothing that trains; a cached inference tensor could not take part in a training step."""
+    """The table depends on nothing that trains, so it is kept."""
+    # A cached inference tensor could not take part in a later training step.
     with torch.inference_mode(False), torch.no_grad():
         return _table(rope, grid, num_prefix, device)
 
@@ -45,7 +47,9 @@ def _table(rope: RopeConfig, grid: tuple[int, int], num_prefix: int, device: tor
     coordinates = torch.stack(torch.meshgrid(*axes, indexing="ij"), dim=-1).flatten(0, 1)
     if rope.swap_axes:
         coordinates = coordinates.flip(-1)
-    angles = (coordinates[:, :, None] * torch.tensor(rope.frequencies, device=device)).flatten(1)
+    angles = (
+        coordinates[:, :, None] * torch.tensor(rope.frequencies, dtype=torch.float32, device=device)
+    ).flatten(1)
     angles = angles.repeat_interleave(2, -1) if rope.interleaved else angles.repeat(1, 2)
     angles = torch.cat([angles.new_zeros(num_prefix, angles.shape[1]), angles])
     return angles.cos(), angles.sin()

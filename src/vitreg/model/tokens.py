@@ -32,9 +32,14 @@ class Tokens:
 
     @classmethod
     def split(
-        cls, sequence: Float[Tensor, "*B T D"], *, class_token: bool, grid: tuple[int, int], normed: bool = True
+        cls,
+        sequence: Float[Tensor, "*B T D"],
+        *,
+        class_token: bool,
+        grid: tuple[int, int],
+        normed: bool = True,
     ) -> Tokens:
-        """Name the parts of a sequence `[cls, registers, patches]`; the rest of the package never slices one."""
+        """Name the parts of a sequence `[cls, registers, patches]`; nothing else slices one."""
         num_patches = grid[0] * grid[1]
         first = int(class_token)
         num_registers = sequence.shape[-2] - num_patches - first

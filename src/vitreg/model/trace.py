@@ -39,8 +39,9 @@ class AttentionRows:
 
 @dataclass(frozen=True)
 class Trace:
-    """What happened in one forward pass. Norms are L2, float32, taken after each block and before the final norm.
+    """What happened in one forward pass.
 
+    Norms are L2, float32, taken after each block and before the final norm.
     Norms cover every block. Everything else covers `blocks`, in that order, and is None unless asked for.
 
     Attributes:
@@ -50,7 +51,8 @@ class Trace:
         cls_norms: `[depth, B]`, None without a class token.
         register_norms: `[depth, B, R]`.
         attention: rows of the attention matrices.
-        queries, keys, values: as they enter the softmax (after q/k norm and RoPE), heads side by side, `[L, B, ., D]`.
+        queries, keys, values: as they enter the softmax (after q/k norm and RoPE), heads side by side,
+            `[L, B, ., D]`.
         patches: hidden states of the patches after each block, `[L, B, N, D]`.
         activations: hidden units of the MLPs, after the non-linearity, `[L, B, ., mlp_dim]`.
         embeddings: patch embeddings, before position embedding and block 0, `[B, N, D]`.
@@ -174,7 +176,9 @@ class Recorder:
 
 def _block(block: int, depth: int) -> int:
     if not -depth <= block < depth:
-        raise ValueError(f"block {block} does not exist: the model has blocks 0 to {depth - 1} (or -1 for the last)")
+        raise ValueError(
+            f"block {block} does not exist: the model has blocks 0 to {depth - 1} (or -1 for the last)"
+        )
     return block % depth
 
 
@@ -190,7 +194,9 @@ def _rows(
     for query in queries:
         if query == "cls":
             if not config.class_token:
-                raise ValueError("the model has no class token to ask attention from; use patches or registers")
+                raise ValueError(
+                    "the model has no class token to ask attention from; use patches or registers"
+                )
             rows.append(0)
             names.append("class token")
         elif query == "registers":

@@ -18,17 +18,17 @@ from vitreg.model.rope import rotation
 from vitreg.model.tokens import Tokens
 from vitreg.model.trace import Facet, Query, Recorder, Trace
 
-# DINOv3's value. Registers must differ from the start: they take no position embedding, so identical ones receive
-# identical gradients and stay identical for ever (timm PR #2229).
+# DINOv3's value. Registers must differ from the start: they take no position embedding, so identical ones
+# receive identical gradients and stay identical for ever (timm PR #2229).
 REGISTER_STD = 0.02
 
 
 class VisionTransformer(nn.Module):
     """A Vision Transformer with any number of registers.
 
-    Inside, the sequence is `[cls, registers, patches]`; registers are inserted after the position embedding and get
-    none ("Vision Transformers Need Registers", section 3 and `dinov2/models/vision_transformer.py`). Outside, tokens
-    have names. Images may have any size whose sides are multiples of the patch size.
+    Inside, the sequence is `[cls, registers, patches]`; registers are inserted after the position embedding
+    and get none ("Vision Transformers Need Registers", section 3 and `dinov2/models/vision_transformer.py`).
+    Outside, tokens have names. Images may have any size whose sides are multiples of the patch size.
 
     Args:
         config: the architecture; converters read it off a checkpoint.
@@ -45,7 +45,9 @@ class VisionTransformer(nn.Module):
         dim, patch = config.embed_dim, config.patch_size
         self.patch_embed = nn.Conv2d(3, dim, kernel_size=patch, stride=patch, bias=config.patch_bias)
         self.cls_token = nn.Parameter(torch.empty(1, 1, dim)) if config.class_token else None
-        self.registers = nn.Parameter(torch.empty(1, config.num_registers, dim)) if config.num_registers else None
+        self.registers = (
+            nn.Parameter(torch.empty(1, config.num_registers, dim)) if config.num_registers else None
+        )
         self.positions = None
         if config.learned_positions:
             self.positions = nn.Parameter(torch.empty(1, config.grid[0] * config.grid[1], dim))
@@ -55,7 +57,9 @@ class VisionTransformer(nn.Module):
         self.attention_pool = AttentionPool(config) if config.pool == "attention" else None
         self.pool_norm = nn.LayerNorm(dim, config.norm_eps) if config.pool_norm else nn.Identity()
         features = dim * (1 + (config.pool == "token+mean"))
-        self.head = nn.Linear(features, config.num_classes, bias=config.head_bias) if config.num_classes else None
+        self.head = (
+            nn.Linear(features, config.num_classes, bias=config.head_bias) if config.num_classes else None
+        )
         self.reset_parameters()
 
     def reset_parameters(self) -> None:
@@ -86,11 +90,11 @@ class VisionTransformer(nn.Module):
 
     @property
     def preprocess(self) -> Preprocess:
-        """Turns a picture into the input that the checkpoint was trained on (mean, std, size, interpolation)."""
+        """Turns a picture into the checkpoint's input (mean, std, size, interpolation)."""
         return self.config.preprocess
 
     def forward(self, images: Float[Tensor, "B 3 H W"]) -> Tokens:
-        """The tokens after the last block and, where the checkpoint norms before pooling, after the final norm.
+        """The tokens after the last block and, where there is one before pooling, after the final norm.
 
         Args:
             images: normalised as `preprocess` does; sides are multiples of the patch size.
@@ -135,14 +139,14 @@ class VisionTransformer(nn.Module):
     ) -> Trace:
         """A forward pass that also records norms, and on request what happens inside the blocks.
 
-        The pass is the same fused one as `forward`; attention rows are recomputed exactly from queries and keys, so
-        no N x N matrix exists at any time.
+        The pass is the same fused one as `forward`; attention rows are recomputed exactly from queries and
+        keys, so no N x N matrix exists at any time.
 
         Args:
             images: as for `forward`.
             blocks: blocks to record from, counted from 0 (negative from the end); None for all.
-            attention_from: queries whose attention rows are wanted: `"cls"`, `"registers"`, patches by number or by
-                (row, column), or a list of these.
+            attention_from: queries whose attention rows are wanted: `"cls"`, `"registers"`, patches by
+                number or by (row, column), or a list of these.
             facets: any of `"queries"`, `"keys"`, `"values"`.
             patches: keep the patches' hidden states after each block.
             activations: keep the MLPs' hidden units.
@@ -189,7 +193,9 @@ class VisionTransformer(nn.Module):
             rule = self.config.position_interpolation
             patches = patches + resize_positions(self.positions, self.config.grid, grid, rule)
         batch = patches.shape[0]
-        prefix = [token.expand(batch, -1, -1) for token in (self.cls_token, self.registers) if token is not None]
+        prefix = [
+            token.expand(batch, -1, -1) for token in (self.cls_token, self.registers) if token is not None
+        ]
         return self.pre_norm(torch.cat([*prefix, patches], dim=1) if prefix else patches)
 
     def _grid(self, images: Tensor) -> tuple[int, int]:
@@ -199,7 +205,7 @@ class VisionTransformer(nn.Module):
         height, width = images.shape[-2:]
         if height % patch or width % patch or not (height and width):
             raise ValueError(
-                f"images are {height} x {width} pixels; both sides must be multiples of the patch size {patch} "
-                f"(vit.preprocess resizes to one that is)"
+                f"images are {height} x {width} pixels; both sides must be multiples of the patch size "
+                f"{patch} (vit.preprocess resizes to one that is)"
             )
         return height // patch, width // patch

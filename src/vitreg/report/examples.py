@@ -44,8 +44,8 @@ def check_examples(summary: dict, examples: Sequence[ExampleMaps]) -> None:
             )
         if example.attention.keys() != examples[0].attention.keys():
             raise ValueError(
-                f"{example.name}: attention is from {list(example.attention)}, but that of {examples[0].name} is "
-                f"from {list(examples[0].attention)}; record the same queries for every image."
+                f"{example.name}: attention is from {list(example.attention)}, but that of "
+                f"{examples[0].name} is from {list(examples[0].attention)}; record the same for all."
             )
         for what, values in {"norms": example.norms, **example.attention}.items():
             if values.shape != shape:

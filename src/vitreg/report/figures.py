@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 from jaxtyping import Float, UInt8
@@ -29,8 +29,8 @@ def overlay(
 ) -> UInt8[np.ndarray, "H W 3"]:
     """Lay an attention map over a photograph, patches as sharp rectangles.
 
-    The colour goes with the square root of the attention: a few patches often hold most of it, and on a linear
-    scale everything else would be black.
+    The colour goes with the square root of the attention: a few patches often hold most of it, and on a
+    linear scale everything else would be black.
 
     Args:
         photo: The photograph; the h x w patches tile it.
@@ -44,8 +44,8 @@ def overlay(
     rows, columns = (np.arange(n) * m // n for n, m in zip(photo.shape[:2], attention.shape, strict=True))
     heat = np.sqrt(np.clip(attention / (highest or 1.0), 0, 1))[rows[:, None], columns]
     colour = matplotlib.colormaps["magma"](heat)[..., :3]
-    # Grey, since the photograph's own colours would be read as heat, and less of it where there is more to show,
-    # so that the brightest patches have the colour that the colour bar gives them.
+    # Grey, since the photograph's own colours would be read as heat, and less of it where there is more to
+    # show, so that the brightest patches have the colour that the colour bar gives them.
     grey = (photo @ np.array([0.299, 0.587, 0.114]) / 255)[..., None]
     strength = 0.45 + 0.5 * heat[..., None]
     return (255 * ((1 - strength) * grey + strength * colour)).round().astype(np.uint8)
@@ -63,7 +63,7 @@ def attention_figure(
     """
     heads, highest = len(attention), float(attention.max())
     aspect = photo.shape[0] / photo.shape[1]
-    # Two large pictures, then the heads at half their size: side by side over two rows, or stacked over four.
+    # Two large pictures beside the heads: next to each other over two rows of heads, or stacked over four.
     stacked = heads > 8
     rows = 4 if stacked else 2
     columns = math.ceil(heads / rows)
@@ -116,8 +116,10 @@ def diagnosis_figure(
     check_examples(summary, examples)
     shown, block, threshold = examples[:max_examples], summary["block"], summary["threshold"]
     norms = np.stack([example.norms[block] for example in shown])
-    low, high = max(norms.min(), norms.max() * 1e-4, 1e-12), max(norms.max(), 2e-12)
-    ticks = np.geomspace(low, high, 3) if threshold is None else [low, threshold, high]
+    low = max(float(norms.min()), float(norms.max()) * 1e-4, 1e-12)
+    high = max(float(norms.max()), low * 1.01)
+    ticks = [low, math.sqrt(low * high) if threshold is None else threshold, high]
+    rows: list[tuple[str, np.ndarray, Normalize, str, list[float], str]]
     rows = [("patch norm", norms, LogNorm(low, high), "viridis", ticks, "norm (log scale)")]
     query = next(iter(shown[0].attention), None)
     if query is not None:
@@ -144,7 +146,7 @@ def diagnosis_figure(
         x = left + i * (width + GAP)
         sheet.picture(example.photo, x, top, width, height, _shorten(example.name))
         for line, (_, maps, scale, colours, _, _) in enumerate(rows, start=1):
-            axes = sheet.picture(maps[i], x, top + line * step, width, height, norm=scale, cmap=colours)
+            axes = sheet.picture(maps[i], x, top + line * step, width, height, scale=scale, colours=colours)
             if threshold is not None:
                 _outline(axes, norms[i] >= threshold)
     for line, (_, _, scale, colours, ticks, label) in enumerate(rows, start=1):
@@ -164,7 +166,7 @@ class _Sheet:
         self.width, self.height = width, height
         self.figure = Figure(figsize=(width, height), dpi=160)
 
-    def text(self, text: str, x: float, y: float, **style: object) -> None:
+    def text(self, text: str, x: float, y: float, **style: Any) -> None:
         style = {"va": "top", "parse_math": False} | style
         self.figure.text(x / self.width, 1 - y / self.height, text, **style)
 
@@ -182,10 +184,11 @@ class _Sheet:
         width: float,
         height: float,
         label: str = "",
-        **style: object,
+        scale: Normalize | None = None,
+        colours: str | None = None,
     ) -> Axes:
         axes = self._axes(x, y, width, height)
-        axes.imshow(picture, **{"interpolation": "nearest", "aspect": "auto"} | style)
+        axes.imshow(picture, norm=scale, cmap=colours, interpolation="nearest", aspect="auto")
         axes.set_title(label, fontsize=8.5, color=QUIET, pad=3, parse_math=False)
         axes.set(xticks=[], yticks=[])
         return axes
@@ -203,7 +206,7 @@ class _Sheet:
     ) -> Axes:
         from matplotlib.cm import ScalarMappable
 
-        # A little shorter than what it stands beside, so that the numbers at its ends keep off its neighbour's.
+        # Shorter than what it stands beside, so that the numbers at its ends keep off its neighbour's.
         axes = self._axes(x, y + 0.06, 0.11, height - 0.12)
         bar = self.figure.colorbar(ScalarMappable(scale, colours), cax=axes)
         bar.set_ticks(

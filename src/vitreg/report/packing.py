@@ -20,14 +20,14 @@ PHOTO_STEPS = ((448, 85), (336, 75), (256, 65))
 def pack_examples(summary: dict, examples: Sequence[ExampleMaps], max_bytes: int = MAX_BYTES) -> dict:
     """Pack the examples into JSON types, in at most `max_bytes` where that is possible.
 
-    Photographs shrink first, then blocks are left out; the reported block, the onset and the last always stay.
+    Photographs shrink first, then blocks are left out; the reported, the onset and the last always stay.
 
     Returns:
         `blocks` (the indices kept), `queries` (who attends), `norm_range[block]` and
         `attention_range[query][block]` (`[low, high]`, over all examples: code c of 0..255 means
-        `low * (high / low) ** (c / 255)`), and `examples`: `name`, `photo` (a data URL) and `maps` (base64 of the
-        zlib-compressed bytes; per kept block the norm codes, the attention codes of each query, and the outlier
-        bits, most significant first).
+        `low * (high / low) ** (c / 255)`), and `examples`: `name`, `photo` (a data URL) and `maps` (base64 of
+        the zlib-compressed bytes; per kept block the norm codes, the attention codes of each query, and the
+        outlier bits, most significant first).
     """
     depth = len(summary["blocks"])
     photos: list[str] = []

@@ -85,7 +85,7 @@ function drawHistogram() {
     svg(c.root, "rect", { class: outlier ? "bar-outlier" : "bar-typical", ...box });
   });
   xAxis(c, x, logTicks(low, high), "norm (log scale)");
-  let says = "No patch stands out: there is no threshold after this block.";
+  let says = "No patch counts as an outlier after this block.";
   if (block.threshold !== null) {
     const at = x(block.threshold), flip = at > (c.left + c.right) / 2;
     svg(c.root, "line", { class: "threshold", x1: at, x2: at, y1: c.top, y2: c.bottom });
@@ -106,12 +106,12 @@ function drawLines(id, series, { log, format, title }) {
   yAxis(c, y, log ? logTicks(low, high) : linearTicks(high), log ? tick : tickPercent, title + (log ? " (log scale)" : ""));
   const every = [1, 2, 4, 5, 10, 20, 50].find((s) => (last / s) * 26 < c.right - c.left) || 100;
   xAxis(c, x, S.blocks.map((b) => b.block).filter((k) => k % every === 0), "block");
+  svg(c.root, "line", { class: "now", x1: x(state.block), x2: x(state.block), y1: c.top, y2: c.bottom });
   if (S.onset_block !== null) {
     const at = x(S.onset_block), flip = S.onset_block > last / 2;
     svg(c.root, "line", { class: "onset", x1: at, x2: at, y1: c.top, y2: c.bottom });
     svg(c.root, "text", { x: at + (flip ? -5 : 5), y: c.top + 8, "text-anchor": flip ? "end" : "start" }, `onset: block ${S.onset_block}`);
   }
-  svg(c.root, "line", { class: "now", x1: x(state.block), x2: x(state.block), y1: c.top, y2: c.bottom });
   const labels = [];
   for (const { label, values, colour } of series) {
     const group = svg(c.root, "g", { style: `color: var(--${colour})` });
@@ -279,7 +279,7 @@ function drawExample(example) {
 }
 
 // A line may end after a separator of a file name, rather than in the middle of a word.
-const breakable = (name) => name.split(/(?<=[-_./\\])/).flatMap((part) => [part, node("wbr")]);
+const breakable = (name) => name.split(/(?<=[-_/\\])/).flatMap((part) => [part, node("wbr")]);
 
 function addExample({ name, photo }, bytes) {
   const captions = ["photograph", "patch norm", ...(M.queries.length ? ["attention"] : [])];
@@ -329,9 +329,15 @@ function show(block) {
   drawImages();
 }
 
+function redraw() {
+  document.documentElement.style.setProperty("--bar", `${byId("bar").offsetHeight}px`);
+  drawPosition();
+  show(+byId("block").value);
+}
+
 let waiting = null;
 function soon() {
-  waiting ??= requestAnimationFrame(() => { waiting = null; document.documentElement.style.setProperty("--bar", `${byId("bar").offsetHeight}px`); drawPosition(); show(+byId("block").value); });
+  waiting ??= requestAnimationFrame(() => { waiting = null; redraw(); });
 }
 
 async function start() {
@@ -340,8 +346,10 @@ async function start() {
   document.documentElement.style.setProperty("--panels", M.queries.length ? 3 : 2);
   addEventListener("resize", soon);
   soon();
-  await Promise.all(M.examples.map(async (e) => ({ e, bytes: await unpack(e.maps) }))).then((all) => Promise.all(all.map(({ e, bytes }) => addExample(e, bytes))));
-  soon();
+  const bytes = await Promise.all(M.examples.map((example) => unpack(example.maps)));
+  await Promise.all(M.examples.map((example, i) => addExample(example, bytes[i])));
+  redraw();
+  document.documentElement.dataset.ready = "yes";
 }
 start().catch((error) => {
   byId("trouble").hidden = false;

@@ -1,0 +1,62 @@
+"""Shared by the benchmarks: interleaved timing, floors, and what machine this is."""
+
+import platform
+import statistics
+import time
+from collections.abc import Callable, Mapping
+
+import torch
+
+
+def machine() -> str:
+    if torch.cuda.is_available():
+        return f"{torch.cuda.get_device_name()}, torch {torch.__version__}"
+    capability = torch.backends.cpu.get_cpu_capability()
+    return f"{platform.processor() or platform.machine()} ({capability}), {torch.get_num_threads()} threads, torch {torch.__version__}"
+
+
+def synchronize() -> None:
+    if torch.cuda.is_available():
+        torch.cuda.synchronize()
+
+
+def seconds(run: Callable[[], object]) -> float:
+    synchronize()
+    start = time.perf_counter()
+    run()
+    synchronize()
+    return time.perf_counter() - start
+
+
+def interleaved(runs: Mapping[str, Callable[[], object]], repeats: int) -> dict[str, list[float]]:
+    """Seconds of every repeat; the order rotates, so that no run profits from its place."""
+    names = list(runs)
+    for name in names * 2:
+        runs[name]()
+    times: dict[str, list[float]] = {name: [] for name in names}
+    for repeat in range(repeats):
+        turn = repeat % len(names)
+        for name in names[turn:] + names[:turn]:
+            times[name].append(seconds(runs[name]))
+    return times
+
+
+def median_ratio(ours: list[float], theirs: list[float]) -> float:
+    """Median of the ratios of runs made side by side."""
+    return statistics.median(a / b for a, b in zip(ours, theirs, strict=True))
+
+
+def matrix_rate(dtype: torch.dtype, device: str) -> float:
+    """FLOP/s of a large matrix product through PyTorch: the ceiling for everything here."""
+    side = 8192 if device == "cuda" else 1536
+    a, b = (torch.randn(side, side, dtype=dtype, device=device) for _ in range(2))
+    times = interleaved({"matmul": lambda: a @ b}, 9)["matmul"]
+    return 2 * side**3 / statistics.median(times)
+
+
+def forward_flops(config, grid: tuple[int, int], batch: int) -> float:
+    """Multiply-adds count twice: patch embedding, the four projections, both attention products, the MLP."""
+    patches = grid[0] * grid[1]
+    tokens, dim = patches + config.num_prefix_tokens, config.embed_dim
+    block = 2 * tokens * dim * (4 * dim + (3 if config.gated_mlp else 2) * config.mlp_dim) + 4 * tokens**2 * dim
+    return batch * (config.depth * block + 2 * patches * 3 * config.patch_size**2 * dim)
