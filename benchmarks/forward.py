@@ -42,6 +42,7 @@ def main() -> None:
     parser.add_argument("--repeats", type=int, default=15)
     parser.add_argument("--sizes", nargs="+", default=["small", "base"])
     parser.add_argument("--pixels", nargs="+", type=int, default=[224, 518])
+    parser.add_argument("--dtypes", nargs="+", default=list(DTYPES), choices=list(DTYPES))
     parser.add_argument("--compile", action="store_true", help="compile our model in the recommended setting")
     parser.add_argument("--json", type=Path)
     args = parser.parse_args()
@@ -54,23 +55,16 @@ def main() -> None:
     rows, recommended = [], []
     for size in args.sizes:
         for pixels in args.pixels:
-            batch = {224: 16, 518: 2}.get(pixels, 1) * (16 if device == "cuda" else 1) // (2 if size == "base" else 1)
+            batch = (8 if pixels <= 224 else 2) // (2 if size == "base" else 1) * (32 if device == "cuda" else 1)
             for registers in (False, True):
                 ours, peer, other = models(size, registers, pixels, device)
                 images = torch.randn(batch, 3, pixels, pixels, device=device)
                 flops = forward_flops(ours.config, ours.config.grid, batch)
-                for label, dtype in DTYPES.items():
+                for label in args.dtypes:
+                    dtype = DTYPES[label]
                     ours.to(dtype), peer.to(dtype), other.to(dtype)
                     x = images.to(dtype)
-                    with torch.inference_mode():
-                        times = interleaved(
-                            {
-                                "ours": lambda: ours(x),
-                                "timm": lambda: peer.forward_features(x),
-                                "transformers": lambda: other(x),
-                            },
-                            args.repeats,
-                        )
+                    times = side_by_side(ours, peer, other, x, args.repeats)
                     middle = sorted(times["ours"])[args.repeats // 2]
                     row = {
                         "model": size,
@@ -89,12 +83,28 @@ def main() -> None:
                         f"{row['to_timm']:>6.3f} {row['to_transformers']:>10.3f} {row['share_of_matrix_rate']:>10.2f}",
                         flush=True,
                     )
-                recommended.append(recommended_ratio(ours, peer, images, args))
-    mean = math.exp(sum(map(math.log, recommended)) / len(recommended))
-    print(f"recommended (bf16 weights{', compiled' if args.compile else ''}) / timm under bf16 autocast: "
-          f"geometric mean {mean:.3f} of {', '.join(f'{r:.3f}' for r in recommended)}")
+                if "bf16" in args.dtypes:
+                    recommended.append(recommended_ratio(ours, peer, images, args))
+    if recommended:
+        mean = math.exp(sum(map(math.log, recommended)) / len(recommended))
+        print(
+            f"recommended (bf16 weights{', compiled' if args.compile else ''}) / timm under bf16 autocast: "
+            f"geometric mean {mean:.3f} of {', '.join(f'{r:.3f}' for r in recommended)}"
+        )
     if args.json:
         args.json.write_text(json.dumps({"machine": machine(), "rows": rows, "recommended": recommended}, indent=1))
+
+
+def side_by_side(ours, peer, other, x: torch.Tensor, repeats: int) -> dict[str, list[float]]:
+    with torch.inference_mode():
+        return interleaved(
+            {
+                "ours": lambda: ours(x),
+                "timm": lambda: peer.forward_features(x),
+                "transformers": lambda: other(x),
+            },
+            repeats,
+        )
 
 
 def recommended_ratio(ours, peer, images, args) -> float:

@@ -102,7 +102,8 @@ def main() -> None:
                 marked += int(marks.sum())
         precision = hits / marked if marked else float("nan")
         print(
-            f"{ratio:>4} x {fraction:7.1%} {found:>3}/{len(FAMILIES)}   {hits / total:6.4f}  {precision:6.4f}", flush=True
+            f"{ratio:>4} x {fraction:7.1%} {found:>3}/{len(FAMILIES)}   {hits / total:6.4f}  {precision:6.4f}",
+            flush=True,
         )
 
     print("\nclean\npictures          alarms")

@@ -12,7 +12,7 @@ def machine() -> str:
     if torch.cuda.is_available():
         return f"{torch.cuda.get_device_name()}, torch {torch.__version__}"
     capability = torch.backends.cpu.get_cpu_capability()
-    return f"{platform.processor() or platform.machine()} ({capability}), {torch.get_num_threads()} threads, torch {torch.__version__}"
+    return f"{platform.machine()} ({capability}), {torch.get_num_threads()} threads, torch {torch.__version__}"
 
 
 def synchronize() -> None:

@@ -51,7 +51,12 @@ def test_diagnose_writes_report_and_skips_broken_files(checkpoints, folder, tmp_
     printed = json.loads(capsys.readouterr().out)
     assert printed["has_artifacts"]
     assert printed["num_images"] == 4
-    assert {Path(s["path"]).name for s in printed["skipped"]} == {"empty.jpg", "text.png", "cut.jpg", "gone.jpg"}
+    assert {Path(s["path"]).name for s in printed["skipped"]} == {
+        "empty.jpg",
+        "text.png",
+        "cut.jpg",
+        "gone.jpg",
+    }
     saved = json.loads((out / "diagnosis.json").read_text())
     assert saved == {key: value for key, value in printed.items() if key != "report"}
     assert Path(printed["report"]).read_text().startswith("<!doctype html>")
@@ -79,9 +84,7 @@ def test_attention_arrays_add_up(checkpoints, tiny_vit, photographs, tmp_path, c
         assert entry["block"] == 10
         assert Image.open(entry["overlay"]).size == (224, 224)
         assert Image.open(entry["heads"]).width > 500
-    trace = tiny_vit.trace(
-        tiny_vit.preprocess(Image.open(photographs[0]))[None], blocks=[10], attention_from="cls"
-    )
+    trace = tiny_vit.trace(tiny_vit.preprocess(Image.open(photographs[0]))[None], blocks=[10], attention_from="cls")
     expected = trace.attention.to_patches[0, 0, :, 0].detach().numpy()
     np.testing.assert_allclose(np.load(maps[0]["array"]), expected, atol=1e-5)
 
@@ -204,7 +207,15 @@ def test_the_command_line_is_frozen():
         "attention": ["block", "crop", "images", "json", "model", "out", "queries", "strict"],
         "demo": ["json", "out"],
         "diagnose": [
-            "batch_size", "block", "images", "json", "limit", "model", "out", "strict", "threshold",
+            "batch_size",
+            "block",
+            "images",
+            "json",
+            "limit",
+            "model",
+            "out",
+            "strict",
+            "threshold",
         ],
         "models": ["filter", "json"],
     }

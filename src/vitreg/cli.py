@@ -8,7 +8,7 @@ import json
 import os
 import sys
 import traceback
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Literal
@@ -55,7 +55,10 @@ class ModelOptions:
         with _status(f"loading {self.model}"):
             try:
                 vit = vitreg.load(
-                    self.model, architecture=self.architecture, device=device, dtype=getattr(torch, self.dtype)
+                    self.model,
+                    architecture=self.architecture,
+                    device=device,
+                    dtype=getattr(torch, self.dtype),
                 )
             except (RuntimeError, AssertionError) as error:
                 raise ValueError(f"cannot use device {self.device!r}: {_first_line(error)}") from error
@@ -177,7 +180,7 @@ def attention(
 
 
 def _attention_maps(
-    vit: VisionTransformer, batch: ImageBatch, name: str, out: Path, block: int, queries: list[Query]
+    vit: VisionTransformer, batch: ImageBatch, name: str, out: Path, block: int, queries: Sequence[Query]
 ) -> list[dict[str, object]]:
     """Trace one picture and write a set of files for each query."""
     import torch

@@ -12,10 +12,10 @@ import pytest
 import timm
 import torch
 import torch.nn.functional as F
-from peers import perturb
 from torch.utils.data import DataLoader, TensorDataset
 
 import vitreg
+from peers import perturb
 from vitreg.artifacts import neighbour_similarity
 
 FAMILIES = (
@@ -124,7 +124,12 @@ def test_numbers_equal_direct_computation(photographs):
     assert diagnosis.neighbour_similarity.others == pytest.approx(similarity[~outliers].mean().item(), rel=1e-4)
     np.testing.assert_allclose(diagnosis.register_norms, trace.register_norms.mean(1), rtol=1e-5)
     np.testing.assert_allclose(diagnosis.cls_norms, trace.cls_norms.mean(1), rtol=1e-5)
-    squares = trace.patches[1].unflatten(1, trace.tokens.grid)[outliers].square().sum(0)
+    largest = trace.patches[1][0][trace.patch_norms[1, 0].flatten().topk(8).indices]
+    torch.testing.assert_close(vit.trace(images[:1], largest=8).largest[1, 0], largest, rtol=1e-4, atol=1e-4)
+    kept = torch.cat(
+        [p[n.flatten().topk(8).indices] for p, n in zip(trace.patches[1], trace.patch_norms[1], strict=True)]
+    )
+    squares = kept[kept.norm(dim=-1) >= diagnosis.threshold].square().sum(0)
     channel, share = diagnosis.channels[0]
     assert channel == squares.argmax().item()
     assert share == pytest.approx((squares.max() / squares.sum()).item(), abs=1e-3)

@@ -29,9 +29,7 @@ ROPE = {
     "num_registers": 4,
 }
 EVA_ROPE = {
-    "rope": RopeConfig(
-        tuple(10000.0 ** -(j / 4) for j in range(4)), "index", reference_grid=(4, 4), interleaved=True
-    )
+    "rope": RopeConfig(tuple(10000.0 ** -(j / 4) for j in range(4)), "index", reference_grid=(4, 4), interleaved=True)
 }
 SWIGLU = {"gated_mlp": True, "activation": "silu"}
 CLIP = {"pre_norm": True, "patch_bias": False, "activation": "quick_gelu", "norm_eps": 1e-5}
@@ -246,9 +244,7 @@ def test_towers_are_where_transformers_4_looks(name, tmp_path):
     """Transformers 4 silently starts from random weights where the `vision_model.` prefix is missing."""
     pytest.importorskip("transformers")
     save(model(**TRANSFORMERS[name]), tmp_path / "folder", format="transformers")
-    assert all(
-        key.startswith("vision_model.") for key in load_file(tmp_path / "folder" / "model.safetensors")
-    )
+    assert all(key.startswith("vision_model.") for key in load_file(tmp_path / "folder" / "model.safetensors"))
 
 
 @torch.no_grad()
@@ -286,9 +282,7 @@ def test_what_transformers_lacks_is_refused(options, message, tmp_path):
     "preprocess",
     [
         Preprocess(size=(224, 224), crop_fraction=0.875),
-        Preprocess(
-            size=(224, 224), crop="squash", crop_fraction=1.0, interpolation="bilinear", mean=(0.5,) * 3
-        ),
+        Preprocess(size=(224, 224), crop="squash", crop_fraction=1.0, interpolation="bilinear", mean=(0.5,) * 3),
         Preprocess(size=(224, 280), crop="squash", crop_fraction=1.0),
         Preprocess(size=(224, 224), crop="none", crop_fraction=1.0),
     ],

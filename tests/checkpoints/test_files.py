@@ -39,9 +39,7 @@ class Armed:
 def test_code_in_a_pickle_does_not_run(tmp_path, wrap, zipped):
     file, trace = tmp_path / "model.pth", tmp_path / "ran"
     torch.save(wrap(Armed(trace)), file, _use_new_zipfile_serialization=zipped)
-    with pytest.raises(
-        CheckpointError, match=r"model\.pth holds Python objects besides tensors.*\.safetensors"
-    ):
+    with pytest.raises(CheckpointError, match=r"model\.pth holds Python objects besides tensors.*\.safetensors"):
         read_weights(file)
     assert not trace.exists()
     torch.load(file, weights_only=False)

@@ -67,9 +67,7 @@ def model_and_file(path: Path, architecture: str = TIMM_NAME, metadata: dict | N
 @torch.no_grad()
 def same(vit, model, *size: int) -> None:
     images = pictures(*(size or (224,)), batch=1)
-    assert (
-        error(vit(images).patches, model.forward_features(images)[:, model.num_prefix_tokens :]) <= TOLERANCE
-    )
+    assert error(vit(images).patches, model.forward_features(images)[:, model.num_prefix_tokens :]) <= TOLERANCE
     if model.num_classes:
         assert error(vit.classify(images), model(images)) <= TOLERANCE
 
@@ -106,9 +104,7 @@ def test_a_hub_repository_in_the_folder(folder, file):
     model = model_and_file(folder / f"{file}.safetensors", metadata={"architecture": "vit_tiny_patch16_224"})
     same(load("owner/name"), model)
     model = model_and_file(folder / f"{file}.safetensors", metadata=None)
-    with pytest.raises(
-        CheckpointError, match=r"name\.safetensors does not say which architecture it is; give one"
-    ):
+    with pytest.raises(CheckpointError, match=r"name\.safetensors does not say which architecture it is; give one"):
         load("owner/name")
     same(load("owner/name", architecture="vit_tiny_patch16_224"), model)
 
@@ -215,9 +211,7 @@ def test_a_missing_file_is_not_taken_for_a_name():
 
 
 @pytest.mark.usefixtures("narrow")
-@pytest.mark.parametrize(
-    "source", ["augreg_vit_ti16", TIMM_NAME, "dinov2_vits14", "dinov3_vits16", "clip_vit_b32"]
-)
+@pytest.mark.parametrize("source", ["augreg_vit_ti16", TIMM_NAME, "dinov2_vits14", "dinov3_vits16", "clip_vit_b32"])
 def test_without_a_network_the_error_comes_at_once_and_names_the_folder(source):
     from huggingface_hub import constants
 

@@ -191,9 +191,7 @@ def dinov3_state(model, architecture: str) -> State:
     return state
 
 
-@pytest.mark.parametrize(
-    "architecture", ["vit_small_patch16_dinov3_qkvb", "vit_small_plus_patch16_dinov3_qkvb"]
-)
+@pytest.mark.parametrize("architecture", ["vit_small_patch16_dinov3_qkvb", "vit_small_plus_patch16_dinov3_qkvb"])
 def test_dinov3_keeps_masked_key_bias_and_rounded_periods(architecture):
     model = small(architecture, global_pool="token")
     state = dinov3_state(model, architecture)
@@ -206,9 +204,7 @@ def test_dinov3_keeps_masked_key_bias_and_rounded_periods(architecture):
     assert error(rounded, model.forward_features(images)) > 10 * TOLERANCE
 
 
-@pytest.mark.parametrize(
-    "name", ["dinov3_vits16", "vit_small_patch16_dinov3", "vit_small_patch16_dinov3.lvd1689m"]
-)
+@pytest.mark.parametrize("name", ["dinov3_vits16", "vit_small_patch16_dinov3", "vit_small_patch16_dinov3.lvd1689m"])
 def test_dinov3_biases_are_kept_under_every_name(name):
     """timm's architectures without `_qkvb` have no place for the biases of the official file."""
     model = small("vit_small_patch16_dinov3_qkvb", global_pool="token")
@@ -334,9 +330,7 @@ def test_siglip_under_open_clip_names():
     [
         lambda s: {"model": s},
         lambda s: {"state_dict": {f"module.{k}": v for k, v in s.items()}},
-        lambda s: (
-            {f"module.backbone.{k}": v for k, v in s.items()} | {"module.head.weight": torch.zeros(3, 3)}
-        ),
+        lambda s: {f"module.backbone.{k}": v for k, v in s.items()} | {"module.head.weight": torch.zeros(3, 3)},
         lambda s: {f"_orig_mod.{k}": v for k, v in s.items()},
         lambda s: {f"module._orig_mod.{k}": v for k, v in s.items()},
         lambda s: {"teacher": {f"backbone.{k}": v for k, v in s.items()}, "student": {}},
@@ -366,9 +360,7 @@ def test_a_state_dict_of_timm_round_trips():
 
 def test_missing_and_unexpected_keys_are_named_five_at_most():
     state = timm.create_model("vit_tiny_patch16_224").state_dict()
-    few = {
-        key: tensor for key, tensor in state.items() if key not in ("norm.weight", "blocks.1.mlp.fc1.bias")
-    }
+    few = {key: tensor for key, tensor in state.items() if key not in ("norm.weight", "blocks.1.mlp.fc1.bias")}
     with pytest.raises(CheckpointError, match=r"2 missing keys: blocks\.1\.mlp\.fc1\.bias, norm\.weight;"):
         from_state_dict(few, "vit_tiny_patch16_224")
     with pytest.raises(CheckpointError, match=r"1 unexpected keys: extra\.weight;"):

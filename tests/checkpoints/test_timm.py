@@ -107,9 +107,7 @@ REFUSED = {
     "a class token in its attention pool": "vit_pe_core_",
     "VisionTransformerDistilled": "_distilled_",
 }
-ARCHITECTURES = [
-    name for module in ("vision_transformer", "eva", "deit") for name in timm.list_models(module=module)
-]
+ARCHITECTURES = [name for module in ("vision_transformer", "eva", "deit") for name in timm.list_models(module=module)]
 
 
 def expected_refusal(architecture: str) -> str | None:
@@ -208,9 +206,7 @@ def test_a_model_without_memory_converts_with_its_rope():
         model = timm.create_model("vit_small_patch16_dinov3_qkvb")
     vit = from_timm(model)
     assert all(parameter.is_meta for parameter in vit.parameters())
-    assert (
-        vit.config.rope == from_timm(timm.create_model("vit_small_patch16_dinov3_qkvb", depth=1)).config.rope
-    )
+    assert vit.config.rope == from_timm(timm.create_model("vit_small_patch16_dinov3_qkvb", depth=1)).config.rope
 
 
 @pytest.mark.parametrize(

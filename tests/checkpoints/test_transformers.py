@@ -67,9 +67,7 @@ def dinov2_config(registers: bool, **options):
 
 
 def dinov3_model(**options):
-    return hf.DINOv3ViTModel(
-        hf.DINOv3ViTConfig(**BASE, **MLP, **SQUARE, **{"num_register_tokens": 4, **options})
-    )
+    return hf.DINOv3ViTModel(hf.DINOv3ViTConfig(**BASE, **MLP, **SQUARE, **{"num_register_tokens": 4, **options}))
 
 
 def clip_config():
@@ -335,9 +333,7 @@ def test_name_and_preprocessing():
 
 
 def test_unknown_classes_are_named():
-    with pytest.raises(
-        CheckpointError, match=r"Linear is not one of transformers' classes.*Dinov2Model.*from_timm"
-    ):
+    with pytest.raises(CheckpointError, match=r"Linear is not one of transformers' classes.*Dinov2Model.*from_timm"):
         from_transformers(torch.nn.Linear(1, 1))
     with pytest.raises(CheckpointError, match="CLIPTextModel is not one of"):
         from_transformers(hf.CLIPTextModel(clip_config().text_config))

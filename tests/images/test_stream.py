@@ -49,9 +49,7 @@ def test_broken_files_are_skipped_and_made_up_for(photos):
     batches = list(images)
     assert [len(batch.paths) for batch in batches] == [6, 6, 6]
     assert which(torch.cat([batch.images for batch in batches])) == [n for n in range(20) if n not in (2, 9)]
-    assert images.skipped[0] == SkippedImage(
-        photos[2], f"{photos[2]} is empty (0 bytes); replace it or leave it out"
-    )
+    assert images.skipped[0] == SkippedImage(photos[2], f"{photos[2]} is empty (0 bytes); replace it or leave it out")
     assert images.skipped[1].path == photos[9]
 
 

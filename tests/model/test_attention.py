@@ -54,3 +54,16 @@ def test_dinov3_masks_the_bias_of_the_keys_alone():
     assert torch.equal(before["keys"], after["keys"])
     layer.qkv.bias[:24] += 10
     assert not torch.equal(layer(x), expected)
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("tokens", [5, 16, 201])
+def test_padding_to_tiles_changes_nothing(dtype, tokens, monkeypatch):
+    """The path for CPUs with AMX, on any CPU: padded keys receive no attention."""
+    q, k, v = (torch.randn(2, 3, tokens, 32).to(dtype) for _ in range(3))
+    plain = attention._attend(q, k, v)
+    monkeypatch.setattr(attention, "TILED_CPU", True)
+    padded = attention._attend(q, k, v)
+    exact = torch.nn.functional.scaled_dot_product_attention(q.double(), k.double(), v.double())
+    scale = exact.norm()
+    assert (padded.double() - exact).norm() / scale <= max(2 * (plain.double() - exact).norm() / scale, 1e-3)

@@ -37,7 +37,5 @@ SCRIPT = textwrap.dedent(
 @pytest.mark.slow
 @pytest.mark.parametrize("architecture", ["vit_small_patch14_reg4_dinov2", "vit_small_patch16_dinov3_qkvb"])
 def test_forward_compiles_as_one_graph(architecture):
-    run = subprocess.run(
-        [sys.executable, "-c", SCRIPT, architecture], capture_output=True, text=True, timeout=300
-    )
+    run = subprocess.run([sys.executable, "-c", SCRIPT, architecture], capture_output=True, text=True, timeout=300)
     assert run.returncode == 0, run.stderr[-3000:]

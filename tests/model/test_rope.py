@@ -36,9 +36,7 @@ def test_centred_coordinates_are_dinov3s(rows, columns):
 def test_patch_numbers_are_evas(rows, columns, reference, indexing):
     frequencies = tuple((1 / 10000 ** (torch.arange(DIM // 4) / (DIM // 4))).tolist())
     rope = RopeConfig(frequencies, "index", 0.0, reference, interleaved=True, swap_axes=indexing == "xy")
-    theirs = RotaryEmbeddingCat(
-        DIM, in_pixels=False, feat_shape=None, ref_feat_shape=reference, grid_indexing=indexing
-    )
+    theirs = RotaryEmbeddingCat(DIM, in_pixels=False, feat_shape=None, ref_feat_shape=reference, grid_indexing=indexing)
     x = torch.randn(1, 2, rows * columns, DIM)
     expected = apply_rot_embed_cat(x, theirs.get_embed([rows, columns]))
     assert error(ours(rope, (rows, columns), x), expected) <= 1e-4

@@ -40,9 +40,7 @@ def traced(request):
 def outputs_of_blocks(model, images):
     """`[L, B, T, D]`: the residual stream after each of timm's blocks."""
     seen = []
-    hooks = [
-        block.register_forward_hook(lambda _m, _i, output: seen.append(output)) for block in model.blocks
-    ]
+    hooks = [block.register_forward_hook(lambda _m, _i, output: seen.append(output)) for block in model.blocks]
     model(images)
     for hook in hooks:
         hook.remove()
@@ -136,9 +134,7 @@ def test_activations_are_what_enters_the_last_layer_of_the_mlp(traced):
 def test_patches_are_hidden_states_and_embeddings_come_before_positions(traced):
     model, vit, images = traced
     trace = vit.trace(images, patches=True, embeddings=True)
-    assert (
-        error(trace.patches, outputs_of_blocks(model, images)[:, :, model.num_prefix_tokens :]) <= TOLERANCE
-    )
+    assert error(trace.patches, outputs_of_blocks(model, images)[:, :, model.num_prefix_tokens :]) <= TOLERANCE
     assert error(trace.embeddings, model.patch_embed(images).flatten(1, -2)) <= TOLERANCE
 
 

@@ -164,9 +164,7 @@ def test_sides_that_are_no_multiples_of_the_patch_size_are_refused(shape, messag
         getattr(small(num_classes=2), method)(torch.zeros(shape))
 
 
-@pytest.mark.parametrize(
-    "shape", [(3, 32, 32), (1, 1, 3, 32, 32), (1, 1, 32, 32), (1, 4, 32, 32), (1, 32, 32, 3)]
-)
+@pytest.mark.parametrize("shape", [(3, 32, 32), (1, 1, 3, 32, 32), (1, 1, 32, 32), (1, 4, 32, 32), (1, 32, 32, 3)])
 def test_what_is_no_batch_of_rgb_images_is_refused(shape):
     with pytest.raises(ValueError, match=r"images have shape \[.*\]; expected \[B, 3, H, W\]"):
         small()._run(torch.zeros(shape), None)  # inside: the tests' own shape check would come first
@@ -201,9 +199,9 @@ def test_the_grid_is_rows_and_columns_in_this_order():
     images = torch.zeros(1, 3, 24, 40)
     marked = images.clone()
     marked[:, :, :8, -8:] = 5.0
-    change = (
-        vit.trace(marked, embeddings=True).embeddings - vit.trace(images, embeddings=True).embeddings
-    ).norm(dim=-1)
+    change = (vit.trace(marked, embeddings=True).embeddings - vit.trace(images, embeddings=True).embeddings).norm(
+        dim=-1
+    )
     assert change.nonzero().tolist() == [[0, 4]]
     assert vit(marked).grid == (3, 5)
 

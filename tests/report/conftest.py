@@ -19,9 +19,7 @@ def browser():
         pytest.skip(f"none of {', '.join(names)} is installed")
     flags = ["--no-sandbox", "--disable-gpu", "--disable-background-networking", "--disable-component-update"]
     with playwright.sync_playwright() as p:
-        browser = p.chromium.launch(
-            executable_path=executable, args=[*flags, "--disable-sync", "--no-first-run"]
-        )
+        browser = p.chromium.launch(executable_path=executable, args=[*flags, "--disable-sync", "--no-first-run"])
         yield browser
         browser.close()
 
@@ -37,9 +35,7 @@ def open_page(browser) -> Iterator[Callable]:
         pages.append(page)
         page.on("console", lambda m: complaints.append(m.text) if m.type in ("error", "warning") else None)
         page.on("pageerror", lambda e: complaints.append(str(e)))
-        page.on(
-            "request", lambda r: r.url.startswith(("file:", "data:", "blob:")) or complaints.append(r.url)
-        )
+        page.on("request", lambda r: r.url.startswith(("file:", "data:", "blob:")) or complaints.append(r.url))
         page.goto(path.as_uri())
         # Not wait_for_function, which evaluates strings: the page's own policy forbids that.
         page.locator("html[data-ready]").wait_for(state="attached")

@@ -19,9 +19,7 @@ def make_examples(
     for i in range(count):
         norms = rng.uniform(5, 15, (depth, *grid)).astype(np.float32)
         norms[2:, 0, 0] = 400
-        attention = {
-            q: (rng.uniform(0.1, 1, norms.shape) / norms[0].size).astype(np.float32) for q in queries
-        }
+        attention = {q: (rng.uniform(0.1, 1, norms.shape) / norms[0].size).astype(np.float32) for q in queries}
         photo = rng.integers(0, 256, (grid[0] * 16, grid[1] * 16, 3), dtype=np.uint8)
         examples.append(ExampleMaps(f"photo {i}.jpg", photo, norms, attention))
     return examples

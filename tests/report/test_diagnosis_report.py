@@ -127,9 +127,7 @@ def test_dark_and_light(tmp_path, open_page):
     examples = make_examples()
     path = write_report(make_summary(examples), examples, tmp_path / "report.html")
     style = "getComputedStyle(document.body)"
-    light, dark = (
-        open_page(path, color_scheme=s).evaluate(f"{style}.backgroundColor") for s in ("light", "dark")
-    )
+    light, dark = (open_page(path, color_scheme=s).evaluate(f"{style}.backgroundColor") for s in ("light", "dark"))
     brightness = [sum(map(int, re.findall(r"\d+", colour))) for colour in (light, dark)]
     assert brightness[0] > 600 > 200 > brightness[1]
 
@@ -157,8 +155,7 @@ def test_clean_model(tmp_path, open_page):
     page = open_page(write_report(summary, examples, tmp_path / "report.html"))
     ratio = summary["blocks"][3]["max"] / summary["blocks"][3]["median"]
     assert (
-        page.locator("h1").inner_text().split()
-        == f"Clean the largest patch norm is {ratio:.2f} × the median".split()
+        page.locator("h1").inner_text().split() == f"Clean the largest patch norm is {ratio:.2f} × the median".split()
     )
     assert page.get_by_text("No position was ever an outlier.").is_visible()
     assert page.get_by_text("No patch is an outlier after any block.").is_visible()
@@ -234,9 +231,7 @@ def test_worst_case_fits_in_five_megabytes(tmp_path, open_page):
         )
 
     examples = [
-        ExampleMaps(
-            f"{i}.jpg", rng.integers(0, 256, (518, 518, 3), np.uint8), noise(), {q: noise() for q in queries}
-        )
+        ExampleMaps(f"{i}.jpg", rng.integers(0, 256, (518, 518, 3), np.uint8), noise(), {q: noise() for q in queries})
         for i in range(20)
     ]
     for example in examples:
@@ -271,11 +266,7 @@ def test_a_failure_leaves_the_old_report(tmp_path):
 
 def test_examples_must_fit_the_summary(tmp_path):
     examples = make_examples()
-    with pytest.raises(
-        ValueError, match=r"norms has shape \[4, 2, 2\], but the summary has 4 blocks of 3 x 4"
-    ):
+    with pytest.raises(ValueError, match=r"norms has shape \[4, 2, 2\], but the summary has 4 blocks of 3 x 4"):
         write_report(make_summary(examples), make_examples(grid=(2, 2)), tmp_path / "report.html")
     with pytest.raises(ValueError, match="record the same for all"):
-        write_report(
-            make_summary(examples), [examples[0], make_examples(queries=())[1]], tmp_path / "report.html"
-        )
+        write_report(make_summary(examples), [examples[0], make_examples(queries=())[1]], tmp_path / "report.html")

@@ -18,7 +18,7 @@ from jaxtyping import Float
 from numpy.typing import NDArray
 from torch import Tensor
 
-from vitreg.artifacts.examples import Examples, channel_shares
+from vitreg.artifacts.examples import Examples
 from vitreg.artifacts.histogram import BINS_PER_STEP, LogAxis
 from vitreg.artifacts.statistics import NormStatistics
 from vitreg.artifacts.threshold import Rule, parse_rule, threshold_step
@@ -218,7 +218,12 @@ def diagnose(
     try:
         for batch, names in batches:
             with torch.inference_mode():
-                trace = vit.trace(batch, attention_from=examples.queries(), embeddings=True)
+                trace = vit.trace(
+                    batch,
+                    attention_from=examples.queries(),
+                    embeddings=True,
+                    largest=examples.num_largest(),
+                )
             if statistics is None:
                 image_size = tuple(batch.shape[-2:])
                 statistics = NormStatistics(depth, trace.tokens.grid, axis, device)
@@ -269,9 +274,7 @@ def _batches(
         images = [images]
     if isinstance(images, list | tuple) and images and isinstance(images[0], str | os.PathLike):
         paths = find_images(images)
-        stream = ImageStream(
-            paths, vit.preprocess, batch_size=batch_size, strict=strict, limit=limit, device=device
-        )
+        stream = ImageStream(paths, vit.preprocess, batch_size=batch_size, strict=strict, limit=limit, device=device)
         return ((b.images, [p.name for p in b.paths]) for b in stream), len(stream), stream
     return _numbered(_tensor(batch).to(device) for batch in images), None, None
 
@@ -347,7 +350,7 @@ def _conclude(
         neighbour_similarity=NeighbourSimilarity(*statistics.mean_similarity(reported, step)),
         register_norms=statistics.mean_register_norms() if vit.num_registers else None,
         cls_norms=statistics.mean_cls_norms(),
-        channels=channel_shares(vit, examples.images, reported, threshold),
+        channels=examples.channel_shares(reported, threshold),
         num_images=statistics.num_images,
         num_patches=num_patches,
         skipped=skipped,

@@ -12,6 +12,9 @@ from vitreg.report import ExampleMaps
 NUM_CHANNELS = 8
 """Channels listed by `channel_shares`."""
 
+NUM_LARGEST = 8
+"""Patches of each example whose channels are looked at."""
+
 
 class Examples:
     """The first images of a diagnosis with their norm and attention maps.
@@ -24,7 +27,7 @@ class Examples:
     def __init__(self, vit: VisionTransformer, most: int) -> None:
         self._vit, self._most = vit, most
         self.maps: list[ExampleMaps] = []
-        self.images: list[Float[Tensor, "3 H W"]] = []
+        self._largest: list[Float[Tensor, "depth B K D"]] = []
 
     def queries(self) -> list[str]:
         """Whose attention the next batch should record: the class token first, registers while examples are kept."""
@@ -33,6 +36,10 @@ class Examples:
             queries.append("registers")
         return queries
 
+    def num_largest(self) -> int:
+        """Of how many patches the next batch should keep the hidden states."""
+        return NUM_LARGEST if len(self.maps) < self._most else 0
+
     def add(self, trace: Trace, batch: Float[Tensor, "B 3 H W"], names: list[str]) -> None:
         """Keep the first images of a batch while there is room."""
         room = min(self._most - len(self.maps), len(batch))
@@ -40,8 +47,9 @@ class Examples:
             return
         photos = self._vit.preprocess.unnormalize(batch[:room]).permute(0, 2, 3, 1).cpu().numpy()
         attention = trace.attention.to_patches.mean(2).float().cpu().numpy() if trace.attention else None
+        if trace.largest is not None:
+            self._largest.append(trace.largest[:, :room].float().cpu())
         for i in range(room):
-            self.images.append(batch[i].clone())
             self.maps.append(
                 ExampleMaps(
                     name=names[i],
@@ -55,25 +63,18 @@ class Examples:
                 )
             )
 
+    def channel_shares(self, block: int, threshold: float | None) -> tuple[tuple[int, float], ...]:
+        """The channels that carry the outliers' squared norm after a block, with their shares, largest first.
 
-@torch.inference_mode()
-def channel_shares(
-    vit: VisionTransformer, images: list[Float[Tensor, "3 H W"]], block: int, threshold: float | None
-) -> tuple[tuple[int, float], ...]:
-    """The channels that carry the outliers' squared norm after a block, with their shares, largest first.
-
-    Massive activations sit in the same few channels in every image (Sun et al., arXiv 2402.17762). Empty where the
-    images hold no outlier.
-    """
-    if threshold is None:
-        return ()
-    total = torch.zeros(vit.config.embed_dim, dtype=torch.float64)
-    for image in images:
-        trace = vit.trace(image[None], blocks=[block], patches=True)
-        assert trace.patches is not None
-        outliers = trace.patches[0, 0][trace.patch_norms[block, 0].flatten() >= threshold]
-        total += outliers.double().square().sum(0).cpu()
-    if not total.any():
-        return ()
-    shares, channels = (total / total.sum()).topk(min(NUM_CHANNELS, len(total)))
-    return tuple((int(c), round(float(s), 4)) for c, s in zip(channels, shares, strict=True))
+        Massive activations sit in the same few channels in every image (Sun et al., arXiv 2402.17762). Taken from the
+        largest patches of the examples; empty where these hold no outlier.
+        """
+        if threshold is None or not self._largest:
+            return ()
+        patches = torch.cat([largest[block].flatten(0, 1) for largest in self._largest]).double()
+        outliers = patches[patches.norm(dim=-1) >= threshold]
+        if not len(outliers):
+            return ()
+        total = outliers.square().sum(0)
+        shares, channels = (total / total.sum()).topk(min(NUM_CHANNELS, len(total)))
+        return tuple((int(c), round(float(s), 4)) for c, s in zip(channels, shares, strict=True))

@@ -65,7 +65,10 @@ class LogAxis:
 
 
 def add_counts(
-    into: Tensor, rows: Int[Tensor, "*shape"], bins: Int[Tensor, "*shape"], weights: Float[Tensor, "*shape"] | None = None
+    into: Tensor,
+    rows: Int[Tensor, "*shape"],
+    bins: Int[Tensor, "*shape"],
+    weights: Float[Tensor, "*shape"] | None = None,
 ) -> None:
     """`into[row, bin] += weight` for every element; `into` is `[rows, bins]`."""
     flat = (rows * into.shape[1] + bins).flatten()

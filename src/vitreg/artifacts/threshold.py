@@ -69,7 +69,9 @@ def parse_rule(threshold: float | int | str) -> Rule:
     except ValueError:
         value = float("nan")
     if not 0 < value < float("inf"):
-        raise ValueError(f"threshold {threshold!r} is unknown; use 'auto', a norm such as 150, 'mean+3sd' or '5xmedian'")
+        raise ValueError(
+            f"threshold {threshold!r} is unknown; use 'auto', a norm such as 150, 'mean+3sd' or '5xmedian'"
+        )
     return Rule("fixed", value)
 
 
@@ -93,8 +95,8 @@ def two_modes(axis: LogAxis, counts: NDArray[np.int64]) -> int | None:
     1. are at least `MIN_TOKENS` and `MIN_FRACTION`, and at most `MAX_FRACTION` of all;
     2. have a median of at least `MIN_RATIO` times the median of all;
     3. form a mode of their own: the density at the cut is at most `MAX_VALLEY` of the density at their peak;
-    4. are no tail of the lower mode: an exponential fitted to its end (which decays more slowly than a normal distribution) would leave `MIN_EXCESS` times fewer of them, and so many by chance less often than
-       `MAX_CHANCE`.
+    4. are no tail of the lower mode: an exponential fitted to its end (which decays more slowly than a normal
+       distribution) would leave `MIN_EXCESS` times fewer, and so many by chance less often than `MAX_CHANCE`.
 
     Of the accepted cuts the middle of the emptiest stretch is taken. `docs/diagnosis.md` has the measured error rates.
     """

@@ -51,9 +51,7 @@ def save(vit: VisionTransformer, path: str | os.PathLike[str], format: Format = 
         state, metadata = vit.state_dict(), {"config": json.dumps(vit.config.to_dict())}
     else:
         state, kwargs = to_timm_state(vit)
-        metadata = {
-            key: value if isinstance(value, str) else json.dumps(value) for key, value in kwargs.items()
-        }
+        metadata = {key: value if isinstance(value, str) else json.dumps(value) for key, value in kwargs.items()}
         metadata |= {"mean": json.dumps(vit.preprocess.mean), "std": json.dumps(vit.preprocess.std)}
     tensors = {key: tensor.detach().cpu().contiguous() for key, tensor in state.items()}
     _write(path, lambda temporary: save_file(tensors, temporary, {"format": format, **metadata}))

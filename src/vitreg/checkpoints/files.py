@@ -34,17 +34,13 @@ def _safetensors(path: Path) -> tuple[StateDict, dict[str, str]]:
             tensors = {key: file.get_tensor(key) for key in file.keys()}  # noqa: SIM118
             return tensors, dict(file.metadata() or {})
     except (SafetensorError, OSError) as error:
-        raise CheckpointError(
-            f"{path} is truncated or no safetensors file ({error}); download it again"
-        ) from error
+        raise CheckpointError(f"{path} is truncated or no safetensors file ({error}); download it again") from error
 
 
 def _torch(path: Path) -> StateDict:
     with path.open("rb") as file:
         if not file.read(2).startswith((b"PK", b"\x80")):  # a zip archive or a pickle, as torch writes them
-            raise CheckpointError(
-                f"{path} is no PyTorch checkpoint, but text or another format; download it again"
-            )
+            raise CheckpointError(f"{path} is no PyTorch checkpoint, but text or another format; download it again")
     try:
         # Training scripts of DINO, DeiT and MAE store their parsed arguments beside the weights: plain data.
         with torch.serialization.safe_globals([argparse.Namespace]):
@@ -77,9 +73,7 @@ def unwrap(content: Any, source: str) -> StateDict:
         content = content[inner]
     tensors = {}
     if isinstance(content, dict):
-        tensors = {
-            key: value for key, value in content.items() if isinstance(key, str) and isinstance(value, Tensor)
-        }
+        tensors = {key: value for key, value in content.items() if isinstance(key, str) and isinstance(value, Tensor)}
     if not tensors:
         raise CheckpointError(f"{source} holds no state dict (a mapping of names to tensors)")
     for prefix in ("module.", "_orig_mod.", "backbone."):

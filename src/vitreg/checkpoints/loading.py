@@ -9,6 +9,7 @@ import os
 import socket
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 from urllib.parse import urlparse
 
 import torch
@@ -163,7 +164,7 @@ def _from_timm_name(name: str) -> VisionTransformer:
         raise unknown_name(name)
     if not timm.models.is_model_pretrained(name):
         raise CheckpointError(f"timm has no weights for {name}; build it with timm and use from_timm")
-    options = {"global_pool": "token"} if "dinov3" in base else {}  # what DINOv3 itself reads
+    options: dict[str, Any] = {"global_pool": "token"} if "dinov3" in base else {}  # what DINOv3 itself reads
     try:
         with _reachable_hub():
             model = timm.create_model(name, pretrained=True, **options)
@@ -177,6 +178,7 @@ def _from_timm_name(name: str) -> VisionTransformer:
 def _from_hub(repository: str) -> VisionTransformer:
     try:
         import transformers
+        from transformers.utils.hub import cached_file
     except ImportError as error:
         raise CheckpointError(
             f'loading {repository} needs transformers: pip install "vitreg[transformers]", or use a timm name'
@@ -187,9 +189,7 @@ def _from_hub(repository: str) -> VisionTransformer:
             # The class that was saved keeps its head: AutoModel would drop a classifier or CLIP's projection.
             saved = next(iter(config.architectures or ()), "")
             model = getattr(transformers, saved, transformers.AutoModel).from_pretrained(repository)
-            processor = transformers.utils.cached_file(
-                repository, "preprocessor_config.json", _raise_exceptions_for_missing_entries=False
-            )
+            processor = cached_file(repository, "preprocessor_config.json", _raise_exceptions_for_missing_entries=False)
     except Exception as error:
         raise _download_error(repository, error) from error
     vit = from_transformers(model)
@@ -206,9 +206,7 @@ def _from_open_clip_name(source: str) -> VisionTransformer:
     except ImportError as error:
         raise CheckpointError(f'loading {source} needs open_clip: pip install "vitreg[clip]"') from error
     if architecture not in open_clip.list_models():
-        raise CheckpointError(
-            f"open_clip has no architecture {architecture!r}; give open_clip:ARCH/PRETRAINED"
-        )
+        raise CheckpointError(f"open_clip has no architecture {architecture!r}; give open_clip:ARCH/PRETRAINED")
     try:
         with _reachable_hub():
             model = open_clip.create_model(architecture, pretrained=pretrained or None)

@@ -48,9 +48,7 @@ def _from_timm_tower(tower: Any) -> VisionTransformer:
         _require(len(layers) == 1 and isinstance(layers[0], nn.Linear), f"a projection {tower.head}")
         _require(not vit.config.num_classes, "a projection after a classification head")
         linear = layers[0]
-        config = dataclasses.replace(
-            config, num_classes=linear.out_features, head_bias=linear.bias is not None
-        )
+        config = dataclasses.replace(config, num_classes=linear.out_features, head_bias=linear.bias is not None)
         state |= {f"head.{key}": tensor for key, tensor in linear.state_dict().items()}
     return build(config, state, f"open_clip {config.architecture or 'TimmModel'}")
 

@@ -95,9 +95,7 @@ MODELS = (
     Model("siglip2_vit_l16_256", "vit_large_patch16_siglip_256.v2_webli", 316.0, 16, 0, "apache-2.0"),
     Model("siglip2_so400m_p14_378", "vit_so400m_patch14_siglip_378.v2_webli", 428.2, 14, 0, "apache-2.0"),
     Model("siglip2_vit_g16_256", "vit_giantopt_patch16_siglip_256.v2_webli", 1163.2, 16, 0, "apache-2.0"),
-    Model(
-        "sbb_vit_medium_reg4", "vit_medium_patch16_reg4_gap_256.sbb_in12k_ft_in1k", 38.9, 16, 4, "apache-2.0"
-    ),
+    Model("sbb_vit_medium_reg4", "vit_medium_patch16_reg4_gap_256.sbb_in12k_ft_in1k", 38.9, 16, 4, "apache-2.0"),
     Model(
         "sbb_vit_betwixt_reg4",
         "vit_betwixt_patch16_reg4_gap_256.sbb2_e200_in12k_ft_in1k",
@@ -106,9 +104,7 @@ MODELS = (
         4,
         "apache-2.0",
     ),
-    Model(
-        "sbb_vit_little_reg1", "vit_little_patch16_reg1_gap_256.sbb_in12k_ft_in1k", 22.5, 16, 1, "apache-2.0"
-    ),
+    Model("sbb_vit_little_reg1", "vit_little_patch16_reg1_gap_256.sbb_in12k_ft_in1k", 22.5, 16, 1, "apache-2.0"),
     Model("sbb_vit_pwee_reg1", "vit_pwee_patch16_reg1_gap_256.sbb_in1k", 15.3, 16, 1, "apache-2.0"),
 )
 

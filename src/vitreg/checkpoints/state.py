@@ -57,9 +57,7 @@ def check_keys(given: Iterable[str], expected: Iterable[str], source: str) -> No
             parts.append(f"{len(missing)} missing keys: {_some(missing)}")
         if unexpected:
             parts.append(f"{len(unexpected)} unexpected keys: {_some(unexpected)}")
-        raise CheckpointError(
-            f"{source} does not fit the architecture: {'; '.join(parts)}; check `architecture`"
-        )
+        raise CheckpointError(f"{source} does not fit the architecture: {'; '.join(parts)}; check `architecture`")
 
 
 def _some(items: list[str]) -> str:

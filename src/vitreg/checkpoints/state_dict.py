@@ -55,15 +55,12 @@ def from_state_dict(
     dialect = _dialect(weights)
     if dialect == "transformers":
         raise CheckpointError(
-            f"{source} has transformers' names; load its folder with config.json, or use "
-            f"from_transformers(model)"
+            f"{source} has transformers' names; load its folder with config.json, or use from_transformers(model)"
         )
     if dialect == "MAE":
         weights = {k: v for k, v in weights.items() if not k.startswith("decoder_") and k != "mask_token"}
     if dialect == "DINOv3" and not base.endswith("_qkvb") and timm.is_model(f"{base}_qkvb"):
-        name = base = (
-            f"{base}_qkvb"  # the architectures without suffix drop biases that the official weights have
-        )
+        name = base = f"{base}_qkvb"  # the architectures without suffix drop biases that the official weights have
     model = _meta_model(name, base, weights, dict(model_kwargs or {}))
     translated = _translate(weights, model, source)
     check_keys(translated, model.state_dict(), source)
@@ -142,14 +139,10 @@ def _translate(weights: dict[str, Tensor], model: Any, source: str) -> dict[str,
         # `adapt_layer_scale` only renames DeiT-III's gamma_1 and gamma_2.
         return vision_transformer.checkpoint_filter_fn(weights, model, adapt_layer_scale=True)
     except (KeyError, RuntimeError, IndexError, ValueError, AttributeError) as error:
-        raise CheckpointError(
-            f"{source} does not fit the architecture ({error}); check `architecture`"
-        ) from error
+        raise CheckpointError(f"{source} does not fit the architecture ({error}); check `architecture`") from error
 
 
-def _official(
-    vit: VisionTransformer, dialect: str, weights: Mapping[str, Tensor], row: registry.Model | None
-) -> Any:
+def _official(vit: VisionTransformer, dialect: str, weights: Mapping[str, Tensor], row: registry.Model | None) -> Any:
     """The config with what the official repository does differently from timm."""
     config = vit.config
     if dialect == "DINOv2" and not config.num_registers:

@@ -63,7 +63,7 @@ def _config(model: Any) -> ViTConfig:
         )
     for name, module in model.named_modules():
         _require("rmsnorm" not in type(module).__name__.lower(), f"an RMSNorm ({name})")
-    pool = {
+    pool: dict[str, Any] = {
         "token": "token",
         "avg": "mean",
         "map": "attention",
@@ -143,11 +143,9 @@ def _rope(model: Any) -> RopeConfig | None:
     rope = getattr(model, "rope", None)
     if rope is None:
         return None
-    layout = dict(interleaved=not rope.rotate_half) if hasattr(rope, "rotate_half") else {}
+    interleaved, swap_axes = not getattr(rope, "rotate_half", True), getattr(rope, "grid_indexing", "ij") == "xy"
     if _is(rope, "RotaryEmbeddingDinoV3"):
-        _require(
-            rope.normalize_coords == "separate", f"RoPE coordinates normalised by {rope.normalize_coords!r}"
-        )
+        _require(rope.normalize_coords == "separate", f"RoPE coordinates normalised by {rope.normalize_coords!r}")
         # From the attributes, not the buffer: the model may have no memory yet (device "meta").
         if rope.min_period is not None and rope.max_period is not None:
             ratio = rope.max_period / rope.min_period
@@ -156,23 +154,14 @@ def _rope(model: Any) -> RopeConfig | None:
             exponents = 2.0 * torch.arange(rope.dim // 4, dtype=torch.float32, device="cpu") / (rope.dim // 2)
             periods = rope.temperature**exponents
         frequencies = tuple((2 * math.pi / periods).tolist())
-        return RopeConfig(
-            frequencies, "centered", rope.grid_offset, swap_axes=rope.grid_indexing == "xy", **layout
-        )
+        return RopeConfig(frequencies, "centered", rope.grid_offset, None, interleaved, swap_axes)
     _require(_is(rope, "RotaryEmbeddingCat"), f"RoPE of type {type(rope).__name__}")
     _require(rope.grid_type == "index", f"RoPE over a {rope.grid_type!r} grid")
     frequencies = 1.0 / rope.temperature ** (
         torch.arange(rope.dim // 4, dtype=torch.float32, device="cpu") / (rope.dim // 4)
     )
     reference = tuple(rope.ref_feat_shape) if rope.ref_feat_shape is not None else None
-    return RopeConfig(
-        tuple(frequencies.tolist()),
-        "index",
-        rope.grid_offset,
-        reference,
-        swap_axes=rope.grid_indexing == "xy",
-        **layout,
-    )
+    return RopeConfig(tuple(frequencies.tolist()), "index", rope.grid_offset, reference, interleaved, swap_axes)
 
 
 def _state(model: Any, config: ViTConfig) -> dict[str, Tensor]:
@@ -181,11 +170,7 @@ def _state(model: Any, config: ViTConfig) -> dict[str, Tensor]:
         state["patch_embed.bias"] = model.patch_embed.proj.bias
     cls, registers, positions = model.cls_token, model.reg_token, model.pos_embed
     num_prefix = config.num_prefix_tokens
-    if (
-        positions is not None
-        and positions.shape[1] == config.grid[0] * config.grid[1] + num_prefix
-        and num_prefix
-    ):
+    if positions is not None and positions.shape[1] == config.grid[0] * config.grid[1] + num_prefix and num_prefix:
         # The original layout gives prefix tokens a position too: a constant, so it moves into the tokens.
         prefix, positions = positions.split((num_prefix, positions.shape[1] - num_prefix), dim=1)
         of_cls, of_registers = prefix.split((int(config.class_token), config.num_registers), dim=1)

@@ -75,9 +75,7 @@ def _timm_tensor(pieces: Mapping[str, Tensor], block: str, key: str, like: Tenso
         return torch.cat((pieces[f"{block}mlp.fc1.{kind}"], pieces[f"{block}attn.qkv.{kind}"]))
     if not block and key.startswith("attn_pool."):
         return pieces["attention_pool." + key.removeprefix("attn_pool.")]
-    return piece(
-        pieces, block + _TIMM_NAMES.get(key, f"{_TIMM_NAMES.get(name, name)}.{kind}" if name else key), like
-    )
+    return piece(pieces, block + _TIMM_NAMES.get(key, f"{_TIMM_NAMES.get(name, name)}.{kind}" if name else key), like)
 
 
 def timm_architecture(config: ViTConfig) -> tuple[str, dict[str, Any], nn.Module]:
@@ -123,9 +121,7 @@ def _differences(ours: ViTConfig, theirs: ViTConfig) -> list[str]:
             a, b = ours.rope, snap(theirs.rope, ours.rope)
         elif field.name.endswith(("_bias", "layer_scale")) and not a:
             continue  # written as zeros, or ones, where the architecture has it
-        elif (field.name == "key_bias" and not ours.qkv_bias) or (
-            field.name == "head_bias" and not ours.num_classes
-        ):
+        elif (field.name == "key_bias" and not ours.qkv_bias) or (field.name == "head_bias" and not ours.num_classes):
             continue
         if a != b and field.name not in _FREE:
             found.append(f"{field.name}={a!r}")
@@ -135,20 +131,14 @@ def _differences(ours: ViTConfig, theirs: ViTConfig) -> list[str]:
 def snap(rope: RopeConfig, to: RopeConfig) -> RopeConfig:
     """The same, with the other's frequencies where they differ by rounding only."""
     pairs = zip(rope.frequencies, to.frequencies, strict=False)
-    same = len(rope.frequencies) == len(to.frequencies) and all(
-        math.isclose(a, b, rel_tol=1e-5) for a, b in pairs
-    )
+    same = len(rope.frequencies) == len(to.frequencies) and all(math.isclose(a, b, rel_tol=1e-5) for a, b in pairs)
     return dataclasses.replace(rope, frequencies=to.frequencies) if same else rope
 
 
 def _ratio(config: ViTConfig) -> float:
     """An MLP ratio that truncates to exactly `mlp_dim`."""
     ratio = config.mlp_dim / config.embed_dim
-    return (
-        ratio
-        if int(config.embed_dim * ratio) == config.mlp_dim
-        else (config.mlp_dim + 0.5) / config.embed_dim
-    )
+    return ratio if int(config.embed_dim * ratio) == config.mlp_dim else (config.mlp_dim + 0.5) / config.embed_dim
 
 
 def _shared_kwargs(config: ViTConfig, global_pool: str) -> dict[str, Any]:

@@ -35,9 +35,7 @@ def to_transformers_folder(vit: VisionTransformer, folder: Path) -> None:
     with torch.device("meta"):  # weights follow; the random ones would take a minute for a giant model
         model = kind(kind.config_class(**kwargs), **options)
     pieces = _transformers_pieces(vit)
-    state = {
-        key: _transformers_tensor(pieces, key, like, vit.config) for key, like in model.state_dict().items()
-    }
+    state = {key: _transformers_tensor(pieces, key, like, vit.config) for key, like in model.state_dict().items()}
     model.load_state_dict(state, assign=True)
     model.save_pretrained(folder, max_shard_size="1TB")
     if name in ("CLIPVisionModel", "SiglipVisionModel"):
@@ -48,9 +46,7 @@ def to_transformers_folder(vit: VisionTransformer, folder: Path) -> None:
 
 def _nest(file: Path) -> None:
     """Put the tower under `vision_model.`: transformers 4 looks only there, transformers 5 there as well."""
-    state = {
-        f"vision_model.{key.removeprefix('vision_model.')}": tensor for key, tensor in load_file(file).items()
-    }
+    state = {f"vision_model.{key.removeprefix('vision_model.')}": tensor for key, tensor in load_file(file).items()}
     nested = file.with_suffix(".nested")
     save_file(state, nested, {"format": "pt"})
     nested.replace(file)
@@ -181,9 +177,7 @@ def _processor(preprocess: Preprocess) -> dict[str, Any] | None:
     if preprocess.crop == "border" or (preprocess.crop != "squash" and height != width):
         return None
     full = [math.floor(side / fraction) for side in (height, width)]
-    size = (
-        {"height": full[0], "width": full[1]} if preprocess.crop == "squash" else {"shortest_edge": full[0]}
-    )
+    size = {"height": full[0], "width": full[1]} if preprocess.crop == "squash" else {"shortest_edge": full[0]}
     crop = fraction < 1 or preprocess.crop == "center"
     return {
         "image_processor_type": "CLIPImageProcessor",  # the one that can crop or not, squash or not

@@ -58,9 +58,7 @@ def read_image(path: str | Path) -> Image.Image:
     except MemoryError:
         raise
     except (Image.DecompressionBombError, Image.DecompressionBombWarning):
-        raise ImageError(
-            f"{path} has more than {MAX_PIXELS / 1e6:.0f} million pixels; make it smaller first"
-        ) from None
+        raise ImageError(f"{path} has more than {MAX_PIXELS / 1e6:.0f} million pixels; make it smaller first") from None
     except PermissionError:
         raise ImageError(f"{path} may not be read; check its permissions") from None
     except Image.UnidentifiedImageError:
@@ -157,9 +155,7 @@ def _check_file(path: Path) -> None:
         status = path.stat()
     except OSError as error:
         if path.is_symlink():
-            raise ImageError(
-                f"{path} is a link to a file that does not exist; restore it or remove the link"
-            ) from None
+            raise ImageError(f"{path} is a link to a file that does not exist; restore it or remove the link") from None
         raise ImageError(f"{path} cannot be read ({error.strerror}); check the path") from None
     if stat.S_ISDIR(status.st_mode):
         raise ImageError(f"{path} is a folder; use find_images to list the pictures in it")

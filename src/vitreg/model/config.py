@@ -137,13 +137,10 @@ class ViTConfig:
         if "token" in self.pool and not self.class_token:
             raise ValueError(f"pool {self.pool!r} needs a class token; use 'mean' or 'attention'")
         if min(self.grid) < 1:
-            raise ValueError(
-                f"image_size {self.image_size} is smaller than one patch of {self.patch_size} pixels"
-            )
+            raise ValueError(f"image_size {self.image_size} is smaller than one patch of {self.patch_size} pixels")
         if self.rope and 4 * len(self.rope.frequencies) != self.head_dim:
             raise ValueError(
-                f"RoPE needs head_dim / 4 = {self.head_dim / 4:g} frequencies, "
-                f"got {len(self.rope.frequencies)}"
+                f"RoPE needs head_dim / 4 = {self.head_dim / 4:g} frequencies, got {len(self.rope.frequencies)}"
             )
 
     @property

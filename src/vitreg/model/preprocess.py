@@ -68,15 +68,11 @@ class Preprocess:
             if given not in known:
                 raise ValueError(f"{name} is {given!r}; choose one of {', '.join(known)}")
         if len(self.mean) != 3 or len(self.std) != 3 or min(self.std) <= 0:
-            raise ValueError(
-                f"mean {self.mean} and std {self.std} must be three numbers each (RGB), std above 0"
-            )
+            raise ValueError(f"mean {self.mean} and std {self.std} must be three numbers each (RGB), std above 0")
         if not 0 < self.crop_fraction <= 1:
             raise ValueError(f"crop_fraction is {self.crop_fraction}; it must be above 0 and at most 1")
         if self.multiple_of < 1 or len(self.size) != 2 or min(self.size) < self.multiple_of:
-            raise ValueError(
-                f"size {self.size} must be height and width, each at least one patch ({self.multiple_of})"
-            )
+            raise ValueError(f"size {self.size} must be height and width, each at least one patch ({self.multiple_of})")
 
     @classmethod
     def from_timm(cls, config: Mapping[str, Any], *, multiple_of: int = 1) -> "Preprocess":
@@ -92,9 +88,7 @@ class Preprocess:
         """
         channels, height, width = config.get("input_size") or (3, 224, 224)
         if channels != 3:
-            raise ValueError(
-                f"the checkpoint takes {channels} channels; vitreg reads RGB pictures, 3 channels"
-            )
+            raise ValueError(f"the checkpoint takes {channels} channels; vitreg reads RGB pictures, 3 channels")
         return cls(
             size=(height, width),
             mean=tuple(config.get("mean") or IMAGENET_MEAN),
@@ -161,9 +155,7 @@ class Preprocess:
         )
 
     def _scale_and_shift(self, device: torch.device) -> tuple[Tensor, Tensor]:
-        mean, std = (
-            torch.tensor(values, dtype=torch.float64).view(3, 1, 1) for values in (self.mean, self.std)
-        )
+        mean, std = (torch.tensor(values, dtype=torch.float64).view(3, 1, 1) for values in (self.mean, self.std))
         return (1 / (255 * std)).to(device, torch.float32), (-mean / std).to(device, torch.float32)
 
     def _geometry(self, height: int, width: int) -> _Geometry:
@@ -190,8 +182,7 @@ class Preprocess:
         scale = min(self.size) / min(height, width)
         longest = MAX_ASPECT * min(self.size)
         rows, columns = (
-            max(1, round(min(side * scale, longest) / self.multiple_of)) * self.multiple_of
-            for side in (height, width)
+            max(1, round(min(side * scale, longest) / self.multiple_of)) * self.multiple_of for side in (height, width)
         )
         return _Geometry(rows, columns, 0, 0, rows, columns)
 
@@ -201,9 +192,7 @@ class Preprocess:
         x0, y0, x1, y1 = max(left, 0), max(top, 0), min(left + columns, width), min(top + rows, height)
         if image.size == (width, height):
             seen = np.asarray(image.crop((x0, y0, x1, y1)))
-        elif self.interpolation in ("bicubic", "bilinear") and max(height, width) <= MAX_ASPECT * min(
-            height, width
-        ):
+        elif self.interpolation in ("bicubic", "bilinear") and max(height, width) <= MAX_ASPECT * min(height, width):
             seen = _resize(image, height, width, self.interpolation)[y0:y1, x0:x1]
         else:
             # Pillow computes the window alone; all of a 3000 x 1 picture would be 200 million pixels.

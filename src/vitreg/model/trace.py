@@ -56,6 +56,7 @@ class Trace:
         patches: hidden states of the patches after each block, `[L, B, N, D]`.
         activations: hidden units of the MLPs, after the non-linearity, `[L, B, ., mlp_dim]`.
         embeddings: patch embeddings, before position embedding and block 0, `[B, N, D]`.
+        largest: hidden states of the K patches with the largest norms, after every block.
     """
 
     tokens: Tokens
@@ -70,6 +71,7 @@ class Trace:
     patches: Float[Tensor, "L B N D"] | None = None
     activations: Tokens | None = None
     embeddings: Float[Tensor, "B N D"] | None = None
+    largest: Float[Tensor, "depth B K D"] | None = None
 
 
 @dataclass
@@ -84,9 +86,11 @@ class Recorder:
     facets: tuple[str, ...]
     patches: bool
     activations: bool
+    num_largest: int
     embeddings: Tensor | None = None
     norms: list[Tensor] = field(default_factory=list)
     attention: list[Tensor] = field(default_factory=list)
+    largest: list[Tensor] = field(default_factory=list)
     kept: dict[str, list[Tensor]] = field(default_factory=dict)
     _queries: Tensor | None = None
 
@@ -101,6 +105,7 @@ class Recorder:
         facets: Sequence[Facet],
         patches: bool,
         activations: bool,
+        largest: int,
     ) -> Recorder:
         """Check what is asked for before anything runs.
 
@@ -111,7 +116,7 @@ class Recorder:
         if unknown := [f for f in facets if f not in ("queries", "keys", "values")]:
             raise ValueError(f"facets {unknown} are unknown; choose from queries, keys, values")
         rows, names = _rows(config, grid, attention_from)
-        return cls(config, grid, chosen, rows, names, tuple(facets), patches, activations)
+        return cls(config, grid, chosen, rows, names, tuple(facets), patches, activations, largest)
 
     def wants(self, block: int) -> bool:
         """Whether anything inside this block is recorded (norms are taken from outside)."""
@@ -134,6 +139,10 @@ class Recorder:
         """Take the residual stream after a block."""
         self._queries = None
         self.norms.append(torch.linalg.vector_norm(x, dim=-1, dtype=torch.float32))
+        if self.num_largest:
+            patches, norms = self._split(x).patches, self._split(self.norms[-1].unsqueeze(-1)).patches
+            top = norms.topk(min(self.num_largest, patches.shape[1]), dim=1).indices
+            self.largest.append(patches.take_along_dim(top, dim=1))
         if self.patches and block in self.blocks:
             self.kept.setdefault("patches", []).append(self._split(x).patches)
 
@@ -151,6 +160,7 @@ class Recorder:
             attention=self._attention_rows() if self.attention else None,
             patches=hidden,
             embeddings=self.embeddings,
+            largest=torch.stack(self.largest) if self.largest else None,
             **{name: self._split(value) for name, value in kept.items()},
         )
 
@@ -176,9 +186,7 @@ class Recorder:
 
 def _block(block: int, depth: int) -> int:
     if not -depth <= block < depth:
-        raise ValueError(
-            f"block {block} does not exist: the model has blocks 0 to {depth - 1} (or -1 for the last)"
-        )
+        raise ValueError(f"block {block} does not exist: the model has blocks 0 to {depth - 1} (or -1 for the last)")
     return block % depth
 
 
@@ -194,9 +202,7 @@ def _rows(
     for query in queries:
         if query == "cls":
             if not config.class_token:
-                raise ValueError(
-                    "the model has no class token to ask attention from; use patches or registers"
-                )
+                raise ValueError("the model has no class token to ask attention from; use patches or registers")
             rows.append(0)
             names.append("class token")
         elif query == "registers":

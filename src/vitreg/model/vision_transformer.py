@@ -45,9 +45,7 @@ class VisionTransformer(nn.Module):
         dim, patch = config.embed_dim, config.patch_size
         self.patch_embed = nn.Conv2d(3, dim, kernel_size=patch, stride=patch, bias=config.patch_bias)
         self.cls_token = nn.Parameter(torch.empty(1, 1, dim)) if config.class_token else None
-        self.registers = (
-            nn.Parameter(torch.empty(1, config.num_registers, dim)) if config.num_registers else None
-        )
+        self.registers = nn.Parameter(torch.empty(1, config.num_registers, dim)) if config.num_registers else None
         self.positions = None
         if config.learned_positions:
             self.positions = nn.Parameter(torch.empty(1, config.grid[0] * config.grid[1], dim))
@@ -57,9 +55,7 @@ class VisionTransformer(nn.Module):
         self.attention_pool = AttentionPool(config) if config.pool == "attention" else None
         self.pool_norm = nn.LayerNorm(dim, config.norm_eps) if config.pool_norm else nn.Identity()
         features = dim * (1 + (config.pool == "token+mean"))
-        self.head = (
-            nn.Linear(features, config.num_classes, bias=config.head_bias) if config.num_classes else None
-        )
+        self.head = nn.Linear(features, config.num_classes, bias=config.head_bias) if config.num_classes else None
         self.reset_parameters()
 
     def reset_parameters(self) -> None:
@@ -107,13 +103,13 @@ class VisionTransformer(nn.Module):
     def pool(self, tokens: Tokens) -> Float[Tensor, "B F"]:
         """One feature per image, as the checkpoint's head reads it. Registers never take part."""
         if self.attention_pool is not None:
-            pooled = self.attention_pool(tokens.patches)
-        elif self.config.pool == "token":
-            pooled = tokens.cls
-        elif self.config.pool == "mean":
-            pooled = tokens.patches.mean(1)
-        else:
-            pooled = torch.cat([tokens.cls, tokens.patches.mean(1)], dim=-1)
+            return self.pool_norm(self.attention_pool(tokens.patches))
+        if self.config.pool == "mean":
+            return self.pool_norm(tokens.patches.mean(1))
+        assert tokens.cls is not None  # ViTConfig refuses these pools without one
+        pooled = tokens.cls
+        if self.config.pool == "token+mean":
+            pooled = torch.cat([pooled, tokens.patches.mean(1)], dim=-1)
         return self.pool_norm(pooled)
 
     def classify(self, images: Float[Tensor, "B 3 H W"]) -> Float[Tensor, "B classes"]:
@@ -136,6 +132,7 @@ class VisionTransformer(nn.Module):
         patches: bool = False,
         activations: bool = False,
         embeddings: bool = False,
+        largest: int = 0,
     ) -> Trace:
         """A forward pass that also records norms, and on request what happens inside the blocks.
 
@@ -151,6 +148,7 @@ class VisionTransformer(nn.Module):
             patches: keep the patches' hidden states after each block.
             activations: keep the MLPs' hidden units.
             embeddings: keep the patch embeddings.
+            largest: keep the hidden states of so many patches, those with the largest norms, after every block.
 
         Raises:
             ValueError: the images do not fit, or something is asked for that the model does not have.
@@ -163,6 +161,7 @@ class VisionTransformer(nn.Module):
             facets=facets,
             patches=patches,
             activations=activations,
+            largest=largest,
         )
         return recorder.finish(self._run(images, recorder, keep_embeddings=embeddings))
 
@@ -183,9 +182,7 @@ class VisionTransformer(nn.Module):
                 x = block(x, table, record)
             if recorder is not None:
                 recorder.after_block(i, x)
-        return Tokens.split(
-            self.norm(x), class_token=self.config.class_token, grid=grid, normed=self.config.final_norm
-        )
+        return Tokens.split(self.norm(x), class_token=self.config.class_token, grid=grid, normed=self.config.final_norm)
 
     def _assemble(self, patches: Tensor, grid: tuple[int, int]) -> Tensor:
         """`[cls, registers, patches]`, the patches with their positions."""
@@ -193,9 +190,7 @@ class VisionTransformer(nn.Module):
             rule = self.config.position_interpolation
             patches = patches + resize_positions(self.positions, self.config.grid, grid, rule)
         batch = patches.shape[0]
-        prefix = [
-            token.expand(batch, -1, -1) for token in (self.cls_token, self.registers) if token is not None
-        ]
+        prefix = [token.expand(batch, -1, -1) for token in (self.cls_token, self.registers) if token is not None]
         return self.pre_norm(torch.cat([*prefix, patches], dim=1) if prefix else patches)
 
     def _grid(self, images: Tensor) -> tuple[int, int]:

@@ -92,9 +92,7 @@ def attention_figure(
     return sheet.write(path)
 
 
-def diagnosis_figure(
-    summary: dict, examples: Sequence[ExampleMaps], path: Path, max_examples: int = 4
-) -> Path:
+def diagnosis_figure(summary: dict, examples: Sequence[ExampleMaps], path: Path, max_examples: int = 4) -> Path:
     """Write a PNG of the diagnosis: photographs, norm maps and class-token attention at the reported block.
 
     Args:
@@ -126,9 +124,7 @@ def diagnosis_figure(
         attention = np.stack([example.attention[query][block] for example in shown])
         most = float(attention.max())
         ticks = [most * t**2 for t in (0, 0.5, 0.75, 1)]
-        rows.append(
-            (f"attention of\n{query}", attention, _root_scale(most), "magma", ticks, "attention received")
-        )
+        rows.append((f"attention of\n{query}", attention, _root_scale(most), "magma", ticks, "attention received"))
 
     width = 2.0
     height = width * shown[0].photo.shape[0] / shown[0].photo.shape[1]
@@ -209,9 +205,7 @@ class _Sheet:
         # Shorter than what it stands beside, so that the numbers at its ends keep off its neighbour's.
         axes = self._axes(x, y + 0.06, 0.11, height - 0.12)
         bar = self.figure.colorbar(ScalarMappable(scale, colours), cax=axes)
-        bar.set_ticks(
-            ticks, labels=[f"{100 * t:.2g} %" if percent else f"{t:.3g}" for t in ticks], minor=False
-        )
+        bar.set_ticks(ticks, labels=[f"{100 * t:.2g} %" if percent else f"{t:.3g}" for t in ticks], minor=False)
         bar.minorticks_off()
         bar.ax.tick_params(labelsize=8, labelcolor=QUIET, color=QUIET, length=2)
         bar.set_label(label, fontsize=8.5, color=QUIET)
@@ -249,9 +243,7 @@ def _outline(axes: Axes, outliers: np.ndarray) -> None:
     from matplotlib.patches import Rectangle
 
     boxes = [Rectangle((column - 0.5, row - 0.5), 1, 1) for row, column in np.argwhere(outliers)]
-    axes.add_collection(
-        PatchCollection(boxes, facecolor="none", edgecolor=OUTLIER, linewidth=1.3, clip_on=False)
-    )
+    axes.add_collection(PatchCollection(boxes, facecolor="none", edgecolor=OUTLIER, linewidth=1.3, clip_on=False))
 
 
 def _shorten(name: str, most: int = 28) -> str:

@@ -42,9 +42,7 @@ def pack_examples(summary: dict, examples: Sequence[ExampleMaps], max_bytes: int
         # Compressed maps are nearly independent of each other, so bytes are nearly proportional to blocks.
         room = max(0, max_bytes - _size(photos))
         count = min(len(blocks) - 1, int(len(blocks) * room / _size(maps["maps"])))
-        blocks = sorted(
-            {*must, *np.linspace(0, depth - 1, max(0, count - len(must))).round().astype(int).tolist()}
-        )
+        blocks = sorted({*must, *np.linspace(0, depth - 1, max(0, count - len(must))).round().astype(int).tolist()})
         maps = _pack_maps(summary, examples, blocks)
     coded = zip(examples, photos, maps.pop("maps"), strict=True)
     return {**maps, "examples": [{"name": e.name, "photo": p, "maps": m} for e, p, m in coded]}
