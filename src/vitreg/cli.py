@@ -154,7 +154,7 @@ def attention(
     out = _writable_folder(out)
     paths = find_images(images)
     vit = model.load()
-    wanted = [_query(query) for query in queries]
+    wanted: list[Query] = [_query(query) for query in queries]
     preprocess = vit.preprocess if crop == "checkpoint" else dataclasses.replace(vit.preprocess, crop="none")
     stream = ImageStream(paths, preprocess, batch_size=1, strict=strict, device=next(vit.parameters()).device)
     written: list[dict[str, object]] = []

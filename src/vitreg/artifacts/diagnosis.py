@@ -225,7 +225,7 @@ def diagnose(
                     largest=examples.num_largest(),
                 )
             if statistics is None:
-                image_size = tuple(batch.shape[-2:])
+                image_size = (batch.shape[-2], batch.shape[-1])
                 statistics = NormStatistics(depth, trace.tokens.grid, axis, device)
             elif trace.tokens.grid != statistics.grid:
                 raise ValueError(

@@ -6,7 +6,7 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from vitreg.model import Trace, VisionTransformer
+from vitreg.model import Query, Trace, VisionTransformer
 from vitreg.report import ExampleMaps
 
 NUM_CHANNELS = 8
@@ -29,9 +29,9 @@ class Examples:
         self.maps: list[ExampleMaps] = []
         self._largest: list[Float[Tensor, "depth B K D"]] = []
 
-    def queries(self) -> list[str]:
+    def queries(self) -> list[Query]:
         """Whose attention the next batch should record: the class token first, registers while examples are kept."""
-        queries = ["cls"] if self._vit.config.class_token else []
+        queries: list[Query] = ["cls"] if self._vit.config.class_token else []
         if self._vit.num_registers and len(self.maps) < self._most:
             queries.append("registers")
         return queries

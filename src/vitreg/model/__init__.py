@@ -3,13 +3,14 @@
 from vitreg.model.config import PositionInterpolation, RopeConfig, ViTConfig
 from vitreg.model.preprocess import Preprocess
 from vitreg.model.tokens import Tokens
-from vitreg.model.trace import AttentionRows, Trace
+from vitreg.model.trace import AttentionRows, Query, Trace
 from vitreg.model.vision_transformer import VisionTransformer
 
 __all__ = [
     "AttentionRows",
     "PositionInterpolation",
     "Preprocess",
+    "Query",
     "RopeConfig",
     "Tokens",
     "Trace",

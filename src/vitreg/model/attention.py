@@ -89,5 +89,12 @@ def attention_rows(
     chunk = max(1, ROW_BUDGET // (batch * heads * tokens))
     chosen = queries[:, :, rows].float() * head_dim**-0.5
     keys = keys.float().transpose(-1, -2)  # in half precision a product would round before the softmax
-    parts = [torch.matmul(part, keys).softmax(-1) for part in chosen.split(chunk, dim=2)]
+    parts = [_scores(part, keys).softmax(-1) for part in chosen.split(chunk, dim=2)]
     return parts[0] if len(parts) == 1 else torch.cat(parts, dim=2)
+
+
+def _scores(queries: Float[Tensor, "B H Q d"], keys: Float[Tensor, "B H d T"]) -> Float[Tensor, "B H Q T"]:
+    """Their product; on a CPU head by head, because keys are a view of the fused projection that matmul would copy."""
+    if queries.device.type != "cpu":
+        return queries @ keys
+    return torch.stack([q @ k for q, k in zip(queries.unbind(1), keys.unbind(1), strict=True)], dim=1)

@@ -124,12 +124,14 @@ class Recorder:
 
     def record(self, name: str, value: Tensor) -> None:
         """Take what a block hands out while it runs."""
-        if name == "queries":
+        if name == "queries" and self.rows:
             self._queries = value
         elif name == "keys" and self.rows:
             assert self._queries is not None
             rows = torch.tensor(self.rows, device=value.device)
             self.attention.append(attention_rows(self._queries, value, rows))
+            # Not later: a view of q holds the memory of q, k and v, which the MLP is about to reuse.
+            self._queries = None
         if name in self.facets:
             self.kept.setdefault(name, []).append(value.transpose(1, 2).flatten(2))
         elif name == "activations" and self.activations:
@@ -137,7 +139,6 @@ class Recorder:
 
     def after_block(self, block: int, x: Tensor) -> None:
         """Take the residual stream after a block."""
-        self._queries = None
         self.norms.append(torch.linalg.vector_norm(x, dim=-1, dtype=torch.float32))
         if self.num_largest:
             patches, norms = self._split(x).patches, self._split(self.norms[-1].unsqueeze(-1)).patches
