@@ -1,9 +1,6 @@
 """Many pictures to a model: decoded by background threads, in order, in full batches, in constant memory."""
 
-import contextlib
 import os
-import sys
-import threading
 from collections import deque
 from collections.abc import Generator, Iterable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
@@ -133,7 +130,7 @@ class ImageStream:
         files = iter(self.paths)
         stop = Event()
         size = min(_CHUNK, self.batch_size)
-        pool = ThreadPoolExecutor(self.num_threads, "vitreg-images", initializer=_give_way)
+        pool = ThreadPoolExecutor(self.num_threads, thread_name_prefix="vitreg-images")
         pending: deque[Future[list[_Decoded]]] = deque()
         try:
             for _ in range(max(self.num_threads, _BATCHES_AHEAD * self.batch_size // size)):
@@ -162,13 +159,3 @@ class ImageStream:
 def _num_cores() -> int:
     """Cores this process may use; a container or a batch system may grant fewer than the machine has."""
     return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
-
-
-def _give_way() -> None:
-    """Lower the priority of a decoding thread, where threads have one (Linux).
-
-    On a CPU the model's threads wait for each other, spinning: a decoder that takes one core stops them all.
-    """
-    if sys.platform == "linux":
-        with contextlib.suppress(OSError):
-            os.setpriority(os.PRIO_PROCESS, threading.get_native_id(), 19)
