@@ -15,7 +15,7 @@ test: .venv/.dev
 	$(BIN)/ruff format --check .
 	$(BIN)/lint-imports
 	$(BIN)/pyright
-	$(BIN)/python -m pytest -q
+	$(BIN)/python -m pytest -q -n auto
 
 .venv/bin/python:
 	@test -n "$(PYTHON)" || { echo "vitreg needs Python 3.11 or 3.12; set PYTHON=/path/to/python"; exit 1; }

@@ -2,14 +2,15 @@
 
     python benchmarks/trace.py [--repeats 9] [--size base] [--pixels 518] [--batch 4] [--high-resolution]
 
-Time: ratios of medians of pairs. Memory: peak above the plain forward's, from the allocator on a GPU and from the
-process's high-water mark in a fresh process each on a CPU.
+Time: ratios of medians of pairs. Memory: peak above the plain forward's, from the allocator on a GPU; on a CPU the
+resident memory, sampled in a fresh process each.
 """
 
 import argparse
 import multiprocessing
 import resource
 import tempfile
+import threading
 from pathlib import Path
 
 import timm
@@ -32,30 +33,51 @@ def peer(ours, device: str):
         return transformers.AutoModel.from_pretrained(path, attn_implementation="eager").eval().to(device)
 
 
-def runs(size: str, pixels: int, batch: int, device: str):
-    ours = model(size, pixels, device)
-    images = torch.randn(batch, 3, pixels, pixels, device=device)
-    other = peer(ours, device)
+KINDS = ("forward", "trace", "transformers", "transformers with attentions")
+
+
+def run_of(kind: str, ours, other, images):
     return {
         "forward": lambda: ours(images),
         "trace": lambda: ours.trace(images, attention_from="cls"),
         "transformers": lambda: other(images),
         "transformers with attentions": lambda: other(images, output_attentions=True),
-    }
+    }[kind]
 
 
-def _high_water(kind: str, options: tuple, queue) -> None:
-    """Megabytes that one run adds to the high-water mark of a process that has run nothing else."""
+def setup(size: str, pixels: int, batch: int, device: str, with_peer: bool = True):
+    ours = model(size, pixels, device)
+    return ours, peer(ours, device) if with_peer else None, torch.randn(batch, 3, pixels, pixels, device=device)
+
+
+def _resident() -> float:
+    """Megabytes of this process in memory now (Linux)."""
+    return int(Path("/proc/self/statm").read_text().split()[1]) * resource.getpagesize() / 2**20
+
+
+def _peak_on_cpu(kind: str, options: tuple, queue) -> None:
+    """Megabytes that a run adds, sampled every millisecond in a process that has run nothing else."""
+    run = run_of(kind, *setup(*options, with_peer=kind.startswith("transformers")))
+    before, peak, done = _resident(), 0.0, threading.Event()
+
+    def sample() -> None:
+        nonlocal peak
+        while not done.wait(0.001):
+            peak = max(peak, _resident())
+
+    thread = threading.Thread(target=sample)
+    thread.start()
     with torch.inference_mode():
-        run = runs(*options)[kind]
-        before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
-        run()
-        queue.put((resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before) / 1024)
+        result = run()
+    done.set()
+    thread.join()
+    del result
+    queue.put(peak - before)
 
 
 def peak_megabytes(kind: str, options: tuple) -> float:
     if options[-1] == "cuda":
-        run = runs(*options)[kind]
+        run = run_of(kind, *setup(*options))
         torch.cuda.reset_peak_memory_stats()
         before = torch.cuda.memory_allocated()
         with torch.inference_mode():
@@ -63,7 +85,7 @@ def peak_megabytes(kind: str, options: tuple) -> float:
         return (torch.cuda.max_memory_allocated() - before) / 2**20
     context = multiprocessing.get_context("spawn")
     queue = context.Queue()
-    process = context.Process(target=_high_water, args=(kind, options, queue))
+    process = context.Process(target=_peak_on_cpu, args=(kind, options, queue))
     process.start()
     megabytes = queue.get()
     process.join()
@@ -91,8 +113,10 @@ def main() -> None:
         print(f"high-water mark {resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20:.2f} GiB")
         return
     options = (args.size, args.pixels, args.batch, device)
+    parts = setup(*options)
     with torch.inference_mode():
-        times = interleaved(runs(*options), args.repeats)
+        times = interleaved({kind: run_of(kind, *parts) for kind in KINDS}, args.repeats)
+    del parts
     for ours, theirs in (
         ("trace", "forward"),
         ("transformers with attentions", "transformers"),

@@ -65,7 +65,7 @@ def _load(source: str, architecture: str | None) -> VisionTransformer:
     if (stored := _in_checkpoint_folder(source)) is not None:
         if stored.is_dir():
             return _from_hub(str(stored))
-        return _from_file(stored, architecture, name=source)
+        return _from_file(stored, architecture, name=_timm_name(source))
     if (row := registry.find(source)) is not None:
         vit = _from_timm_name(row.timm)
         if row.interpolation is not None:
