@@ -137,7 +137,7 @@ def _advice(d: Diagnosis) -> list[str]:
     remedy = (
         f"use {with_registers.name}, the same model trained with registers"
         if with_registers
-        else "use a checkpoint trained with registers (`vitreg models --filter reg`) or leave out the patches at or "
+        else "use a checkpoint trained with registers (`vitreg models --filter reg4`) or leave out the patches at or "
         "above the threshold"
     )
     return [
