@@ -94,7 +94,7 @@ def test_the_folder_answers_first(folder, source, file, suffix):
     model = model_and_file(folder / f"{file}{suffix}")
     vit = load(source)
     same(vit, model)
-    assert vit.config.name == source.removeprefix("timm/")
+    assert vit.config.name == source.removeprefix("hf-hub:").removeprefix("timm/")
     assert not vit.training
 
 
