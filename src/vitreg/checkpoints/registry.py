@@ -7,6 +7,9 @@ from fnmatch import fnmatchcase
 
 from vitreg.model import PositionInterpolation
 
+OFFICIAL_POSITIONS = PositionInterpolation("bicubic", antialias=False, offset=0.1)
+"""The rule of DINO and the first DINOv2; see `official_interpolation`."""
+
 
 @dataclass(frozen=True)
 class Model:
@@ -41,7 +44,7 @@ def official_interpolation(name: str) -> PositionInterpolation | None:
     `interpolate_antialias=False`; with registers 0.0 and True, which is timm's rule too).
     """
     if name.startswith("dino_") or (name.startswith("dinov2_") and not name.endswith("_reg")):
-        return PositionInterpolation("bicubic", antialias=False, offset=0.1)
+        return OFFICIAL_POSITIONS
     return None
 
 

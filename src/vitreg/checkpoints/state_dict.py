@@ -15,9 +15,7 @@ from vitreg.checkpoints.files import unwrap
 from vitreg.checkpoints.names import unknown_name
 from vitreg.checkpoints.state import CheckpointError, check_keys
 from vitreg.checkpoints.timm import from_timm
-from vitreg.model import PositionInterpolation, VisionTransformer
-
-DINOV2_POSITIONS = PositionInterpolation("bicubic", antialias=False, offset=0.1)
+from vitreg.model import VisionTransformer
 
 
 def from_state_dict(
@@ -146,7 +144,7 @@ def _official(vit: VisionTransformer, dialect: str, weights: Mapping[str, Tensor
     """The config with what the official repository does differently from timm."""
     config = vit.config
     if dialect == "DINOv2" and not config.num_registers:
-        config = dataclasses.replace(config, position_interpolation=DINOV2_POSITIONS)
+        config = dataclasses.replace(config, position_interpolation=registry.OFFICIAL_POSITIONS)
     elif row is not None and row.interpolation is not None:
         config = dataclasses.replace(config, position_interpolation=row.interpolation)
     periods = weights.get("rope_embed.periods")
