@@ -1,6 +1,7 @@
 """What people look at: the HTML report and the figures. Draws plain data, imports no other part of vitreg."""
 
 from vitreg.report.attention import write_attention
+from vitreg.report.comparison import write_comparison
 from vitreg.report.diagnosis import write_report
 from vitreg.report.examples import ExampleMaps
 from vitreg.report.figures import attention_figure, diagnosis_figure, overlay
@@ -11,5 +12,6 @@ __all__ = [
     "diagnosis_figure",
     "overlay",
     "write_attention",
+    "write_comparison",
     "write_report",
 ]
