@@ -4,6 +4,8 @@ import json
 import os
 from pathlib import Path
 
+from vitreg.report.words import number, percent
+
 TEMPLATES = Path(__file__).parent / "templates"
 
 
@@ -44,7 +46,7 @@ def _render(name: str, summary: dict, maps: dict, onset: int | None) -> str:
         lstrip_blocks=True,
         undefined=jinja2.StrictUndefined,
     )
-    environment.filters |= {"percent": _percent, "number": _number}
+    environment.filters |= {"percent": percent, "number": number}
     tables = {name: matplotlib.colormaps[name](range(256), bytes=True) for name in ("viridis", "magma")}
     colours = {name: table[:, :3].tobytes().hex() for name, table in tables.items()}
     return environment.get_template(f"{name}.html.j2").render(
@@ -65,20 +67,3 @@ def _script_safe(data: dict) -> str:
     """JSON that may stand inside <script>: nothing in it can close the element or open a comment."""
     text = json.dumps(data, allow_nan=False, separators=(",", ":"))
     return text.replace("&", "\\u0026").replace("<", "\\u003c").replace(">", "\\u003e")
-
-
-def _percent(share: float | None) -> str:
-    """Two significant digits: 0.0204 -> "2.0 %"."""
-    if share is None:
-        return "–"
-    if share == 0 or share >= 0.9995:
-        return f"{100 * share:.0f} %"
-    digits = 3 if share < 0.001 else 2 if share < 0.01 else 1
-    return f"{100 * share:.{digits}f} %"
-
-
-def _number(value: float | None) -> str:
-    """Three significant digits without an exponent: 16.38 -> "16.4", 586.05 -> "586"."""
-    if value is None:
-        return "–"
-    return f"{value:.0f}" if abs(value) >= 100 else f"{value:.1f}" if abs(value) >= 10 else f"{value:.2f}"
