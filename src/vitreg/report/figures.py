@@ -124,9 +124,11 @@ def _norm_group(rows: Sequence[_Row], threshold: float | None) -> _Group:
     from matplotlib.colors import LogNorm
 
     norms = np.stack([row.maps for row in rows])
-    low = max(float(norms.min()), float(norms.max()) * 1e-4, 1e-12)
-    high = max(float(norms.max()), low * 1.01)
-    ticks = [low, math.sqrt(low * high) if threshold is None else threshold, high]
+    # The scale reaches the threshold even where the images shown do not.
+    high = max(float(norms.max()), threshold or 0.0)
+    low = max(float(norms.min()), high * 1e-4, 1e-12)
+    high = max(high, low * 1.01)
+    ticks = sorted({low, math.sqrt(low * high) if threshold is None else threshold, high})
     return _Group(rows, LogNorm(low, high), "viridis", ticks, "norm (log scale)", mark=threshold)
 
 
