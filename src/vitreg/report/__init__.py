@@ -1,15 +1,18 @@
 """What people look at: the HTML report and the figures. Draws plain data, imports no other part of vitreg."""
 
-from vitreg.report.attention import write_attention
+from vitreg.report.attention import attention_figure, overlay, write_attention
+from vitreg.report.comparison import write_comparison
 from vitreg.report.diagnosis import write_report
 from vitreg.report.examples import ExampleMaps
-from vitreg.report.figures import attention_figure, diagnosis_figure, overlay
+from vitreg.report.figures import comparison_figure, diagnosis_figure
 
 __all__ = [
     "ExampleMaps",
     "attention_figure",
+    "comparison_figure",
     "diagnosis_figure",
     "overlay",
     "write_attention",
+    "write_comparison",
     "write_report",
 ]
