@@ -7,7 +7,7 @@ from collections.abc import Callable, Iterable
 
 import torch
 
-from vitreg.artifacts import Diagnosis, diagnose
+from vitreg.artifacts import REMOVED, Diagnosis, diagnose
 from vitreg.images import Batches, Images
 from vitreg.model import VisionTransformer
 from vitreg.registers.held_back import HeldBack
@@ -21,9 +21,6 @@ MIN_IMAGES = 8
 
 HELD_BACK_EVERY = 5
 """Of so many images one is held back."""
-
-REMOVED = 1e-4
-"""Share of outlier patches up to which artifacts count as removed."""
 
 MAX_ROUNDS = 4
 """Moved artifacts may uncover others, written by later blocks; each round looks for the units of one more onset."""
