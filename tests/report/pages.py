@@ -30,3 +30,16 @@ def brightness(page) -> int:
     """Of the page behind everything, 0 to 765."""
     colour = page.evaluate("getComputedStyle(document.body).backgroundColor")
     return sum(map(int, re.findall(r"\d+", colour)))
+
+
+def check_thinned(path: Path, open_page, *, kept: set[int], least: int) -> None:
+    """A page with room for the maps of some of 40 blocks holds those that matter, and says which it shows."""
+    assert path.stat().st_size <= 5_000_000
+    blocks = payload(path)["maps"]["blocks"]
+    assert kept <= set(blocks)
+    assert len(blocks) >= least, "thinned out no more than needed"
+    page = open_page(path)
+    missing = next(k for k in range(40) if k not in blocks)
+    page.locator("#block").fill(str(missing))
+    page.locator("#block-now", has_text=f"{missing} of 0..39").wait_for()
+    assert "these are of block" in page.locator("#thinned").inner_text()
