@@ -12,7 +12,7 @@ from typing import Any, Literal
 
 import torch
 import torch.nn.functional as F
-from jaxtyping import Float
+from jaxtyping import Int
 from torch import Tensor
 
 from vitreg.artifacts.diagnosis import Diagnosis, save_report
@@ -226,7 +226,7 @@ class _Features:
         self._num_images = 0
 
     @torch.inference_mode()
-    def add(self, before: Tokens, after: Tokens, bins: Float[Tensor, "L B N"]) -> None:
+    def add(self, before: Tokens, after: Tokens, bins: Int[Tensor, "L B N"]) -> None:
         self._num_images += len(before.patches)
         if before.patches.shape == after.patches.shape:
             cosine = _cosine(before.patches, after.patches).cpu()

@@ -95,10 +95,10 @@ def _registers(c: Comparison) -> list[str]:
     if norms is None:
         return []
     block = c.before.block if c.before.has_artifacts else c.after.block
-    several = norms.shape[1] > 1
+    several = len(norms[block]) > 1
     text = (
-        f"After block {block} the second model's {len(norms[block])} register{'s have norms' if several else ' has a norm'}"
-        f" of {', '.join(number(float(n)) for n in norms[block])}"
+        f"After block {block} the {f'{len(norms[block])} registers' if several else 'register'} of the second model "
+        f"{'have norms' if several else 'has a norm'} of {', '.join(number(float(n)) for n in norms[block])}"
     )
     share = c.blocks[block].attention_on_registers_after
     return [
