@@ -38,6 +38,7 @@ def fix(
     report: Path | None = None,
     batch_size: int = 32,
     limit: int | None = None,
+    strict: bool = False,
     json: bool = False,
 ) -> int:
     """Move a model's artifacts into registers, without training, and save the fixed model.
@@ -57,31 +58,30 @@ def fix(
         report: folder for a before/after report on the same pictures.
         batch_size: pictures at a time.
         limit: use this many pictures only.
+        strict: a picture that cannot be read is an error.
         json: print the result as JSON.
     """
     import vitreg
-    from vitreg.images import find_images
+    from vitreg.images import Batches
 
     if out.suffix != ".safetensors":
         raise ValueError(f"--out {out} must end in .safetensors")
     writable_folder(out.parent)
     report = None if report is None else writable_folder(report)
-    paths = find_images(images)[: None if limit is None else positive("--limit", limit)]
+    count, batch_size = positive("--registers", registers), positive("--batch-size", batch_size)
     vit = model.load()
+    device = next(vit.parameters()).device
+    batches = Batches(images, vit.preprocess, batch_size=batch_size, device=device, strict=strict, limit=limit)
     with warnings.catch_warnings(record=True) as said, progress("looking for the units that write them") as on_progress:
         warnings.simplefilter("always")
-        fixed = vitreg.add_test_time_registers(
-            vit,
-            paths,
-            count=positive("--registers", registers),
-            batch_size=positive("--batch-size", batch_size),
-            on_progress=on_progress,
-        )
+        fixed = vitreg.add_test_time_registers(vit, batches, count=count, on_progress=on_progress)
+    skipped = [{"path": str(skip.path), "reason": skip.reason} for skip in batches.skipped]
     if fixed is vit:
         reason = str(said[-1].message)
         if json:
-            print_json({"fixed": False, "reason": reason})
+            print_json({"fixed": False, "reason": reason, "skipped": skipped})
         else:
+            print_skipped([skip["reason"] for skip in skipped])
             print(f"{reason}\nNothing was written.")
         return 0
     vitreg.save(fixed, out)
@@ -91,14 +91,16 @@ def fix(
         "register_neurons": [list(neuron) for neuron in fixed.config.register_neurons],
         "register_weight": fixed.config.register_weight,
         "change": fixed.config.changes[-1],
+        "skipped": skipped,
     }
     if not json:
+        print_skipped([skip["reason"] for skip in skipped] if report is None else [])
         print(f"{fixed.config.changes[-1]}\nThe fixed model is {out}")
     if report is None:
         if json:
             print_json(result)
         return 0
-    return _compare(vit, fixed, paths, report, batch_size, None, strict=False, json=json, result=result)
+    return _compare(vit, fixed, images, report, batch_size, limit, strict=strict, json=json, result=result)
 
 
 def compare(
@@ -145,7 +147,7 @@ def compare(
 def _compare(
     before: VisionTransformer,
     after: VisionTransformer,
-    images: list[str] | list[Path],
+    images: list[str],
     out: Path,
     batch_size: int,
     limit: int | None,

@@ -101,8 +101,9 @@ def _search(
     if not finding.repeatable:
         raise ValueError("images can be gone through only once, but are needed again: give a list or a DataLoader")
     diagnosis = diagnose(vit, finding, max_examples=0, on_progress=on_progress)
-    held_back = HeldBack(vit, diagnosis, part(lambda i: i % HELD_BACK_EVERY == HELD_BACK_EVERY - 1))
-    if (num_images := diagnosis.num_images + held_back.num_images) < MIN_IMAGES:
+    rest = part(lambda i: i % HELD_BACK_EVERY == HELD_BACK_EVERY - 1)
+    if diagnosis.num_images < MIN_IMAGES - MIN_IMAGES // HELD_BACK_EVERY:
+        num_images = diagnosis.num_images + sum(len(names) for _, names in rest)
         raise ValueError(
             f"{num_images} images are too few to find the units that write artifacts; give at least {MIN_IMAGES}, "
             f"better 100"
@@ -110,6 +111,7 @@ def _search(
     if not diagnosis.has_artifacts:
         warnings.warn(f"The model is returned unchanged. {diagnosis.verdict[0]}", stacklevel=3)
         return vit
+    held_back = HeldBack(vit, diagnosis, rest)
     units, num_ranked = _choose_units(vit, finding, diagnosis, held_back, count, on_progress)
     if not units:
         warnings.warn(
