@@ -5,9 +5,9 @@
 Cost: the forward pass with one register that 20 units of two blocks are moved to, counted once and four times in
 attention, against the model without; (N+1)/N is what one more token predicts. Medians of ratios of runs side by side.
 
-Finding (with --images, a folder of photographs, 200 are used): `find_register_neurons` against two plain passes over the
-same files, decoding included. Artifacts are written by a planted unit that fires on bright patches, so that there is
-something to find.
+Finding (with --images, a folder of photographs, 200 are used): `find_register_neurons` against two plain passes over
+the same files, decoding included. Artifacts are written by a planted unit that fires on bright patches, so that there
+is something to find.
 """
 
 import argparse
@@ -70,9 +70,8 @@ def finding(name: str, folder: str, repeats: int, device: str) -> None:
     print(f"{name}: finds {len(found)} units, first block {found[0].block} unit {found[0].unit}")
     runs = {"find": lambda: vitreg.find_register_neurons(vit, paths), "two passes": two_passes}
     times = interleaved(runs, repeats)
-    print(
-        f"{name}: find / two plain passes over {len(paths)} images: {median_ratio(times['find'], times['two passes']):.2f}"
-    )
+    ratio = median_ratio(times["find"], times["two passes"])
+    print(f"{name}: find / two plain passes over {len(paths)} images: {ratio:.2f}")
 
 
 if __name__ == "__main__":

@@ -217,8 +217,15 @@ def test_the_command_line_is_frozen():
             "strict",
             "threshold",
         ],
+        "fix": [
+            "batch_size", "images", "json", "limit", "method", "model", "out", "registers", "report", "strict",
+        ],
+        "compare": [
+            "after", "architecture", "batch_size", "before", "device", "dtype", "images", "json", "limit", "out", "size",
+            "strict",
+        ],
         "models": ["filter", "json"],
-    }
+    }  # fmt: skip
     assert list(cli.ModelOptions.__dataclass_fields__) == ["model", "architecture", "device", "dtype", "size"]
 
 
@@ -226,7 +233,8 @@ def test_the_public_names_are_frozen():
     import vitreg
 
     assert sorted(vitreg.__all__) == [
-        "AttentionRows", "CheckpointError", "Diagnosis", "ImageError", "Preprocess", "Tokens", "Trace",
-        "ViTConfig", "VisionTransformer", "diagnose", "from_open_clip", "from_state_dict", "from_timm",
-        "from_transformers", "list_models", "load", "save",
+        "AttentionRows", "CheckpointError", "Comparison", "Diagnosis", "ImageError", "Preprocess", "RegisterNeuron",
+        "Tokens", "Trace", "ViTConfig", "VisionTransformer", "add_registers", "add_test_time_registers", "compare",
+        "diagnose", "find_register_neurons", "from_open_clip", "from_state_dict", "from_timm", "from_transformers",
+        "list_models", "load", "save",
     ]  # fmt: skip
