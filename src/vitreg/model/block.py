@@ -8,6 +8,7 @@ from torch import Tensor, nn
 
 from vitreg.model.attention import Attention, Record
 from vitreg.model.config import ViTConfig
+from vitreg.model.differential import DifferentialAttention
 from vitreg.model.rope import Rotation
 
 
@@ -57,13 +58,17 @@ class Block(nn.Module):
     """Pre-norm Transformer block: `x + s1 attn(norm1(x))`, then `x + s2 mlp(norm2(x))`.
 
     With `parallel`, both branches read `norm1(x)` and share one scale (ViT-22B, arXiv 2302.05442).
+
+    Args:
+        config: the architecture.
+        index: number of the block; only differential attention depends on it.
     """
 
-    def __init__(self, config: ViTConfig) -> None:
+    def __init__(self, config: ViTConfig, index: int) -> None:
         super().__init__()
         self.parallel = config.parallel
         self.norm1 = nn.LayerNorm(config.embed_dim, config.norm_eps)
-        self.attn = Attention(config)
+        self.attn = DifferentialAttention(config, index) if config.differential else Attention(config)
         self.mlp = Mlp(config)
         self.scale1 = nn.Parameter(torch.empty(config.embed_dim)) if config.layer_scale else None
         self.norm2 = self.scale2 = None

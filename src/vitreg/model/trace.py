@@ -12,6 +12,7 @@ from torch import Tensor
 
 from vitreg.model.attention import attention_rows
 from vitreg.model.config import ViTConfig
+from vitreg.model.differential import differential_rows
 from vitreg.model.tokens import Tokens
 
 Facet = Literal["queries", "keys", "values"]
@@ -22,7 +23,8 @@ Query = Literal["cls", "registers"] | int | tuple[int, int]
 class AttentionRows:
     """Rows of the attention matrices of the traced blocks: what each chosen query attends to.
 
-    A row sums to one over `to_cls`, `to_registers` and `to_patches` together.
+    A row sums to one over `to_cls`, `to_registers` and `to_patches` together. With differential attention it is the
+    difference of two softmaxes that weighs the values: entries may be negative, and a row sums to 1 - lambda.
 
     Attributes:
         queries: a name for each row: `"class token"`, `"register 1"`, `"patch (row, column)"`.
@@ -52,7 +54,7 @@ class Trace:
         register_norms: `[depth, B, R]`.
         attention: rows of the attention matrices.
         queries, keys, values: as they enter the softmax (after q/k norm and RoPE), heads side by side,
-            `[L, B, ., D]`.
+            `[L, B, ., D]`. With differential attention the halves of a head belong to one softmax each.
         patches: hidden states of the patches after each block, `[L, B, N, D]`.
         activations: hidden units of the MLPs, after the non-linearity, `[L, B, ., mlp_dim]`.
         embeddings: patch embeddings, before position embedding and block 0, `[B, N, D]`.
@@ -93,6 +95,7 @@ class Recorder:
     largest: list[Tensor] = field(default_factory=list)
     kept: dict[str, list[Tensor]] = field(default_factory=dict)
     _queries: Tensor | None = None
+    _lambda: Tensor | None = None
 
     @classmethod
     def plan(
@@ -124,12 +127,17 @@ class Recorder:
 
     def record(self, name: str, value: Tensor) -> None:
         """Take what a block hands out while it runs."""
-        if name == "queries" and self.rows:
+        if name == "lambda":
+            self._lambda = value
+        elif name == "queries" and self.rows:
             self._queries = value
         elif name == "keys" and self.rows:
             assert self._queries is not None
             rows = torch.tensor(self.rows, device=value.device)
-            self.attention.append(attention_rows(self._queries, value, rows))
+            if self._lambda is None:
+                self.attention.append(attention_rows(self._queries, value, rows))
+            else:
+                self.attention.append(differential_rows(self._queries, value, rows, self._lambda))
             # Not later: a view of q holds the memory of q, k and v, which the MLP is about to reuse.
             self._queries = None
         if name in self.facets:
