@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import itertools
 
+import numpy as np
 import pytest
 import torch
 from torch.utils._python_dispatch import TorchDispatchMode
@@ -299,6 +300,19 @@ def test_patches_by_number_and_by_row_and_column_agree():
     places = vit.trace(images, attention_from=pairs).attention
     assert numbers.queries == places.queries
     assert torch.equal(numbers.to_patches, places.to_patches)
+
+
+@torch.no_grad()
+@pytest.mark.parametrize(
+    "asked", [np.int64(7), np.array([7]), torch.tensor(7), [np.uint8(7)], [torch.tensor(7)], [tuple(np.array([1, 1]))]]
+)
+def test_any_kind_of_integer_names_a_patch(asked):
+    """NumPy's integers, as `argmax` and `unravel_index` return them, are no `int`."""
+    _, vit, images = pair("plain")
+    expected = vit.trace(images, attention_from=7).attention
+    rows = vit.trace(images, attention_from=asked).attention
+    assert rows.queries == expected.queries == ("patch (1, 1)",)
+    assert torch.equal(rows.to_patches, expected.to_patches)
 
 
 @torch.no_grad()

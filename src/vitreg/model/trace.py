@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+import operator
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
-from typing import Literal
+from typing import Literal, SupportsIndex
 
 import torch
 from jaxtyping import Float
@@ -16,7 +17,7 @@ from vitreg.model.differential import differential_rows
 from vitreg.model.tokens import Tokens
 
 Facet = Literal["queries", "keys", "values"]
-Query = Literal["cls", "registers"] | int | tuple[int, int]
+Query = Literal["cls", "registers"] | SupportsIndex | tuple[SupportsIndex, SupportsIndex]
 
 
 @dataclass(frozen=True)
@@ -205,10 +206,8 @@ def _rows(
     """Positions in the sequence, and names, of the queries that were asked for."""
     if attention_from is None:
         return [], []
-    single = isinstance(attention_from, str | int)
-    queries: Sequence[Query] = [attention_from] if single else attention_from  # pyright: ignore[reportAssignmentType]
     rows, names = [], []
-    for query in queries:
+    for query in _listed(attention_from):
         if query == "cls":
             if not config.class_token:
                 raise ValueError("the model has no class token to ask attention from; use patches or registers")
@@ -226,11 +225,25 @@ def _rows(
     return rows, names
 
 
+def _listed(attention_from: Query | Sequence[Query]) -> list[Query]:
+    """One query or several, as several; NumPy's and PyTorch's integers are queries, their vectors several."""
+    if isinstance(attention_from, str):
+        return [attention_from]
+    try:
+        number = operator.index(attention_from)  # pyright: ignore[reportArgumentType]
+    except TypeError:
+        return list(attention_from)  # pyright: ignore[reportArgumentType]
+    return [number]
+
+
 def _patch(query: Query, grid: tuple[int, int]) -> tuple[int, int]:
     """(row, column) of a patch given so, or by its number."""
     if isinstance(query, str):
         raise ValueError(f"attention_from {query!r} is unknown; choose 'cls', 'registers', or patches")
-    row, column = divmod(query, grid[1]) if isinstance(query, int) else query
+    if isinstance(query, Sequence):
+        row, column = map(operator.index, query)
+    else:
+        row, column = divmod(operator.index(query), grid[1])
     if not (0 <= row < grid[0] and 0 <= column < grid[1]):
         raise ValueError(f"patch {query} is outside the grid of {grid[0]} rows and {grid[1]} columns")
-    return int(row), int(column)
+    return row, column
