@@ -61,10 +61,8 @@ def _config(model: Any) -> ViTConfig:
         )
         _require(getattr(attention, "gate", None) is None, "gated attention")
         _require(getattr(attention, "num_kv_groups", 1) == 1, "grouped-query attention")
-        _require(
-            attention.head_dim * (1 + differential) * attention.num_heads == model.embed_dim,
-            f"heads of {attention.head_dim} channels",
-        )
+        width = attention.proj.in_features
+        _require(width == model.embed_dim, f"heads of {width // attention.num_heads} channels")
     for name, module in model.named_modules():
         other = differential and name.endswith("sub_norm")
         _require(other or "rmsnorm" not in type(module).__name__.lower(), f"an RMSNorm ({name})")
@@ -158,7 +156,8 @@ def _rope(model: Any) -> RopeConfig | None:
     rope = getattr(model, "rope", None)
     if rope is None:
         return None
-    interleaved, swap_axes = not getattr(rope, "rotate_half", True), getattr(rope, "grid_indexing", "ij") == "xy"
+    interleaved = not model.blocks[0].attn.rotate_half  # what is applied; older ropes do not say it
+    swap_axes = getattr(rope, "grid_indexing", "ij") == "xy"
     if _is(rope, "RotaryEmbeddingDinoV3"):
         _require(rope.normalize_coords == "separate", f"RoPE coordinates normalised by {rope.normalize_coords!r}")
         # From the attributes, not the buffer: the model may have no memory yet (device "meta").
@@ -171,7 +170,8 @@ def _rope(model: Any) -> RopeConfig | None:
         frequencies = tuple((2 * math.pi / periods).tolist())
         return RopeConfig(frequencies, "centered", rope.grid_offset, None, interleaved, swap_axes)
     _require(_is(rope, "RotaryEmbeddingCat"), f"RoPE of type {type(rope).__name__}")
-    _require(rope.grid_type == "index", f"RoPE over a {rope.grid_type!r} grid")
+    grid_type = getattr(rope, "grid_type", "pixel" if rope.in_pixels else "index")  # the attribute is of timm 1.0.31
+    _require(grid_type == "index", f"RoPE over a {grid_type!r} grid")
     frequencies = 1.0 / rope.temperature ** (
         torch.arange(rope.dim // 4, dtype=torch.float32, device="cpu") / (rope.dim // 4)
     )
