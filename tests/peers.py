@@ -100,7 +100,7 @@ def attention_inputs() -> Iterator[list[tuple[Tensor, Tensor, Tensor]]]:
 
 @torch.no_grad()
 def unfused_attention(model: Any, images: Tensor) -> Tensor:
-    """`[L, B, H, T, T]`: the softmax that timm's own unfused attention computes."""
+    """`[L, B, H, T, T]`: the softmax that timm's own unfused attention computes, or the difference of two."""
     maps: list[Tensor] = []
     hooks = []
     for block in model.blocks:
@@ -108,7 +108,11 @@ def unfused_attention(model: Any, images: Tensor) -> Tensor:
         attention.fused_attn = False
         hooks.append(attention.attn_drop.register_forward_hook(lambda _m, _i, output: maps.append(output)))
     model(images)
-    for block, hook in zip(model.blocks, hooks, strict=True):
-        getattr(block, "attn", block).fused_attn = True
+    for i, (block, hook) in enumerate(zip(model.blocks, hooks, strict=True)):
+        attention = getattr(block, "attn", block)
+        attention.fused_attn = True
         hook.remove()
+        if hasattr(attention, "lambda_q1"):
+            signal, noise = maps[i].unflatten(1, (-1, 2)).unbind(2)
+            maps[i] = signal - attention._compute_lambda() * noise
     return torch.stack(maps)

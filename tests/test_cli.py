@@ -160,7 +160,9 @@ def test_ctrl_c_leaves_a_report(test_data, tmp_path):
     """A real SIGINT to a real process, sent while it looks at pictures."""
     out = tmp_path / "out"
     code = (
-        "import sys, vitreg.artifacts.observer as d, vitreg.cli as c\n"
+        "import signal, sys, vitreg.artifacts.observer as d, vitreg.cli as c\n"
+        # Where the tests run in the background of a shell, SIGINT is ignored, and children inherit that.
+        "signal.signal(signal.SIGINT, signal.default_int_handler)\n"
         "class Loud(d.Examples):\n"
         "    def add(self, *a):\n"
         "        super().add(*a); print('batch', file=sys.stderr, flush=True)\n"

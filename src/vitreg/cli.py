@@ -100,7 +100,8 @@ def attention(
     """Write the attention maps of a block: every head and their mean, as pictures and as arrays.
 
     For each picture and query: NAME.npy (float32, heads x rows x columns, the share of attention each patch gets; with
-    the shares of class token and registers it adds up to one), NAME.png (every head) and NAME_overlay.png (the mean).
+    the shares of class token and registers it adds up to one, or to 1 - lambda in differential attention), NAME.png
+    (every head) and NAME_overlay.png (the mean).
 
     Example: vitreg attention dog.jpg --model dinov2_vits14_reg --queries cls registers 4,7 --out maps
 

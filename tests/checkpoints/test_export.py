@@ -73,6 +73,7 @@ EVERYTHING = {
     "dinov3": ROPE | {"key_bias": False},
     "eva": EVA_ROPE | SWIGLU | {"mlp_norm": True, "attention_norm": True, "key_bias": False},
     "parallel": {"parallel": True, "qk_norm": True, "class_token": False, "pool": "mean"},
+    "differential": {"differential": True, "qk_norm": True},
     "clip": CLIP | {"num_classes": 24, "head_bias": False},
     "siglip": SIGLIP,
 }
@@ -123,6 +124,16 @@ TIMM = {
     "SwiGLU": SWIGLU | DINO,
     "parallel": {"parallel": True, "layer_scale": True, "num_registers": 2},
     "parallel without biases": {"parallel": True, "qkv_bias": False},
+    "differential": {"differential": True, "num_registers": 1},
+    "differential, all norms": {"differential": True, "qk_norm": True, "attention_norm": True, "mlp_norm": True},
+    "differential, parallel": {"differential": True, "parallel": True, "layer_scale": True},
+    "differential, parallel without biases": {
+        "differential": True,
+        "parallel": True,
+        "qkv_bias": False,
+        "proj_bias": False,
+        "mlp_bias": False,
+    },
     "CLIP": CLIP | {"num_classes": 24, "head_bias": False},
     "CLIP with registers": CLIP | AFTER_POOL | {"num_registers": 4, "num_classes": 24, "head_bias": False},
     "SigLIP": SIGLIP,
@@ -174,6 +185,7 @@ def test_a_model_from_timm_goes_back_into_its_architecture(architecture):
 def test_what_timm_lacks_is_refused(tmp_path):
     for options, message in (
         ({"norm_eps": 1e-12}, r"norm_eps=1e-12; save with format='vitreg'"),
+        ({"norm_eps": 1e-12, "attention_norm": True}, r"norm_eps=1e-12; save with format='vitreg'"),
         (DINO | {"pool": "token+mean"}, r"pool='token\+mean'"),
         ({"pre_norm": True}, "patch_bias=True"),
     ):
@@ -261,6 +273,7 @@ def test_open_clips_order_of_norm_and_pool_becomes_clips(tmp_path):
     ("options", "message"),
     [
         ({"parallel": True}, "parallel blocks; save with format='vitreg' or 'timm'"),
+        ({"differential": True}, "differential attention; save with format='vitreg' or 'timm'"),
         ({"qk_norm": True, "norm_eps": 1e-3}, "norms inside .*; save with format='vitreg'$"),
         (CLIP | {"num_registers": 4}, "registers .*; save with format='vitreg' or 'timm'"),
         ({"image_size": (56, 84)}, "position grid of 4 x 6"),

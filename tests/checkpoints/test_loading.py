@@ -19,14 +19,6 @@ from vitreg.model import PositionInterpolation
 
 TIMM_NAME = "vit_tiny_patch16_224.augreg_in21k_ft_in1k"
 DINO_RULE = PositionInterpolation("bicubic", antialias=False, offset=0.1)
-create_model = timm.create_model
-
-
-@pytest.fixture
-def narrow(monkeypatch):
-    """Every architecture with two narrow blocks."""
-    small = dict(depth=2, embed_dim=96, num_heads=3)
-    monkeypatch.setattr(timm, "create_model", lambda *args, **kw: create_model(*args, **{**small, **kw}))
 
 
 @pytest.fixture
@@ -286,7 +278,7 @@ def test_a_damaged_download_is_one_line(hub, narrow):
 
 def test_the_real_vit_tiny_equals_timm_on_real_photographs(tiny_vit, test_data, photographs):
     file = test_data / "weights" / f"{TIMM_NAME}.safetensors"
-    model = create_model(TIMM_NAME, checkpoint_path=str(file)).eval()
+    model = timm.create_model(TIMM_NAME, checkpoint_path=str(file)).eval()
     config = {**timm.data.resolve_model_data_config(model), "mean": (0.5,) * 3, "std": (0.5,) * 3}
     transform = timm.data.create_transform(**config)
     images = torch.stack([transform(Image.open(path).convert("RGB")) for path in photographs])
@@ -306,6 +298,6 @@ def test_the_real_vit_tiny_is_what_its_name_says(tiny_vit):
     assert tiny_vit.config.architecture == "vit_tiny_patch16_224"
     assert (tiny_vit.preprocess.mean, tiny_vit.preprocess.std) == ((0.5,) * 3, (0.5,) * 3)
     with torch.device("meta"):
-        model = create_model(TIMM_NAME)
+        model = timm.create_model(TIMM_NAME)
     of_cls = model.pos_embed[:, 0].numel()  # a constant, added to the class token
     assert sum(map(torch.numel, tiny_vit.parameters())) == sum(map(torch.numel, model.parameters())) - of_cls

@@ -10,28 +10,16 @@ import math
 import re
 
 import pytest
-import timm
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from peers import TOLERANCE, error, perturb, pictures, token_errors
-from vitreg import CheckpointError, from_state_dict, from_timm
+from checkpoints.narrow import check, small
+from peers import TOLERANCE, error, pictures
+from vitreg import from_state_dict
 
 State = dict[str, Tensor]
-create_model = timm.create_model
-
-
-def small(architecture: str, **options):
-    """A perturbed timm model as its name alone builds it here."""
-    return perturb(timm.create_model(architecture, **{"num_classes": 0, "dynamic_img_size": True, **options}))
-
-
-@pytest.fixture(autouse=True)
-def narrow(monkeypatch):
-    """Every architecture with two narrow blocks, so that a name still means its own kind of model."""
-    narrow = dict(depth=2, embed_dim=96, num_heads=3)
-    monkeypatch.setattr(timm, "create_model", lambda *args, **kw: create_model(*args, **{**narrow, **kw}))
+pytestmark = pytest.mark.usefixtures("narrow")
 
 
 def renamed(state: State, *rules: tuple[str, str]) -> State:
@@ -41,12 +29,6 @@ def renamed(state: State, *rules: tuple[str, str]) -> State:
         return key
 
     return {rename(key): tensor for key, tensor in state.items()}
-
-
-@torch.no_grad()
-def check(vit, model, images: Tensor, tolerance: float = TOLERANCE) -> None:
-    found = token_errors(vit(images), model.forward_features(images), model)
-    assert max(found.values()) <= tolerance, found
 
 
 # --- DINOv2 ---------------------------------------------------------------------------------------
@@ -320,93 +302,3 @@ def test_siglip_under_open_clip_names():
     images = pictures(224, batch=1)
     check(vit, model, images)
     assert error(vit.pool(vit(images)), model(images)) <= TOLERANCE
-
-
-# --- Wrappers and wrong files ---------------------------------------------------------------------
-
-
-@pytest.mark.parametrize(
-    "wrap",
-    [
-        lambda s: {"model": s},
-        lambda s: {"state_dict": {f"module.{k}": v for k, v in s.items()}},
-        lambda s: {f"module.backbone.{k}": v for k, v in s.items()} | {"module.head.weight": torch.zeros(3, 3)},
-        lambda s: {f"_orig_mod.{k}": v for k, v in s.items()},
-        lambda s: {f"module._orig_mod.{k}": v for k, v in s.items()},
-        lambda s: {"teacher": {f"backbone.{k}": v for k, v in s.items()}, "student": {}},
-        lambda s: {"model_ema": s, "model": {k: v + 1 for k, v in s.items()}},
-    ],
-    ids=["model", "state_dict", "backbone", "compiled", "ddp_compiled", "teacher", "ema"],
-)
-def test_wrappers_of_training_scripts_are_removed(wrap):
-    model = small("vit_tiny_patch16_224")
-    check(from_state_dict(wrap(model.state_dict()), "vit_tiny_patch16_224"), model, pictures(224, batch=1))
-
-
-def test_a_state_dict_of_timm_round_trips():
-    model = small("vit_tiny_patch16_224", num_classes=11)
-    given = model.state_dict()
-    kept = {key: tensor.clone() for key, tensor in given.items()}
-    vit = from_state_dict(given, "vit_tiny_patch16_224")
-    assert vit.config.num_classes == 11
-    for key, tensor in from_timm(model).state_dict().items():
-        assert torch.equal(tensor, vit.state_dict()[key])
-    with torch.no_grad():
-        for parameter in vit.parameters():
-            parameter.zero_()
-    assert given.keys() == kept.keys()
-    assert all(torch.equal(given[key], kept[key]) for key in kept)
-
-
-def test_missing_and_unexpected_keys_are_named_five_at_most():
-    state = timm.create_model("vit_tiny_patch16_224").state_dict()
-    few = {key: tensor for key, tensor in state.items() if key not in ("norm.weight", "blocks.1.mlp.fc1.bias")}
-    with pytest.raises(CheckpointError, match=r"2 missing keys: blocks\.1\.mlp\.fc1\.bias, norm\.weight;"):
-        from_state_dict(few, "vit_tiny_patch16_224")
-    with pytest.raises(CheckpointError, match=r"1 unexpected keys: extra\.weight;"):
-        from_state_dict({**state, "extra.weight": torch.zeros(1)}, "vit_tiny_patch16_224")
-    half = {key: tensor for key, tensor in state.items() if not key.startswith("blocks.1.")}
-    with pytest.raises(CheckpointError, match="12 missing keys") as caught:
-        from_state_dict(half, "vit_tiny_patch16_224", source="my.pth")
-    message = str(caught.value)
-    assert len(re.findall(r"blocks\.1\.", message)) == 5
-    assert "my.pth" in message
-
-
-def test_a_wrong_shape_is_named_with_both_sizes():
-    state = timm.create_model("vit_tiny_patch16_224").state_dict()
-    state["blocks.0.mlp.fc1.bias"] = torch.zeros(5)
-    with pytest.raises(CheckpointError, match=r"blocks\.0\.mlp\.fc1\.bias.*\[5\].*\[384\]"):
-        from_state_dict(state, "vit_tiny_patch16_224")
-
-
-def test_another_width_is_refused():
-    state = timm.create_model("vit_tiny_patch16_224", embed_dim=48).state_dict()
-    with pytest.raises(CheckpointError, match="is not a vit_tiny_patch16_224") as caught:
-        from_state_dict(state, "vit_tiny_patch16_224")
-    assert str(caught.value).count("size mismatch") == 5
-
-
-@pytest.mark.parametrize(
-    ("typed", "meant"),
-    [
-        ("dinov2_vitl14_rag", "dinov2_vitl14_reg"),
-        ("vit_tiny_patch16_24", "vit_tiny_patch16_224"),
-        ("deit3_smal_patch16_224", "deit3_small_patch16_224"),
-    ],
-)
-def test_the_nearest_names_are_offered(typed, meant):
-    with pytest.raises(CheckpointError, match=f"{typed}.*did you mean.*{meant}"):
-        from_state_dict({"cls_token": torch.zeros(1, 1, 8)}, typed)
-
-
-def test_transformers_names_are_sent_to_from_transformers():
-    state = {"embeddings.cls_token": torch.zeros(1, 1, 8), "encoder.layer.0.norm1.weight": torch.zeros(8)}
-    with pytest.raises(CheckpointError, match="from_transformers"):
-        from_state_dict(state, "vit_small_patch14_dinov2")
-
-
-@pytest.mark.parametrize("content", [{}, {"model": {}}, {"epoch": 3}, {"cls_token": [1.0]}])
-def test_no_weights_at_all(content):
-    with pytest.raises(CheckpointError, match="holds no state dict"):
-        from_state_dict(content, "vit_tiny_patch16_224")

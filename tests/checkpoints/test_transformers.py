@@ -1,91 +1,31 @@
 """Parity with transformers: the same weights, the same images, the peer run in the same test."""
 
 import dataclasses
-import math
 from types import SimpleNamespace
 
-import numpy as np
 import pytest
-import skimage.data
 import torch
-from PIL import Image
 
+from checkpoints.transformers_models import (
+    BASE,
+    MLP,
+    SIZES,
+    SQUARE,
+    clip_config,
+    close,
+    dinov2_config,
+    dinov3_model,
+    error,
+    hf,
+    images,
+    perturb,
+    same_tokens,
+    siglip2_config,
+    siglip_config,
+    vit_model,
+)
 from vitreg.checkpoints.state import CheckpointError
-from vitreg.checkpoints.transformers import canonical_name, from_transformers, preprocess_from_processor
-from vitreg.model import VisionTransformer
-
-hf = pytest.importorskip("transformers")
-
-BASE = {"hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 2}
-MLP = {"intermediate_size": 48}
-SQUARE = {"image_size": 56, "patch_size": 14}
-SIZES = [(56, 56), (98, 98), (42, 70), (28, 56)]
-TOLERANCE = 1e-5
-
-
-def perturb(model: torch.nn.Module, seed: int = 0) -> torch.nn.Module:
-    """Every parameter away from its initial value: tokens, positions, norms, biases and LayerScale count."""
-    generator = torch.Generator().manual_seed(seed)
-    with torch.no_grad():
-        for parameter in model.parameters():
-            parameter.add_(0.3 * torch.randn(parameter.shape, generator=generator))
-    return model.eval()
-
-
-def images(height: int, width: int, batch: int = 2) -> torch.Tensor:
-    return torch.randn(batch, 3, height, width, generator=torch.Generator().manual_seed(1))
-
-
-def error(ours: torch.Tensor, theirs: torch.Tensor) -> float:
-    assert ours.shape == theirs.shape
-    return float((ours - theirs).norm() / theirs.norm())
-
-
-def close(ours: torch.Tensor, theirs: torch.Tensor, tolerance: float = TOLERANCE) -> None:
-    assert error(ours, theirs) <= tolerance
-
-
-def same_tokens(vit: VisionTransformer, x: torch.Tensor, sequence: torch.Tensor) -> None:
-    """The named parts against a sequence whose order the peer documents: class token, registers, patches."""
-    tokens = vit(x)
-    first = int(vit.config.class_token)
-    patches = first + vit.num_registers
-    if tokens.cls is not None:
-        close(tokens.cls, sequence[:, 0])
-    if vit.num_registers:
-        close(tokens.registers, sequence[:, first:patches])
-    close(tokens.patches, sequence[:, patches:])
-
-
-def vit_model(**options):
-    return hf.ViTModel(hf.ViTConfig(**BASE, **MLP, **SQUARE, **options))
-
-
-def dinov2_config(registers: bool, **options):
-    kind = hf.Dinov2WithRegistersConfig if registers else hf.Dinov2Config
-    return kind(**BASE, **SQUARE, **{"mlp_ratio": 2, **options})
-
-
-def dinov3_model(**options):
-    return hf.DINOv3ViTModel(hf.DINOv3ViTConfig(**BASE, **MLP, **SQUARE, **{"num_register_tokens": 4, **options}))
-
-
-def clip_config():
-    vision = dict(**BASE, **MLP, **SQUARE, projection_dim=24)
-    text = dict(**BASE, **MLP, vocab_size=64, max_position_embeddings=8)
-    return hf.CLIPConfig(text_config=text, vision_config=vision, projection_dim=24)
-
-
-def siglip_config(**options):
-    vision = dict(**BASE, **MLP, **SQUARE, **options)
-    text = dict(**BASE, **MLP, vocab_size=64, max_position_embeddings=8)
-    return hf.SiglipConfig(text_config=text, vision_config=vision)
-
-
-def siglip2_config():
-    vision = dict(**BASE, **MLP, patch_size=14, num_patches=16)
-    text = dict(**BASE, **MLP, vocab_size=64, max_position_embeddings=8)
-    return hf.Siglip2Config(text_config=text, vision_config=vision)
+from vitreg.checkpoints.transformers import from_transformers
 
 
 @pytest.mark.parametrize("size", SIZES)
@@ -350,252 +290,6 @@ def test_what_vitreg_lacks_is_refused():
         from_transformers(vit_model(hidden_act="relu"))
     with pytest.raises(CheckpointError, match="1 input channels"):
         from_transformers(vit_model(num_channels=1))
-
-
-# Parameters as transformers 4.5x named them (`model.safetensors` of google/vit-base-patch16-224,
-# facebook/dinov2-base, facebook/dinov2-giant, facebook/dinov3-vits16-pretrain-lvd1689m,
-# openai/clip-vit-base-patch32, google/siglip-base-patch16-224), beside those of transformers 5 and ours.
-@pytest.mark.parametrize(
-    ("transformers4", "transformers5", "ours"),
-    [
-        (
-            "vit.encoder.layer.0.attention.attention.query.weight",
-            "vit.layers.0.attention.q_proj.weight",
-            "blocks.0.attn.q.weight",
-        ),
-        (
-            "vit.encoder.layer.11.attention.attention.value.bias",
-            "vit.layers.11.attention.v_proj.bias",
-            "blocks.11.attn.v.bias",
-        ),
-        (
-            "vit.encoder.layer.0.attention.output.dense.weight",
-            "vit.layers.0.attention.o_proj.weight",
-            "blocks.0.attn.proj.weight",
-        ),
-        ("vit.encoder.layer.0.intermediate.dense.bias", "vit.layers.0.mlp.fc1.bias", "blocks.0.mlp.fc1.bias"),
-        ("vit.encoder.layer.0.output.dense.weight", "vit.layers.0.mlp.fc2.weight", "blocks.0.mlp.fc2.weight"),
-        (
-            "vit.encoder.layer.0.layernorm_before.bias",
-            "vit.layers.0.layernorm_before.bias",
-            "blocks.0.norm1.bias",
-        ),
-        (
-            "vit.encoder.layer.0.layernorm_after.bias",
-            "vit.layers.0.layernorm_after.bias",
-            "blocks.0.norm2.bias",
-        ),
-        ("vit.layernorm.weight", "layernorm.weight", "norm.weight"),
-        ("vit.embeddings.patch_embeddings.projection.weight",) * 2 + ("patch_embed.weight",),
-        ("vit.embeddings.position_embeddings", "embeddings.position_embeddings", "positions"),
-        ("vit.embeddings.cls_token", "embeddings.cls_token", "cls_token"),
-        ("classifier.weight", "classifier.weight", "head.weight"),
-        (
-            "encoder.layer.3.attention.attention.key.weight",
-            "encoder.layer.3.attention.k_proj.weight",
-            "blocks.3.attn.k.weight",
-        ),
-        (
-            "encoder.layer.3.attention.output.dense.bias",
-            "encoder.layer.3.attention.o_proj.bias",
-            "blocks.3.attn.proj.bias",
-        ),
-        (
-            "dinov2.encoder.layer.3.layer_scale1.lambda1",
-            "encoder.layer.3.layer_scale1.lambda1",
-            "blocks.3.scale1",
-        ),
-        (
-            "encoder.layer.3.mlp.weights_out.bias",
-            "encoder.layer.3.mlp.down_proj.bias",
-            "blocks.3.mlp.fc2.bias",
-        ),
-        ("embeddings.register_tokens", "dinov2_with_registers.embeddings.register_tokens", "registers"),
-        (
-            "layer.2.attention.q_proj.weight",
-            "model.layer.2.attention.q_proj.weight",
-            "blocks.2.attn.q.weight",
-        ),
-        ("layer.2.mlp.down_proj.bias", "model.layer.2.mlp.down_proj.bias", "blocks.2.mlp.fc2.bias"),
-        ("embeddings.patch_embeddings.weight", "embeddings.patch_embeddings.weight", "patch_embed.weight"),
-        ("norm.weight", "norm.weight", "norm.weight"),
-        (
-            "vision_model.encoder.layers.1.self_attn.out_proj.bias",
-            "encoder.layers.1.self_attn.out_proj.bias",
-            "blocks.1.attn.proj.bias",
-        ),
-        (
-            "vision_model.encoder.layers.1.layer_norm2.bias",
-            "encoder.layers.1.layer_norm2.bias",
-            "blocks.1.norm2.bias",
-        ),
-        ("vision_model.embeddings.class_embedding", "embeddings.class_embedding", "cls_token"),
-        (
-            "vision_model.embeddings.position_embedding.weight",
-            "embeddings.position_embedding.weight",
-            "positions",
-        ),
-        (
-            "vision_model.embeddings.patch_embedding.bias",
-            "embeddings.patch_embedding.bias",
-            "patch_embed.bias",
-        ),
-        ("vision_model.pre_layrnorm.weight", "pre_layrnorm.weight", "pre_norm.weight"),
-        ("vision_model.post_layernorm.weight", "post_layernorm.weight", "norm.weight"),
-        ("visual_projection.weight", "visual_projection.weight", "head.weight"),
-        ("vision_model.head.probe", "head.probe", "attention_pool.latent"),
-        (
-            "vision_model.head.attention.in_proj_bias",
-            "head.attention.in_proj_bias",
-            "attention_pool.in_proj_bias",
-        ),
-        (
-            "vision_model.head.attention.out_proj.bias",
-            "head.attention.out_proj.bias",
-            "attention_pool.proj.bias",
-        ),
-        ("vision_model.head.layernorm.bias", "head.layernorm.bias", "attention_pool.norm.bias"),
-        ("vision_model.head.mlp.fc1.bias", "head.mlp.fc1.bias", "attention_pool.mlp.fc1.bias"),
-        ("encoder.layer.3.mlp.weights_in.weight", None, "blocks.3.mlp.fc1.weight"),
-        ("vision_model.embeddings.position_ids", "embeddings.position_ids", None),
-        ("text_model.encoder.layers.1.self_attn.out_proj.bias", "text_projection.weight", None),
-        ("embeddings.mask_token", "dinov2.embeddings.mask_token", None),
-        ("pooler.dense.weight", "logit_scale", None),
-    ],
-)
-def test_names_of_both_generations(transformers4, transformers5, ours):
-    assert canonical_name(transformers4) == ours
-    assert transformers5 is None or canonical_name(transformers5) == ours
-
-
-@torch.no_grad()
-def test_dinov2_swiglu_of_transformers_4_is_gate_first():
-    """Version 4 held gate and value in one matrix: `x1, x2 = weights_in(x).chunk(2); silu(x1) * x2`."""
-    theirs = perturb(hf.Dinov2Model(dinov2_config(False, use_swiglu_ffn=True)))
-    state = theirs.state_dict()
-    for key in [key for key in state if ".mlp.gate_proj." in key]:
-        gate, up = state.pop(key), state.pop(key.replace("gate_proj", "up_proj"))
-        state[key.replace("gate_proj", "weights_in")] = torch.cat((gate, up))
-    state = {key.replace("down_proj", "weights_out"): tensor for key, tensor in state.items()}
-    old = hf.Dinov2Model(theirs.config)
-    old.state_dict = lambda: state
-    x = images(56, 56)
-    same_tokens(from_transformers(old), x, theirs(x).last_hidden_state)
-
-
-PROCESSORS = {
-    # preprocessor_config.json of openai/clip-vit-base-patch32, google/vit-base-patch16-224 (before and after
-    # 4.26), facebook/dinov2-base, a processor without crop, google/siglip2-base-patch16-naflex
-    "clip": (
-        {
-            "crop_size": 224,
-            "do_center_crop": True,
-            "resample": 3,
-            "size": 224,
-            "image_mean": [0.4] * 3,
-            "image_std": [0.2] * 3,
-        },
-        ((224, 224), "center", "bicubic", 1.0),
-    ),
-    "vit before 4.26": (
-        {"do_normalize": True, "size": 224, "resample": 2, "image_mean": [0.5] * 3, "image_std": [0.5] * 3},
-        ((224, 224), "squash", "bilinear", 1.0),
-    ),
-    "vit": (
-        {
-            "size": {"height": 224, "width": 224},
-            "resample": 2,
-            "image_mean": [0.5] * 3,
-            "image_std": [0.5] * 3,
-        },
-        ((224, 224), "squash", "bilinear", 1.0),
-    ),
-    "dinov2": (
-        {
-            "size": {"shortest_edge": 256},
-            "crop_size": {"height": 224, "width": 224},
-            "do_center_crop": True,
-            "resample": 3,
-            "image_mean": [0.485, 0.456, 0.406],
-            "image_std": [0.229, 0.224, 0.225],
-        },
-        ((224, 224), "center", "bicubic", 0.875),
-    ),
-    "aspect kept": (
-        {
-            "size": {"shortest_edge": 224},
-            "do_center_crop": False,
-            "image_mean": [0.5] * 3,
-            "image_std": [0.5] * 3,
-        },
-        ((224, 224), "none", "bicubic", 1.0),
-    ),
-    "naflex": (
-        {
-            "patch_size": 16,
-            "max_num_patches": 256,
-            "resample": 2,
-            "image_mean": [0.5] * 3,
-            "image_std": [0.5] * 3,
-        },
-        ((256, 256), "squash", "bilinear", 1.0),
-    ),
-}
-
-
-@pytest.mark.parametrize("name", PROCESSORS)
-def test_preprocess_from_processor(name):
-    config, expected = PROCESSORS[name]
-    preprocess = preprocess_from_processor(config, 16)
-    assert (preprocess.size, preprocess.crop, preprocess.interpolation, preprocess.crop_fraction) == expected
-    assert preprocess.mean == tuple(config["image_mean"])
-    assert preprocess.multiple_of == 16
-
-
-@pytest.mark.parametrize(("crop", "edge"), [(c, e) for e in range(224, 600, 13) for c in (196, 217, 224)])
-def test_crop_fraction_gives_the_edge_back(crop, edge):
-    config = {"size": {"shortest_edge": edge}, "crop_size": crop, "do_center_crop": True}
-    preprocess = preprocess_from_processor(config | {"image_mean": [0.5] * 3, "image_std": [0.5] * 3}, 1)
-    assert math.floor(crop / preprocess.crop_fraction) == edge
-
-
-@pytest.mark.parametrize(("height", "width"), [(320, 480), (300, 200), (224, 224)])
-@pytest.mark.parametrize(
-    "kind", ["CLIPImageProcessor", "BitImageProcessor", "ViTImageProcessor", "SiglipImageProcessor"]
-)
-def test_preprocess_equals_the_image_processor(kind, height, width):
-    """Up to the rounding of single pixels: a shifted crop or another filter is ten times as far away."""
-    processor = (getattr(hf, f"{kind}Pil", None) or getattr(hf, kind))()
-    picture = Image.fromarray(skimage.data.astronaut()[:height, :width])
-    theirs = torch.as_tensor(np.asarray(processor(picture, return_tensors="np")["pixel_values"][0]))
-    close(preprocess_from_processor(processor.to_dict(), 1)(picture), theirs, 1e-2)
-
-
-@pytest.mark.parametrize(
-    ("change", "message"),
-    [
-        ({"size": {"longest_edge": 1024}}, "size"),
-        ({"resample": 4}, "resample"),
-        ({"do_resize": False}, "do_resize"),
-        ({"rescale_factor": 1 / 127.5}, "rescale_factor"),
-        ({"image_mean": None}, "image_mean"),
-        ({"size": {"shortest_edge": 100}, "do_center_crop": True, "crop_size": 224}, "crop_size"),
-    ],
-)
-def test_processors_beyond_preprocess_are_refused(change, message):
-    config = {
-        "size": {"height": 224, "width": 224},
-        "resample": 3,
-        "image_mean": [0.5] * 3,
-        "image_std": [0.5] * 3,
-    }
-    with pytest.raises(CheckpointError, match=message):
-        preprocess_from_processor(config | change, 16)
-
-
-def test_values_pass_without_normalization():
-    preprocess = preprocess_from_processor({"size": 32, "do_normalize": False}, 16)
-    assert (preprocess.mean, preprocess.std) == ((0.0,) * 3, (1.0,) * 3)
 
 
 @pytest.mark.slow

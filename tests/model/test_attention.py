@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
+import math
+
 import pytest
 import torch
 
 from peers import error, perturb
-from vitreg import ViTConfig
+from vitreg import VisionTransformer, ViTConfig
 from vitreg.model import attention
 from vitreg.model.attention import Attention, attention_rows
+from vitreg.model.differential import DifferentialAttention, differential_rows
 
 CONFIG = dict(embed_dim=24, depth=1, num_heads=3, mlp_dim=8, patch_size=8, image_size=(32, 32))
 
@@ -67,3 +70,38 @@ def test_padding_to_tiles_changes_nothing(dtype, tokens, monkeypatch):
     exact = torch.nn.functional.scaled_dot_product_attention(q.double(), k.double(), v.double())
     scale = exact.norm()
     assert (padded.double() - exact).norm() / scale <= max(2 * (plain.double() - exact).norm() / scale, 1e-3)
+
+
+@torch.no_grad()
+def test_differential_attention_is_the_difference_of_two_softmaxes_normed_per_head():
+    """Equations 1 to 3 of arXiv 2410.05258, in float64, for the fourth block."""
+    layer = DifferentialAttention(ViTConfig(**CONFIG, differential=True), 3)
+    layer.reset_lambdas()
+    perturb(layer)
+    x, seen = torch.randn(2, 9, 24), {}
+    output = layer(x, record=seen.__setitem__)
+    vectors = [getattr(layer, f"lambda_{name}").double() for name in ("q1", "k1", "q2", "k2")]
+    initial = 0.8 - 0.6 * math.exp(-0.3 * 3)
+    weight = (vectors[0] @ vectors[1]).exp() - (vectors[2] @ vectors[3]).exp() + initial
+    first, second = (
+        definition(q, k) for q, k in zip(*(seen[f].chunk(2, -1) for f in ("queries", "keys")), strict=True)
+    )
+    weights = first - weight * second
+    mixed = weights @ seen["values"].double()
+    normed = mixed / (mixed.square().mean(-1, keepdim=True) + 1e-5).sqrt() * layer.sub_norm.weight.double()
+    expected = layer.double().proj(((1 - initial) * normed).transpose(1, 2).flatten(2))
+    assert error(output, expected) <= 1e-5
+    chosen = torch.tensor([8, 0, 3])
+    rows = differential_rows(seen["queries"], seen["keys"], chosen, seen["lambda"])
+    assert error(rows, weights[:, :, chosen]) <= 1e-5
+    assert error(rows.sum(-1), (1 - weight).expand(2, 3, 3)) <= 1e-5
+
+
+def test_a_new_model_starts_with_the_papers_lambdas():
+    vit = VisionTransformer(ViTConfig(**CONFIG | {"depth": 12}, differential=True))
+    lambdas = torch.stack([block.attn.lambda_full().detach() for block in vit.blocks])
+    expected = 0.8 - 0.6 * torch.exp(-0.3 * torch.arange(12))
+    assert torch.allclose(lambdas, expected, atol=0.2)
+    assert lambdas[0] < 0.4 < 0.6 < lambdas[-1]
+    assert vit.blocks[0].attn.lambda_q1.std() > 0.01
+    assert torch.equal(vit.blocks[0].attn.sub_norm.weight, torch.ones(8))

@@ -34,8 +34,11 @@ SCRIPT = textwrap.dedent(
 )
 
 
+ARCHITECTURES = ["vit_small_patch14_reg4_dinov2", "vit_small_patch16_dinov3_qkvb", "vit_dpwee_patch16_reg1_gap_256"]
+
+
 @pytest.mark.slow
-@pytest.mark.parametrize("architecture", ["vit_small_patch14_reg4_dinov2", "vit_small_patch16_dinov3_qkvb"])
+@pytest.mark.parametrize("architecture", ARCHITECTURES)
 def test_forward_compiles_as_one_graph(architecture):
     run = subprocess.run([sys.executable, "-c", SCRIPT, architecture], capture_output=True, text=True, timeout=300)
     assert run.returncode == 0, run.stderr[-3000:]

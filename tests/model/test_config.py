@@ -33,6 +33,8 @@ def test_what_follows_from_the_fields():
         (dict(class_token=False), "pool 'token' needs a class token; use 'mean' or 'attention'"),
         (dict(class_token=False, pool="token+mean"), "needs a class token"),
         (dict(image_size=(32, 7)), r"image_size \(32, 7\) is smaller than one patch of 8 pixels"),
+        (dict(differential=True, num_heads=8), "differential attention needs heads of an even number of channels"),
+        (dict(differential=True, rope=RopeConfig((1.0, 2.0, 3.0))), "and has no RoPE"),
         (dict(rope=RopeConfig((1.0,))), "RoPE needs head_dim / 4 = 3 frequencies, got 1"),
     ],
 )
@@ -44,7 +46,7 @@ def test_what_cannot_be_built_is_refused(change, message):
 @pytest.mark.parametrize(
     "architecture",
     ["vit_small_patch14_reg4_dinov2", "vit_small_patch16_dinov3_qkvb", "eva02_small_patch14_224",
-     "vit_base_patch16_siglip_224", "vit_pwee_patch16_reg1_gap_256"],
+     "vit_base_patch16_siglip_224", "vit_pwee_patch16_reg1_gap_256", "vit_dwee_patch16_reg1_gap_256"],
 )  # fmt: skip
 def test_json_and_back(architecture):
     config = from_timm(timm_model(architecture, img_size=112)).config

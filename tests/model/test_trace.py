@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import itertools
 
+import numpy as np
 import pytest
 import torch
 from torch.utils._python_dispatch import TorchDispatchMode
@@ -19,6 +20,8 @@ FAMILIES = {
     "rope": ("vit_small_patch16_dinov3_qkvb", {}),
     "rope_interleaved": ("eva02_small_patch14_224", {}),
     "parallel": ("vit_pwee_patch16_reg1_gap_256", {}),
+    "differential": ("vit_dwee_patch16_reg1_gap_256", dict(class_token=True)),
+    "differential_parallel": ("vit_dpwee_patch16_reg1_gap_256", dict(qk_norm=True)),
 }
 GRID = (4, 6)
 
@@ -102,7 +105,11 @@ def test_timm_d1_fused_model_gives_maps_equal_to_the_unfused_softmax(traced):
         assert rows.to_cls is None
     if vit.num_registers:
         assert error(rows.to_registers, chosen[..., first:prefix]) <= TOLERANCE
-    assert torch.allclose(total, torch.ones_like(total), atol=1e-5)
+    share = torch.ones(4)
+    if vit.config.differential:
+        share = 1 - torch.stack([block.attn.lambda_full() for block in vit.blocks])
+        assert rows.to_patches.min() < 0
+    assert torch.allclose(total, share[:, None, None, None], atol=1e-5)
 
 
 @torch.no_grad()
@@ -112,8 +119,11 @@ def test_facets_are_what_enters_timms_softmax(traced):
     with attention_inputs() as seen:
         model(images)
     for i, facet in enumerate(("queries", "keys", "values")):
-        expected = torch.stack([qkv[i].transpose(1, 2).flatten(2) for qkv in seen[:4]])
-        close(getattr(trace, facet), expected, model)
+        parts = [qkv[i] for qkv in seen]
+        if vit.config.differential:  # one call for each softmax, both with the same values
+            pairs = zip(parts[::2], parts[1::2], strict=True)
+            parts = [first if facet == "values" else torch.cat((first, second), -1) for first, second in pairs]
+        close(getattr(trace, facet), torch.stack([part.transpose(1, 2).flatten(2) for part in parts]), model)
 
 
 @torch.no_grad()
@@ -121,7 +131,7 @@ def test_activations_are_what_enters_the_last_layer_of_the_mlp(traced):
     model, vit, images = traced
     seen = []
     for block in model.blocks:
-        layer = getattr(block, "mlp_out_proj", None) or block.mlp.fc2
+        layer = block.mlp_drop if vit.config.parallel else block.mlp.fc2
         layer.register_forward_pre_hook(lambda _m, inputs: seen.append(inputs[0]))
     model(images)
     trace = vit.trace(images, activations=True)
@@ -244,8 +254,10 @@ class Largest(TorchDispatchMode):
 
 
 @torch.no_grad()
-def test_no_matrix_of_all_pairs_of_tokens_exists():
-    model = timm_model("vit_small_patch14_reg4_dinov2", img_size=70, embed_dim=16, num_heads=1, depth=1)
+@pytest.mark.parametrize("attn_layer", ["", "diff"])
+def test_no_matrix_of_all_pairs_of_tokens_exists(attn_layer):
+    options = dict(img_size=70, embed_dim=16, num_heads=1, depth=1, attn_layer=attn_layer)
+    model = timm_model("vit_small_patch14_reg4_dinov2", **options)
     vit, images, patches = from_timm(model), pictures(64 * 14, batch=1), 64 * 64
     with Largest() as largest:
         trace = vit.trace(images, attention_from=["cls", "registers", 17], facets=("keys",), patches=True)
@@ -288,6 +300,19 @@ def test_patches_by_number_and_by_row_and_column_agree():
     places = vit.trace(images, attention_from=pairs).attention
     assert numbers.queries == places.queries
     assert torch.equal(numbers.to_patches, places.to_patches)
+
+
+@torch.no_grad()
+@pytest.mark.parametrize(
+    "asked", [np.int64(7), np.array([7]), torch.tensor(7), [np.uint8(7)], [torch.tensor(7)], [tuple(np.array([1, 1]))]]
+)
+def test_any_kind_of_integer_names_a_patch(asked):
+    """NumPy's integers, as `argmax` and `unravel_index` return them, are no `int`."""
+    _, vit, images = pair("plain")
+    expected = vit.trace(images, attention_from=7).attention
+    rows = vit.trace(images, attention_from=asked).attention
+    assert rows.queries == expected.queries == ("patch (1, 1)",)
+    assert torch.equal(rows.to_patches, expected.to_patches)
 
 
 @torch.no_grad()

@@ -31,6 +31,10 @@ WINDOW = BINS_PER_OCTAVE // 4
 TAIL, MIN_TAIL = 0.02, 20
 """The upper part of the lower mode whose decay is extrapolated: a share, but at least so many tokens."""
 
+DECAYS = np.geomspace(1e-3, 500, 2000)
+MEAN_AFTER_DECAYS = 1 / DECAYS - 1 / np.expm1(DECAYS)
+"""The mean of an exponential that is cut off after so many decay lengths, as a share of the length."""
+
 
 @dataclass(frozen=True)
 class Rule:
@@ -143,8 +147,7 @@ def _exceeds_tail(lower: NDArray[np.int64], above: int) -> bool:
     mean = float((tail * (np.arange(length) + 0.5)).sum() / tail.sum()) / length
     if mean >= 0.5:
         return False  # no decay before the cut
-    decays = np.geomspace(1e-3, 500, 2000)
-    x = float(np.interp(-mean, -(1 / decays - 1 / np.expm1(decays)), decays))
+    x = float(np.interp(-mean, -MEAN_AFTER_DECAYS, DECAYS))
     expected = float(tail.sum() / np.expm1(x))
     return above >= MIN_EXCESS * expected and float(pdtrc(above - 1, expected)) < MAX_CHANCE
 

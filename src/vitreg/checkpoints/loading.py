@@ -9,7 +9,6 @@ import os
 import socket
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Any
 from urllib.parse import urlparse
 
 import torch
@@ -164,10 +163,9 @@ def _from_timm_name(name: str) -> VisionTransformer:
         raise unknown_name(name)
     if not timm.models.is_model_pretrained(name):
         raise CheckpointError(f"timm has no weights for {name}; build it with timm and use from_timm")
-    options: dict[str, Any] = {"global_pool": "token"} if "dinov3" in base else {}  # what DINOv3 itself reads
     try:
         with _reachable_hub():
-            model = timm.create_model(name, pretrained=True, **options)
+            model = timm.create_model(name, pretrained=True, **registry.official_options(base))
         return from_timm(model)
     except CheckpointError:
         raise

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 from fnmatch import fnmatchcase
+from typing import Any
 
 from vitreg.model import PositionInterpolation
 
@@ -46,6 +47,14 @@ def official_interpolation(name: str) -> PositionInterpolation | None:
     if name.startswith("dino_") or (name.startswith("dinov2_") and not name.endswith("_reg")):
         return OFFICIAL_POSITIONS
     return None
+
+
+def official_options(architecture: str) -> dict[str, Any]:
+    """What timm must be told to build an architecture as its authors use it.
+
+    DINOv3 reads its class token (`dinov3/models/vision_transformer.py`), timm by default the mean of its patches.
+    """
+    return {"global_pool": "token"} if "dinov3" in architecture else {}
 
 
 MODELS = (

@@ -95,8 +95,8 @@ def _meta_model(name: str, base: str, weights: Mapping[str, Tensor], model_kwarg
         options["num_classes"] = 0
     else:
         options["num_classes"] = head.shape[0] if "head.weight" in weights else head.shape[1]
-    if "dinov3" in base and not options["num_classes"]:
-        options["global_pool"] = "token"  # what DINOv3 itself reads; timm's default is the mean
+    if not options["num_classes"]:
+        options |= registry.official_options(base)
     options |= model_kwargs
     known = name if timm.models.is_model_pretrained(name) else base
     with torch.device("meta"):

@@ -10,6 +10,7 @@ from torch import Tensor, nn
 
 from vitreg.checkpoints.state import CheckpointError, build
 from vitreg.model import Preprocess, RopeConfig, VisionTransformer, ViTConfig
+from vitreg.model.differential import lambda_init
 
 
 def from_timm(model: nn.Module) -> VisionTransformer:
@@ -43,26 +44,28 @@ def _require(condition: bool, what: str) -> None:
 def _config(model: Any) -> ViTConfig:
     cfg = getattr(model, "pretrained_cfg", None) or {}
     block, patch = model.blocks[0], model.patch_embed
-    parallel = _is(block, "ParallelScalingBlock")
+    parallel = _is(block, "ParallelScalingBlock", "DiffParallelScalingBlock")
     _require(parallel or _is(block, "Block", "EvaBlock"), f"blocks of type {type(block).__name__}")
     _require(isinstance(getattr(patch, "proj", None), nn.Conv2d), f"a patch embedding {type(patch).__name__}")
     _require(isinstance(patch.norm, nn.Identity), "a norm in its patch embedding")
     _require(patch.proj.in_channels == 3, f"{patch.proj.in_channels} input channels")
     _require(patch.patch_size[0] == patch.patch_size[1], f"patches of {patch.patch_size} pixels")
     attention = block if parallel else block.attn
+    differential = _is(attention, "DiffAttention", "DiffParallelScalingBlock")
+    if differential:
+        _check_lambdas(model)
     if not parallel:
         _require(
-            _is(attention, "Attention", "AttentionRope", "EvaAttention"),
+            _is(attention, "Attention", "AttentionRope", "EvaAttention", "DiffAttention"),
             f"attention {type(attention).__name__}",
         )
         _require(getattr(attention, "gate", None) is None, "gated attention")
         _require(getattr(attention, "num_kv_groups", 1) == 1, "grouped-query attention")
-        _require(
-            attention.head_dim * attention.num_heads == model.embed_dim,
-            f"heads of {attention.head_dim} channels",
-        )
+        width = attention.proj.in_features
+        _require(width == model.embed_dim, f"heads of {width // attention.num_heads} channels")
     for name, module in model.named_modules():
-        _require("rmsnorm" not in type(module).__name__.lower(), f"an RMSNorm ({name})")
+        other = differential and name.endswith("sub_norm")
+        _require(other or "rmsnorm" not in type(module).__name__.lower(), f"an RMSNorm ({name})")
     pool: dict[str, Any] = {
         "token": "token",
         "avg": "mean",
@@ -80,12 +83,13 @@ def _config(model: Any) -> ViTConfig:
     )
     has_head = isinstance(model.head, nn.Linear)
     qkv = _qkv(attention) if not parallel else None
+    fused = _fused_output(block)
     gated = not parallel and not _is(block.mlp, "Mlp")
     return ViTConfig(
         embed_dim=model.embed_dim,
         depth=len(model.blocks),
         num_heads=attention.num_heads,
-        mlp_dim=block.mlp_out_proj.in_features if parallel else block.mlp.fc2.in_features,
+        mlp_dim=block.in_split[0] if parallel else block.mlp.fc2.in_features,
         patch_size=patch.patch_size[0],
         image_size=tuple(patch.img_size),
         num_registers=0 if model.reg_token is None else model.reg_token.shape[1],
@@ -100,8 +104,9 @@ def _config(model: Any) -> ViTConfig:
         patch_bias=patch.proj.bias is not None,
         qkv_bias=(block.in_proj.bias is not None) if parallel else qkv is not None and qkv[1] is not None,
         key_bias=not _is(attention, "EvaAttention"),
-        proj_bias=(block.attn_out_proj if parallel else attention.proj).bias is not None,
-        mlp_bias=(block.mlp_out_proj if parallel else block.mlp.fc2).bias is not None,
+        proj_bias=(fused or (block.attn_out_proj if parallel else attention.proj)).bias is not None,
+        mlp_bias=parallel or block.mlp.fc2.bias is not None,  # a parallel block's first layer always has one
+        differential=differential,
         qk_norm=not isinstance(attention.q_norm, nn.Identity),
         attention_norm=not isinstance(getattr(attention, "norm", nn.Identity()), nn.Identity),
         mlp_norm=not parallel and not isinstance(block.mlp.norm, nn.Identity),
@@ -116,6 +121,14 @@ def _config(model: Any) -> ViTConfig:
         name=_name(cfg),
         architecture=cfg.get("architecture") or "",
     )
+
+
+def _check_lambdas(model: Any) -> None:
+    for i, block in enumerate(model.blocks):
+        attention = getattr(block, "attn", block)  # the parallel block is its own attention
+        _require(not attention.dual_lambda, "differential attention with scalar lambdas (dual_lambda)")
+        scheduled = math.isclose(attention.lambda_init, lambda_init(i))
+        _require(scheduled, f"a lambda_init in block {i} that is not the paper's")
 
 
 def _name(cfg: dict[str, Any]) -> str:
@@ -143,7 +156,8 @@ def _rope(model: Any) -> RopeConfig | None:
     rope = getattr(model, "rope", None)
     if rope is None:
         return None
-    interleaved, swap_axes = not getattr(rope, "rotate_half", True), getattr(rope, "grid_indexing", "ij") == "xy"
+    interleaved = not model.blocks[0].attn.rotate_half  # what is applied; older ropes do not say it
+    swap_axes = getattr(rope, "grid_indexing", "ij") == "xy"
     if _is(rope, "RotaryEmbeddingDinoV3"):
         _require(rope.normalize_coords == "separate", f"RoPE coordinates normalised by {rope.normalize_coords!r}")
         # From the attributes, not the buffer: the model may have no memory yet (device "meta").
@@ -156,7 +170,8 @@ def _rope(model: Any) -> RopeConfig | None:
         frequencies = tuple((2 * math.pi / periods).tolist())
         return RopeConfig(frequencies, "centered", rope.grid_offset, None, interleaved, swap_axes)
     _require(_is(rope, "RotaryEmbeddingCat"), f"RoPE of type {type(rope).__name__}")
-    _require(rope.grid_type == "index", f"RoPE over a {rope.grid_type!r} grid")
+    grid_type = getattr(rope, "grid_type", "pixel" if rope.in_pixels else "index")  # the attribute is of timm 1.0.31
+    _require(grid_type == "index", f"RoPE over a {grid_type!r} grid")
     frequencies = 1.0 / rope.temperature ** (
         torch.arange(rope.dim // 4, dtype=torch.float32, device="cpu") / (rope.dim // 4)
     )
@@ -203,6 +218,7 @@ def _block(block: Any) -> dict[str, Tensor]:
     for norm in ("q_norm", "k_norm", "norm"):
         if hasattr(block.attn, norm):
             state |= _named(f"attn.{norm}", getattr(block.attn, norm))
+    state |= _differential(block.attn)
     weight, bias = _qkv(block.attn)
     state["attn.qkv.weight"] = weight
     if bias is not None:
@@ -224,18 +240,37 @@ def _block(block: Any) -> dict[str, Tensor]:
 
 
 def _parallel_block(block: Any) -> dict[str, Tensor]:
-    mlp_dim = block.mlp_out_proj.in_features
-    state = _named("norm1", block.in_norm) | _named("attn.proj", block.attn_out_proj)
-    state |= _named("mlp.fc2", block.mlp_out_proj) | _named("attn.q_norm", block.q_norm)
-    state |= _named("attn.k_norm", block.k_norm)
+    mlp_dim, dim = block.in_split[:2]
+    state = _named("norm1", block.in_norm) | _named("attn.q_norm", block.q_norm) | _named("attn.k_norm", block.k_norm)
+    if (fused := _fused_output(block)) is None:
+        state |= _named("attn.proj", block.attn_out_proj) | _named("mlp.fc2", block.mlp_out_proj)
+    else:
+        state["attn.proj.weight"], state["mlp.fc2.weight"] = fused.weight.split((dim, mlp_dim), dim=1)
+        if fused.bias is not None:
+            state["attn.proj.bias"] = fused.bias
+    state.setdefault("mlp.fc2.bias", block.in_norm.weight.new_zeros(dim))
+    state |= _differential(block)
     for key, tensor in block.in_proj.state_dict().items():
-        state[f"mlp.fc1.{key}"], state[f"attn.qkv.{key}"] = tensor.split((mlp_dim, tensor.shape[0] - mlp_dim))
+        state[f"mlp.fc1.{key}"], state[f"attn.qkv.{key}"] = tensor.split((mlp_dim, 3 * dim))
     if block.mlp_bias is not None:
         state["mlp.fc1.bias"] = block.mlp_bias
     scale = _layer_scale(block, 1)
     if scale is not None:
         state["scale1"] = scale
     return state
+
+
+def _fused_output(block: Any) -> nn.Linear | None:
+    """The last layer of attention and MLP in one, as timm's parallel block may have it; its bias goes to attention."""
+    return getattr(block, "out_proj", None)
+
+
+def _differential(attention: Any) -> dict[str, Tensor]:
+    """What differential attention has besides attention; nothing for other kinds."""
+    if not hasattr(attention, "sub_norm"):
+        return {}
+    lambdas = ("lambda_q1", "lambda_k1", "lambda_q2", "lambda_k2")
+    return _named("attn.sub_norm", attention.sub_norm) | {f"attn.{name}": getattr(attention, name) for name in lambdas}
 
 
 def _layer_scale(block: Any, branch: int) -> Tensor | None:

@@ -64,6 +64,8 @@ _TIMM_NAMES = {
     "attn_out_proj": "attn.proj",
     "mlp_out_proj": "mlp.fc2",
     "mlp_bias": "mlp.fc1.bias",
+    "sub_norm": "attn.sub_norm",
+    **{vector: f"attn.{vector}" for vector in ("lambda_q1", "lambda_k1", "lambda_q2", "lambda_k2")},
 }
 
 
@@ -73,6 +75,10 @@ def _timm_tensor(pieces: Mapping[str, Tensor], block: str, key: str, like: Tenso
     name, _, kind = key.rpartition(".")
     if name == "in_proj":  # the parallel block's first layer: MLP and attention together
         return torch.cat((pieces[f"{block}mlp.fc1.{kind}"], pieces[f"{block}attn.qkv.{kind}"]))
+    if name == "out_proj":  # and its last, in timm's parallel block with differential attention
+        if kind == "bias":
+            return piece(pieces, f"{block}attn.proj.bias", like) + piece(pieces, f"{block}mlp.fc2.bias", like)
+        return torch.cat((pieces[f"{block}attn.proj.weight"], pieces[f"{block}mlp.fc2.weight"]), dim=1)
     if not block and key.startswith("attn_pool."):
         return pieces["attention_pool." + key.removeprefix("attn_pool.")]
     return piece(pieces, block + _TIMM_NAMES.get(key, f"{_TIMM_NAMES.get(name, name)}.{kind}" if name else key), like)
@@ -90,6 +96,8 @@ def timm_architecture(config: ViTConfig) -> tuple[str, dict[str, Any], nn.Module
         "vit_base_patch16_clip_224",  # epsilon 1e-5
         "vit_giant_patch14_dinov2",  # SwiGLU
         "vit_pwee_patch16_reg1_gap_256",  # parallel blocks
+        "vit_dwee_patch16_reg1_gap_256",  # differential attention
+        "vit_dpwee_patch16_reg1_gap_256",  # both
         "eva02_base_patch14_224",  # RoPE, norms inside attention and MLP
         "vit_small_patch16_dinov3",  # RoPE, epsilon 1e-5
     )
@@ -102,7 +110,10 @@ def timm_architecture(config: ViTConfig) -> tuple[str, dict[str, Any], nn.Module
             continue
         kwargs = _shared_kwargs(config, pools[config.pool])
         kwargs |= _eva_kwargs(config) if eva else _vit_kwargs(config)
-        probe = timm.create_model(name, **{**kwargs, "depth": 1})
+        try:
+            probe = timm.create_model(name, **{**kwargs, "depth": 1})
+        except AssertionError:  # timm's parallel blocks refuse norms inside attention and MLP
+            continue
         different = _differences(config, from_timm(probe).config)
         if not different:
             return name, kwargs, probe

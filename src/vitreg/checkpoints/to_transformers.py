@@ -91,6 +91,7 @@ def _transformers_class(vit: VisionTransformer) -> tuple[str, dict[str, Any]]:
             raise _inexpressible(c, what)
 
     refuse(c.parallel, "parallel blocks")
+    refuse(c.differential, "differential attention")
     refuse(c.qk_norm or c.attention_norm or c.mlp_norm, "norms inside attention or MLP")
     refuse(c.grid[0] != c.grid[1], f"a position grid of {c.grid[0]} x {c.grid[1]}")
     acts = {ours: theirs for theirs, ours in reversed(ACTIVATIONS.items())}

@@ -56,8 +56,14 @@ class Attention(nn.Module):
             record("queries", q)
             record("keys", k)
             record("values", v)
-        x = _attend(q, k, v).transpose(1, 2).flatten(2)
+        x = self.mix(q, k, v).transpose(1, 2).flatten(2)
         return self.proj(self.norm(x))
+
+    def mix(
+        self, q: Float[Tensor, "B H T d"], k: Float[Tensor, "B H T d"], v: Float[Tensor, "B H T d"]
+    ) -> Float[Tensor, "B H T d"]:
+        """The values, weighed by the softmax of the products of queries and keys."""
+        return _attend(q, k, v)
 
 
 def _attend(

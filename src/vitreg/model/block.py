@@ -8,6 +8,7 @@ from torch import Tensor, nn
 
 from vitreg.model.attention import Attention, Record
 from vitreg.model.config import ViTConfig
+from vitreg.model.differential import DifferentialAttention
 from vitreg.model.rope import Rotation
 
 
@@ -86,6 +87,10 @@ class Block(nn.Module):
 
     A test-time register stands for the several artifacts of a picture, each of which had a share in the softmax. With a
     `register_weight` of w, attention sees it w times: what w equal registers would do, without their cost elsewhere.
+
+    Args:
+        config: the architecture.
+        index: number of the block, on which register neurons and differential attention depend.
     """
 
     def __init__(self, config: ViTConfig, index: int) -> None:
@@ -93,7 +98,7 @@ class Block(nn.Module):
         self.parallel = config.parallel
         self.test_time_registers, self.num_copies = config.test_time_registers, config.num_attention_copies
         self.norm1 = nn.LayerNorm(config.embed_dim, config.norm_eps)
-        self.attn = Attention(config)
+        self.attn = DifferentialAttention(config, index) if config.differential else Attention(config)
         self.mlp = Mlp(config, tuple(unit for block, unit in config.register_neurons if block == index))
         self.scale1 = nn.Parameter(torch.empty(config.embed_dim)) if config.layer_scale else None
         self.norm2 = self.scale2 = None

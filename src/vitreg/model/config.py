@@ -80,6 +80,7 @@ class ViTConfig:
         patch_bias: whether the patch projection has a bias.
         qkv_bias, key_bias: whether queries, keys, values have a bias; DINOv3 masks the keys' part.
         proj_bias, mlp_bias: whether the outputs of attention and the MLP's layers have a bias.
+        differential: attention is the difference of two softmaxes (`DifferentialAttention`).
         qk_norm: normalise queries and keys per head.
         attention_norm, mlp_norm: a norm before the output projection of attention or MLP (EVA-02).
         activation: non-linearity of the MLP.
@@ -119,6 +120,7 @@ class ViTConfig:
     key_bias: bool = True
     proj_bias: bool = True
     mlp_bias: bool = True
+    differential: bool = False
     qk_norm: bool = False
     attention_norm: bool = False
     mlp_norm: bool = False
@@ -141,6 +143,8 @@ class ViTConfig:
                 raise ValueError(f"{side} is {getattr(self, side)}; it must be at least 1")
         if self.embed_dim % self.num_heads:
             raise ValueError(f"embed_dim {self.embed_dim} is not a multiple of num_heads {self.num_heads}")
+        if self.differential and (self.head_dim % 2 or self.rope):
+            raise ValueError("differential attention needs heads of an even number of channels, and has no RoPE here")
         if self.num_registers < 0:
             raise ValueError(f"num_registers is {self.num_registers}; it must be 0 or more")
         self._check_register_neurons()

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import torch
 import torch.nn.functional as F
 from jaxtyping import Float
 from torch import Tensor
@@ -28,6 +27,6 @@ def resize_positions(
         image = F.interpolate(image, scale_factor=scale, mode=rule.mode, antialias=rule.antialias)
     else:
         image = F.interpolate(image, size=new, mode=rule.mode, antialias=rule.antialias, align_corners=False)
-    if image.shape[-2:] != torch.Size(new):
+    if tuple(image.shape[-2:]) != new:
         raise ValueError(f"position offset {rule.offset} turned a {new} grid into {tuple(image.shape[-2:])}")
     return image.flatten(2).transpose(1, 2).to(table.dtype)

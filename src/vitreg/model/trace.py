@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+import operator
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
-from typing import Literal
+from typing import Literal, SupportsIndex
 
 import torch
 from jaxtyping import Float
@@ -12,17 +13,19 @@ from torch import Tensor
 
 from vitreg.model.attention import attention_rows
 from vitreg.model.config import ViTConfig
+from vitreg.model.differential import differential_rows
 from vitreg.model.tokens import Tokens
 
 Facet = Literal["queries", "keys", "values"]
-Query = Literal["cls", "registers"] | int | tuple[int, int]
+Query = Literal["cls", "registers"] | SupportsIndex | tuple[SupportsIndex, SupportsIndex]
 
 
 @dataclass(frozen=True)
 class AttentionRows:
     """Rows of the attention matrices of the traced blocks: what each chosen query attends to.
 
-    A row sums to one over `to_cls`, `to_registers` and `to_patches` together.
+    A row sums to one over `to_cls`, `to_registers` and `to_patches` together. With differential attention it is the
+    difference of two softmaxes that weighs the values: entries may be negative, and a row sums to 1 - lambda.
 
     Attributes:
         queries: a name for each row: `"class token"`, `"register 1"`, `"patch (row, column)"`.
@@ -52,7 +55,7 @@ class Trace:
         register_norms: `[depth, B, R]`.
         attention: rows of the attention matrices.
         queries, keys, values: as they enter the softmax (after q/k norm and RoPE), heads side by side,
-            `[L, B, ., D]`.
+            `[L, B, ., D]`. With differential attention the halves of a head belong to one softmax each.
         patches: hidden states of the patches after each block, `[L, B, N, D]`.
         activations: hidden units of the MLPs, after the non-linearity, `[L, B, ., mlp_dim]`.
         embeddings: patch embeddings, before position embedding and block 0, `[B, N, D]`.
@@ -93,6 +96,7 @@ class Recorder:
     largest: list[Tensor] = field(default_factory=list)
     kept: dict[str, list[Tensor]] = field(default_factory=dict)
     _queries: Tensor | None = None
+    _lambda: Tensor | None = None
 
     @classmethod
     def plan(
@@ -124,7 +128,9 @@ class Recorder:
 
     def record(self, name: str, value: Tensor) -> None:
         """Take what a block hands out while it runs."""
-        if name == "queries" and self.rows:
+        if name == "lambda":
+            self._lambda = value
+        elif name == "queries" and self.rows:
             self._queries = value
         elif name == "keys" and self.rows:
             assert self._queries is not None
@@ -140,7 +146,11 @@ class Recorder:
     def _attention_rows(self, queries: Tensor, keys: Tensor) -> Tensor:
         """The rows asked for, `[B, H, Q, T]`; a register's share is that of all its copies."""
         copies = self.config.num_attention_copies
-        rows = attention_rows(queries, keys, torch.tensor(self.rows, device=keys.device) + copies)
+        chosen = torch.tensor(self.rows, device=keys.device) + copies
+        if self._lambda is None:
+            rows = attention_rows(queries, keys, chosen)
+        else:
+            rows = differential_rows(queries, keys, chosen, self._lambda)
         if copies:
             rows, of_copies = rows[..., copies:].clone(), rows[..., :copies]
             each = of_copies.unflatten(-1, (-1, self.config.num_test_time_registers)).sum(-2)
@@ -207,10 +217,8 @@ def _rows(
     """Positions in the sequence, and names, of the queries that were asked for."""
     if attention_from is None:
         return [], []
-    single = isinstance(attention_from, str | int)
-    queries: Sequence[Query] = [attention_from] if single else attention_from  # pyright: ignore[reportAssignmentType]
     rows, names = [], []
-    for query in queries:
+    for query in _listed(attention_from):
         if query == "cls":
             if not config.class_token:
                 raise ValueError("the model has no class token to ask attention from; use patches or registers")
@@ -228,11 +236,25 @@ def _rows(
     return rows, names
 
 
+def _listed(attention_from: Query | Sequence[Query]) -> list[Query]:
+    """One query or several, as several; NumPy's and PyTorch's integers are queries, their vectors several."""
+    if isinstance(attention_from, str):
+        return [attention_from]
+    try:
+        number = operator.index(attention_from)  # pyright: ignore[reportArgumentType]
+    except TypeError:
+        return list(attention_from)  # pyright: ignore[reportArgumentType]
+    return [number]
+
+
 def _patch(query: Query, grid: tuple[int, int]) -> tuple[int, int]:
     """(row, column) of a patch given so, or by its number."""
     if isinstance(query, str):
         raise ValueError(f"attention_from {query!r} is unknown; choose 'cls', 'registers', or patches")
-    row, column = divmod(query, grid[1]) if isinstance(query, int) else query
+    if isinstance(query, Sequence):
+        row, column = map(operator.index, query)
+    else:
+        row, column = divmod(operator.index(query), grid[1])
     if not (0 <= row < grid[0] and 0 <= column < grid[1]):
         raise ValueError(f"patch {query} is outside the grid of {grid[0]} rows and {grid[1]} columns")
-    return int(row), int(column)
+    return row, column

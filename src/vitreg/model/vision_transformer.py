@@ -11,6 +11,7 @@ from torch.utils.checkpoint import checkpoint
 
 from vitreg.model.block import Block
 from vitreg.model.config import ViTConfig
+from vitreg.model.differential import DifferentialAttention
 from vitreg.model.pooling import AttentionPool
 from vitreg.model.positions import resize_positions
 from vitreg.model.preprocess import Preprocess
@@ -65,8 +66,10 @@ class VisionTransformer(nn.Module):
                 nn.init.trunc_normal_(module.weight, std=0.02)
                 if module.bias is not None:
                     nn.init.zeros_(module.bias)
-            elif isinstance(module, nn.LayerNorm):
+            elif isinstance(module, nn.LayerNorm | nn.RMSNorm):
                 module.reset_parameters()
+            elif isinstance(module, DifferentialAttention):
+                module.reset_lambdas()
             elif isinstance(module, Block):
                 for scale in (module.scale1, module.scale2):
                     if scale is not None:

@@ -110,6 +110,7 @@ def write_attention(
         "overlay": folder / f"{stem}_overlay.png",
     }
     np.save(paths["array"], attention.astype(np.float32))
+    attention = attention.clip(min=0)  # differential attention may be negative; colours begin at nothing
     attention_figure(photo, attention, title=f"{name}: attention of {query}, block {block}", path=paths["heads"])
     Image.fromarray(overlay(photo, attention.mean(0))).save(paths["overlay"])
     return {kind: str(path) for kind, path in paths.items()}

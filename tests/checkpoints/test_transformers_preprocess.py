@@ -1,0 +1,127 @@
+"""`preprocessor_config.json` against transformers' own image processors."""
+
+import math
+
+import numpy as np
+import pytest
+import skimage.data
+import torch
+from PIL import Image
+
+from checkpoints.transformers_models import close, hf
+from vitreg.checkpoints.state import CheckpointError
+from vitreg.checkpoints.transformers import preprocess_from_processor
+
+PROCESSORS = {
+    # preprocessor_config.json of openai/clip-vit-base-patch32, google/vit-base-patch16-224 (before and after
+    # 4.26), facebook/dinov2-base, a processor without crop, google/siglip2-base-patch16-naflex
+    "clip": (
+        {
+            "crop_size": 224,
+            "do_center_crop": True,
+            "resample": 3,
+            "size": 224,
+            "image_mean": [0.4] * 3,
+            "image_std": [0.2] * 3,
+        },
+        ((224, 224), "center", "bicubic", 1.0),
+    ),
+    "vit before 4.26": (
+        {"do_normalize": True, "size": 224, "resample": 2, "image_mean": [0.5] * 3, "image_std": [0.5] * 3},
+        ((224, 224), "squash", "bilinear", 1.0),
+    ),
+    "vit": (
+        {
+            "size": {"height": 224, "width": 224},
+            "resample": 2,
+            "image_mean": [0.5] * 3,
+            "image_std": [0.5] * 3,
+        },
+        ((224, 224), "squash", "bilinear", 1.0),
+    ),
+    "dinov2": (
+        {
+            "size": {"shortest_edge": 256},
+            "crop_size": {"height": 224, "width": 224},
+            "do_center_crop": True,
+            "resample": 3,
+            "image_mean": [0.485, 0.456, 0.406],
+            "image_std": [0.229, 0.224, 0.225],
+        },
+        ((224, 224), "center", "bicubic", 0.875),
+    ),
+    "aspect kept": (
+        {
+            "size": {"shortest_edge": 224},
+            "do_center_crop": False,
+            "image_mean": [0.5] * 3,
+            "image_std": [0.5] * 3,
+        },
+        ((224, 224), "none", "bicubic", 1.0),
+    ),
+    "naflex": (
+        {
+            "patch_size": 16,
+            "max_num_patches": 256,
+            "resample": 2,
+            "image_mean": [0.5] * 3,
+            "image_std": [0.5] * 3,
+        },
+        ((256, 256), "squash", "bilinear", 1.0),
+    ),
+}
+
+
+@pytest.mark.parametrize("name", PROCESSORS)
+def test_preprocess_from_processor(name):
+    config, expected = PROCESSORS[name]
+    preprocess = preprocess_from_processor(config, 16)
+    assert (preprocess.size, preprocess.crop, preprocess.interpolation, preprocess.crop_fraction) == expected
+    assert preprocess.mean == tuple(config["image_mean"])
+    assert preprocess.multiple_of == 16
+
+
+@pytest.mark.parametrize(("crop", "edge"), [(c, e) for e in range(224, 600, 13) for c in (196, 217, 224)])
+def test_crop_fraction_gives_the_edge_back(crop, edge):
+    config = {"size": {"shortest_edge": edge}, "crop_size": crop, "do_center_crop": True}
+    preprocess = preprocess_from_processor(config | {"image_mean": [0.5] * 3, "image_std": [0.5] * 3}, 1)
+    assert math.floor(crop / preprocess.crop_fraction) == edge
+
+
+@pytest.mark.parametrize(("height", "width"), [(320, 480), (300, 200), (224, 224)])
+@pytest.mark.parametrize(
+    "kind", ["CLIPImageProcessor", "BitImageProcessor", "ViTImageProcessor", "SiglipImageProcessor"]
+)
+def test_preprocess_equals_the_image_processor(kind, height, width):
+    """Up to the rounding of single pixels: a shifted crop or another filter is ten times as far away."""
+    processor = (getattr(hf, f"{kind}Pil", None) or getattr(hf, kind))()
+    picture = Image.fromarray(skimage.data.astronaut()[:height, :width])
+    theirs = torch.as_tensor(np.asarray(processor(picture, return_tensors="np")["pixel_values"][0]))
+    close(preprocess_from_processor(processor.to_dict(), 1)(picture), theirs, 1e-2)
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"size": {"longest_edge": 1024}}, "size"),
+        ({"resample": 4}, "resample"),
+        ({"do_resize": False}, "do_resize"),
+        ({"rescale_factor": 1 / 127.5}, "rescale_factor"),
+        ({"image_mean": None}, "image_mean"),
+        ({"size": {"shortest_edge": 100}, "do_center_crop": True, "crop_size": 224}, "crop_size"),
+    ],
+)
+def test_processors_beyond_preprocess_are_refused(change, message):
+    config = {
+        "size": {"height": 224, "width": 224},
+        "resample": 3,
+        "image_mean": [0.5] * 3,
+        "image_std": [0.5] * 3,
+    }
+    with pytest.raises(CheckpointError, match=message):
+        preprocess_from_processor(config | change, 16)
+
+
+def test_values_pass_without_normalization():
+    preprocess = preprocess_from_processor({"size": 32, "do_normalize": False}, 16)
+    assert (preprocess.mean, preprocess.std) == ((0.0,) * 3, (1.0,) * 3)
