@@ -223,8 +223,8 @@ def test_the_command_line_is_frozen():
             "batch_size", "images", "json", "limit", "method", "model", "out", "registers", "report", "strict",
         ],
         "compare": [
-            "after", "architecture", "batch_size", "before", "device", "dtype", "images", "json", "limit", "out", "size",
-            "strict",
+            "after", "architecture", "batch_size", "before", "device", "dtype", "images", "json", "limit", "out",
+            "size", "strict",
         ],
         "models": ["filter", "json"],
     }  # fmt: skip
