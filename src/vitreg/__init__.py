@@ -11,12 +11,14 @@ from vitreg.checkpoints import (
     load,
     save,
 )
+from vitreg.discovery import Detection, discover_objects
 from vitreg.images import ImageError
 from vitreg.model import AttentionRows, Preprocess, Tokens, Trace, VisionTransformer, ViTConfig
 
 __all__ = [
     "AttentionRows",
     "CheckpointError",
+    "Detection",
     "Diagnosis",
     "ImageError",
     "Preprocess",
@@ -25,6 +27,7 @@ __all__ = [
     "ViTConfig",
     "VisionTransformer",
     "diagnose",
+    "discover_objects",
     "from_open_clip",
     "from_state_dict",
     "from_timm",

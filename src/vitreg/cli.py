@@ -2,72 +2,37 @@
 
 from __future__ import annotations
 
-import contextlib
 import dataclasses
-import json
 import os
 import sys
 import traceback
-from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Literal
+from typing import TYPE_CHECKING, Literal
 
 import tyro
 from rich.console import Console
-from tyro.conf import FlagCreatePairsOff, OmitArgPrefixes, Positional, arg
+from tyro.conf import FlagCreatePairsOff, OmitArgPrefixes
+
+from vitreg.cli_discovery import discover, evaluate_discovery
+from vitreg.terminal import (
+    INTERRUPTED,
+    Images,
+    ModelOptions,
+    first_line,
+    positive,
+    print_json,
+    print_skipped,
+    progress,
+    unused,
+    writable_folder,
+)
 
 if TYPE_CHECKING:
     from vitreg import Diagnosis, VisionTransformer
     from vitreg.images import ImageBatch
 
 Query = Literal["cls", "registers"] | tuple[int, int]
-
-Images = Annotated[Positional[list[str]], arg(metavar="IMAGES", help="files, folders (searched through) or globs")]
-
-INTERRUPTED = 130
-
-
-@dataclass(frozen=True)
-class ModelOptions:
-    """Which model, where it runs and what it sees."""
-
-    model: str
-    """short name (`vitreg models`), timm name, hub repository, open_clip:ARCH/PRETRAINED, or a file"""
-    architecture: str | None = None
-    """timm's name of the architecture, for a file that does not say it"""
-    device: str = "auto"
-    """cpu, cuda, mps; auto takes a GPU where there is one"""
-    dtype: Literal["float32", "bfloat16", "float16"] = "float32"
-    """precision of weights and activations"""
-    size: int | None = None
-    """side of the pictures in pixels, a multiple of the patch size; the checkpoint's own by default"""
-
-    def load(self) -> VisionTransformer:
-        """The model, ready to look at pictures."""
-        import torch
-
-        import vitreg
-
-        device = self.device
-        if device == "auto":
-            device = "cuda" if torch.cuda.is_available() else "cpu"
-        with _status(f"loading {self.model}"):
-            try:
-                vit = vitreg.load(
-                    self.model,
-                    architecture=self.architecture,
-                    device=device,
-                    dtype=getattr(torch, self.dtype),
-                )
-            except (RuntimeError, AssertionError) as error:
-                raise ValueError(f"cannot use device {self.device!r}: {_first_line(error)}") from error
-        if self.size is not None:
-            if self.size < 1 or self.size % vit.config.patch_size:
-                raise ValueError(f"--size {self.size} is not a multiple of the patch size {vit.config.patch_size}")
-            preprocess = vit.preprocess.with_size(self.size, self.size)
-            vit.config = dataclasses.replace(vit.config, preprocess=preprocess)
-        return vit
 
 
 def diagnose(
@@ -102,15 +67,15 @@ def diagnose(
     """
     import vitreg
 
-    out = _writable_folder(out)
+    out = writable_folder(out)
     vit = model.load()
-    with _progress("looking at pictures") as on_progress:
+    with progress("looking at pictures") as on_progress:
         diagnosis = vitreg.diagnose(
             vit,
             images,
             threshold=threshold,
             block=block if block == "auto" else _integer("--block", block),
-            batch_size=_positive("--batch-size", batch_size),
+            batch_size=positive("--batch-size", batch_size),
             limit=limit,
             strict=strict,
             keep_partial=True,
@@ -151,7 +116,7 @@ def attention(
     """
     from vitreg.images import ImageStream, find_images
 
-    out = _writable_folder(out)
+    out = writable_folder(out)
     paths = find_images(images)
     vit = model.load()
     wanted: list[Query] = [_query(query) for query in queries]
@@ -160,10 +125,10 @@ def attention(
     written: list[dict[str, object]] = []
     names: set[str] = set()
     interrupted = False
-    with _progress("drawing attention") as on_progress:
+    with progress("drawing attention") as on_progress:
         try:
             for batch in stream:
-                names.add(name := _unused(batch.paths[0].stem, names))
+                names.add(name := unused(batch.paths[0].stem, names))
                 written += _attention_maps(vit, batch, name, out, block, wanted)
                 on_progress(len(names), len(paths))
         except KeyboardInterrupt:
@@ -172,9 +137,9 @@ def attention(
     if not written and not interrupted:
         raise ValueError(f"there were no pictures to look at{': ' + skipped[0]['reason'] if skipped else ''}")
     if json:
-        _print_json({"maps": written, "skipped": skipped, "interrupted": interrupted})
+        print_json({"maps": written, "skipped": skipped, "interrupted": interrupted})
     else:
-        _print_skipped([skip["reason"] for skip in skipped])
+        print_skipped([skip["reason"] for skip in skipped])
         print(f"{len(written)} maps in {out}")
     return INTERRUPTED if interrupted else 0
 
@@ -205,14 +170,6 @@ def _attention_maps(
     return written
 
 
-def _unused(stem: str, taken: set[str]) -> str:
-    """A name for a picture's files; pictures of different folders may share theirs."""
-    name, n = stem, 2
-    while name in taken:
-        name, n = f"{stem}-{n}", n + 1
-    return name
-
-
 def models(filter: str = "", json: bool = False) -> int:
     """List checkpoints by name: parameters, patch size, registers, licence.
 
@@ -230,7 +187,7 @@ def models(filter: str = "", json: bool = False) -> int:
 
     found = list_models(filter)
     if json:
-        _print_json([dataclasses.asdict(model) for model in found])
+        print_json([dataclasses.asdict(model) for model in found])
         return 0
     if not found:
         raise ValueError(f"no model's name contains {filter!r}; `vitreg models` lists all")
@@ -257,7 +214,7 @@ def demo(out: Path = Path("vitreg-out/demo"), json: bool = False) -> int:
     from vitreg.images import bundled_photographs
     from vitreg.report import diagnosis_figure
 
-    out = _writable_folder(out)
+    out = writable_folder(out)
     vit = ModelOptions("timm/vit_tiny_patch16_224.augreg_in21k_ft_in1k").load()
     diagnosis = vitreg.diagnose(vit, bundled_photographs())
     report = diagnosis.save(out)
@@ -269,6 +226,8 @@ def demo(out: Path = Path("vitreg-out/demo"), json: bool = False) -> int:
 COMMANDS: dict[str, Callable[..., int]] = {
     "diagnose": diagnose,
     "attention": attention,
+    "discover": discover,
+    "evaluate discovery": evaluate_discovery,
     "models": models,
     "demo": demo,
 }
@@ -284,6 +243,9 @@ def main(argv: list[str] | None = None) -> None:
 
         print(metadata.version("vitreg"))
         sys.exit(0)
+    # A command of two words is one name to the parser.
+    if " ".join(args[:2]) in COMMANDS:
+        args = [" ".join(args[:2]), *args[2:]]
     try:
         status = tyro.extras.subcommand_cli_from_dict(
             COMMANDS,
@@ -302,13 +264,9 @@ def main(argv: list[str] | None = None) -> None:
         if debug:
             traceback.print_exc()
         else:
-            print(f"vitreg: {_first_line(error)}", file=sys.stderr)
+            print(f"vitreg: {first_line(error)}", file=sys.stderr)
         status = 2
     sys.exit(status)
-
-
-def _first_line(error: BaseException) -> str:
-    return " ".join(str(error).split()) or type(error).__name__
 
 
 def _query(text: str) -> Query:
@@ -327,65 +285,14 @@ def _integer(flag: str, text: str) -> int:
         raise ValueError(f"{flag} {text!r} is not a block; give auto or a number") from None
 
 
-def _positive(flag: str, value: int) -> int:
-    if value < 1:
-        raise ValueError(f"{flag} {value} must be at least 1")
-    return value
-
-
-def _writable_folder(out: Path) -> Path:
-    """The output folder, made and tried before any work is done."""
-    try:
-        out.mkdir(parents=True, exist_ok=True)
-        probe = out / ".vitreg-write-test"
-        probe.touch()
-        probe.unlink()
-    except OSError as error:
-        raise ValueError(f"cannot write to {out}: {error.strerror or error}; choose another --out") from error
-    return out
-
-
-def _print_json(value: object) -> None:
-    print(json.dumps(value, indent=1))
-
-
-def _print_skipped(reasons: list[str]) -> None:
-    if reasons:
-        print(f"skipped {len(reasons)} file{'s' if len(reasons) > 1 else ''}:")
-        for reason in reasons[:20]:
-            print(f"  {reason}")
-        if len(reasons) > 20:
-            print(f"  and {len(reasons) - 20} more")
-
-
 def _print_diagnosis(diagnosis: Diagnosis, report: Path, *, as_json: bool) -> None:
     if as_json:
-        _print_json({**diagnosis.to_dict(), "report": str(report)})
+        print_json({**diagnosis.to_dict(), "report": str(report)})
         return
     for sentence in diagnosis.verdict:
         print(sentence)
-    _print_skipped([skip.reason for skip in diagnosis.skipped])
+    print_skipped([skip.reason for skip in diagnosis.skipped])
     print(f"{diagnosis.num_images} images in {diagnosis.seconds:.1f} s; the report is {report}")
-
-
-@contextlib.contextmanager
-def _status(text: str) -> Iterator[None]:
-    """A spinner on stderr; silent when it is no terminal."""
-    console = Console(stderr=True)
-    with console.status(text) if console.is_terminal else contextlib.nullcontext():
-        yield
-
-
-@contextlib.contextmanager
-def _progress(text: str) -> Iterator[Callable[[int, int | None], None]]:
-    """A bar on stderr, fed with (done, total); silent when it is no terminal."""
-    from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
-
-    console = Console(stderr=True)
-    columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())
-    with Progress(*columns, console=console, disable=not console.is_terminal, transient=True) as progress:
-        task = progress.add_task(text, total=None)
-        yield lambda done, total: progress.update(task, completed=done, total=total)
 
 
 if __name__ == "__main__":

@@ -30,7 +30,7 @@ def is_found(box: Sequence[float], truth: Shaped[np.ndarray, "n 4"]) -> bool:
 
 def bootstrap_interval(
     values: Shaped[np.ndarray, "*rows n"], *, resamples: int = 2000, seed: int = 0
-) -> Float64[np.ndarray, "2 *rows"]:
+) -> Float64[np.ndarray, "2 ..."]:
     """The 95 % percentile interval of the mean over pictures, from resamples of the pictures.
 
     Rows are resampled together, so the difference of two rows is their paired bootstrap.
@@ -43,7 +43,9 @@ def bootstrap_interval(
     values = np.asarray(values, dtype=np.float64)
     num = values.shape[-1]
     rng = np.random.default_rng(seed)
-    means = np.stack([values @ (np.bincount(rng.integers(num, size=num), minlength=num) / num) for _ in range(resamples)])
+    means = np.stack(
+        [values @ (np.bincount(rng.integers(num, size=num), minlength=num) / num) for _ in range(resamples)]
+    )
     return np.percentile(means, (2.5, 97.5), axis=0)
 
 

@@ -95,4 +95,3 @@ def upper_triangle(features: Float[Tensor, "N D"]) -> Iterator[tuple[int, int, F
         stop = min(start + rows, num)
         gram = memory[: (stop - start) * (num - start)].view(stop - start, num - start)
         yield start, stop, torch.mm(features[start:stop], features[start:].T, out=gram)
-

@@ -9,7 +9,7 @@ from vitreg.discovery.features import Facet
 
 @dataclass(frozen=True)
 class Protocol:
-    """What is compared, and how. The defaults are the protocol for every model; docs/discovery.md says how it was chosen.
+    """What is compared, and how. The defaults are the protocol for every model (docs/discovery.md: how it was chosen).
 
     Attributes:
         facet: queries, keys or values of the block's attention, or the tokens after the block.

@@ -6,7 +6,6 @@ from dataclasses import dataclass
 
 import numpy as np
 import scipy.ndimage
-import torch
 from jaxtyping import Bool, Float, Int64
 from torch import Tensor
 

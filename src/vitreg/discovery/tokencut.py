@@ -19,7 +19,7 @@ TAU = 0.2
 EPS = 1e-5
 """Weight of all other edges, so that the graph is connected."""
 
-# A graph of so many entries is kept (half of them, in float64: 64 MB); a larger one is computed again for every product.
+# A graph of so many entries is kept (half of them, in float64: 64 MB); a larger one is computed for every product.
 _KEPT_ENTRIES = 2**24
 # Patches with equal edges have equal coordinates, rounding apart; the first of them is the seed.
 _TIE = 1e-6

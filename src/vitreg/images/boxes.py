@@ -26,10 +26,15 @@ class BoxedImage:
 
 @dataclass(frozen=True, eq=False)
 class BoxSet:
-    """Pictures with boxes, in the data set's order, under the name that it was asked for by."""
+    """Pictures with boxes, in the data set's order.
 
-    name: str
+    Attributes:
+        images: pictures, those without any object included.
+        missing: pictures that the annotations name and that do not exist.
+    """
+
     images: tuple[BoxedImage, ...]
+    missing: tuple[Path, ...] = ()
 
 
 def open_box_set(source: str) -> BoxSet:
@@ -46,21 +51,20 @@ def open_box_set(source: str) -> BoxSet:
     - `json:FILE`: a list of `{"image": "a.jpg", "boxes": [[x0, y0, x1, y1], ...]}`, paths relative to the file.
 
     Raises:
-        ValueError: the kind is unknown, a file is missing or malformed, or annotations name pictures that do not exist.
+        ValueError: the kind is unknown, an annotation file is missing or malformed, or there is not one picture.
     """
     kind, colon, path = source.partition(":")
     if not colon or kind not in _READERS:
         kinds = ", ".join(f"{kind}:PATH" for kind in _READERS)
         raise ValueError(f"data {source!r} is unknown; give one of {kinds}")
     images = _READERS[kind](Path(path).expanduser())
-    if missing := [image.path for image in images if not image.path.is_file()]:
-        raise ValueError(
-            f"{source} names {len(missing)} of {len(images)} pictures that do not exist, the first {missing[0]}; "
-            "add them, or take them out of the annotations"
-        )
-    if not images:
-        raise ValueError(f"{source} holds no pictures")
-    return BoxSet(kind, tuple(images))
+    if len({image.path for image in images}) < len(images):
+        raise ValueError(f"{source} names a picture twice; give each picture once, with all of its boxes")
+    present = tuple(image for image in images if image.path.is_file())
+    missing = tuple(image.path for image in images if not image.path.is_file())
+    if not present:
+        raise ValueError(f"{source} has no pictures{f'; {missing[0]} does not exist' if missing else ''}")
+    return BoxSet(present, missing)
 
 
 def _voc(year: str) -> Callable[[Path], list[BoxedImage]]:
@@ -129,7 +133,7 @@ def _yolo(folder: Path) -> list[BoxedImage]:
         rows = label.read_text().splitlines() if label in unused else []
         unused.discard(label)
         images.append(BoxedImage(path, _yolo_boxes(rows, path, label)))
-    # `open_box_set` says of all kinds what is wrong with annotations of pictures that are not there.
+    # Labels of pictures that are not there: `open_box_set` sorts them out.
     for label in sorted(unused):
         images.append(BoxedImage(pictures / label.relative_to(labels).with_suffix(".jpg"), _boxes([], label)))
     return images

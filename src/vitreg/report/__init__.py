@@ -2,6 +2,7 @@
 
 from vitreg.report.attention import write_attention
 from vitreg.report.diagnosis import write_report
+from vitreg.report.discovery import discovery_overlay, sweep_figure
 from vitreg.report.examples import ExampleMaps
 from vitreg.report.figures import attention_figure, diagnosis_figure, overlay
 
@@ -9,7 +10,9 @@ __all__ = [
     "ExampleMaps",
     "attention_figure",
     "diagnosis_figure",
+    "discovery_overlay",
     "overlay",
+    "sweep_figure",
     "write_attention",
     "write_report",
 ]

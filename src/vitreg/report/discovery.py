@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from functools import cache
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 from jaxtyping import Bool, Integer, UInt8
@@ -77,3 +78,49 @@ def _colours() -> UInt8[np.ndarray, "256 3"]:
     import matplotlib
 
     return matplotlib.colormaps["magma"](range(256), bytes=True)[:, :3]
+
+
+def sweep_figure(summary: Mapping[str, Any], path: Path, *, most: int = 48) -> Path:
+    """Write a PNG of an evaluation: CorLoc and its interval for the protocol and the best settings of every model.
+
+    Args:
+        summary: format `vitreg-discovery/1`.
+        path: the file to write; its folder is made.
+        most: settings shown, the best.
+
+    Returns:
+        `path`.
+    """
+    from matplotlib.figure import Figure
+
+    models = summary["models"]
+    columns = [model.get("settings", []) for model in models]
+    rows = sorted(zip(*columns, strict=True), key=lambda row: -sum(entry["corloc"] for entry in row))[:most]
+    lines: list[tuple[str, list[Mapping[str, Any]]]] = [("protocol", [model["protocol"] for model in models])]
+    if rows:
+        lines.append((f"mean of {len(columns[0])} settings", [model["mean"] for model in models]))
+    lines += [(row[0]["name"], list(row)) for row in rows]
+    figure = Figure(figsize=(8.5, 1.6 + 0.2 * len(lines) + 0.18 * len(models)), dpi=140, layout="constrained")
+    axes = figure.add_subplot()
+    shift = 0.5 / len(models)
+    for m, model in enumerate(models):
+        places = np.arange(len(lines)) + (m - (len(models) - 1) / 2) * shift
+        shares = np.array([entries[m]["corloc"] for _, entries in lines])
+        low, high = np.array([entries[m]["interval"] for _, entries in lines]).T
+        # An interval of percentiles need not hold the mean it is of, if only by a rounding.
+        reach = np.clip([shares - low, high - shares], 0, None)
+        axes.errorbar(
+            shares, places, xerr=reach, fmt="o", markersize=4, elinewidth=1, color=f"C{m}", label=model["model"]
+        )
+    whole = summary["whole_picture"]["corloc"]
+    axes.axvline(whole, color="grey", linestyle=":", label=f"box around the whole picture, {whole:.1f}")
+    axes.set_yticks(range(len(lines)), [name for name, _ in lines], fontsize=8)
+    axes.invert_yaxis()
+    axes.margins(y=0.01)
+    axes.grid(axis="x", alpha=0.3)
+    axes.set_xlabel("CorLoc in percent, with 95 % bootstrap intervals over pictures")
+    axes.set_title(f"{summary['data']}: {summary['num_images']} pictures", fontsize=10, parse_math=False)
+    figure.legend(loc="outside lower center", ncols=1, fontsize=8, frameon=False)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    figure.savefig(path)
+    return path
