@@ -40,7 +40,7 @@ def discover(
     model: Checkpoint,
     out: Path = Path("vitreg-out"),
     method: Method = "lost",
-    facet: Facet = DEFAULT.facet,
+    facet: Facet = DEFAULT.facet,  # pyright: ignore[reportArgumentType]
     block: int = DEFAULT.block,
     normalize: bool = DEFAULT.normalize,
     center: bool = DEFAULT.center,

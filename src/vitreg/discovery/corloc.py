@@ -11,7 +11,7 @@ IOU = 0.5
 """Intersection over union from which on an object counts as found."""
 
 
-def iou(box: Sequence[float], others: Shaped[np.ndarray, "n 4"]) -> Float64[np.ndarray, " n"]:
+def iou(box: Sequence[float | int], others: Shaped[np.ndarray, "n 4"]) -> Float64[np.ndarray, " n"]:
     """Intersection over union of a box with each of others, x0, y0, x1, y1; as `torchvision.ops.box_iou` in float64."""
     one, many = np.asarray(box, dtype=np.float64), np.asarray(others, dtype=np.float64)
     sides = np.clip(np.minimum(one[2:], many[:, 2:]) - np.maximum(one[:2], many[:, :2]), 0, None)
@@ -19,7 +19,7 @@ def iou(box: Sequence[float], others: Shaped[np.ndarray, "n 4"]) -> Float64[np.n
     return shared / ((one[2:] - one[:2]).prod() + (many[:, 2:] - many[:, :2]).prod(1) - shared)
 
 
-def is_found(box: Sequence[float], truth: Shaped[np.ndarray, "n 4"]) -> bool:
+def is_found(box: Sequence[float | int], truth: Shaped[np.ndarray, "n 4"]) -> bool:
     """Whether the box has an IoU of at least 0.5 with any box of the truth.
 
     CorLoc (Deselaers et al. 2010; `valeoai/LOST`, `main_lost.py`) is the share of pictures where it does. Pictures

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import contextlib
-import os
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -14,7 +13,7 @@ import torch
 from jaxtyping import Bool, Float, Int64
 from torch import Tensor
 
-from vitreg.discovery.features import Facet, condition, patch_features
+from vitreg.discovery.features import condition, patch_features
 from vitreg.discovery.lost import lost
 from vitreg.discovery.protocol import DEFAULT, Protocol
 from vitreg.discovery.region import Region
@@ -50,10 +49,10 @@ class Detection:
 
 def discover_objects(
     vit: VisionTransformer,
-    images: Float[Tensor, "B 3 H W"] | str | os.PathLike[str] | Sequence[str | os.PathLike[str]],
+    images: Float[Tensor, "B 3 H W"] | str | Path | Sequence[str | Path],
     *,
-    method: Method = "lost",
-    facet: Facet = DEFAULT.facet,
+    method: str = "lost",
+    facet: str = DEFAULT.facet,
     block: int = DEFAULT.block,
     normalize: bool = DEFAULT.normalize,
     center: bool = DEFAULT.center,
@@ -91,7 +90,8 @@ def discover_objects(
     protocol = Protocol(facet, block, normalize, center, bias, k_patches)
     if isinstance(images, Tensor):
         images = images.to(next(vit.parameters()).device)
-        batches = (ImageBatch(part, [], [tuple(part.shape[-2:])] * len(part)) for part in images.split(batch_size))
+        size = (images.shape[-2], images.shape[-1])
+        batches = (ImageBatch(part, [], [size] * len(part)) for part in images.split(batch_size))
         return [d for _, found in detect(vit, batches, protocol, method=method, max_objects=max_objects) for d in found]
     paths = find_images(images)
     stream = native_stream(vit, paths, batch_size=batch_size, strict=True)
@@ -121,7 +121,7 @@ def detect(
     batches: Iterable[ImageBatch],
     protocol: Protocol,
     *,
-    method: Method = "lost",
+    method: str = "lost",
     max_objects: int = 1,
 ) -> Iterator[tuple[ImageBatch, list[Detection]]]:
     """The detections of every batch, as it comes. A stream that is not strict skips what is too small, and lists it.
@@ -159,7 +159,7 @@ def find_regions(
     grid: tuple[int, int],
     protocol: Protocol,
     *,
-    method: Method = "lost",
+    method: str = "lost",
     max_objects: int = 1,
 ) -> list[Region]:
     """The objects of one picture: at least one, at most `max_objects`, until no patch is left."""

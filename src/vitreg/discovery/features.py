@@ -16,8 +16,8 @@ FACETS: tuple[Facet, ...] = get_args(Facet)
 
 
 def patch_features(
-    vit: VisionTransformer, images: Float[Tensor, "B 3 H W"], facets: Iterable[Facet], blocks: Sequence[int]
-) -> dict[tuple[Facet, int], Float[Tensor, "B N D"]]:
+    vit: VisionTransformer, images: Float[Tensor, "B 3 H W"], facets: Iterable[str], blocks: Sequence[int]
+) -> dict[tuple[str, int], Float[Tensor, "B N D"]]:
     """The patches' features from one forward pass, for every facet and block.
 
     Queries, keys and values are as they enter the softmax (after q/k norm and RoPE), heads side by side. `"tokens"`
@@ -26,18 +26,19 @@ def patch_features(
     Raises:
         ValueError: a facet or block that the model does not have.
     """
-    facets = tuple(dict.fromkeys(facets))
-    if unknown := [facet for facet in facets if facet not in FACETS]:
-        raise ValueError(f"facet {unknown[0]!r} is unknown; choose from {', '.join(FACETS)}")
+    wanted = set(facets)
+    known = [facet for facet in FACETS if facet in wanted]
+    if unknown := wanted - set(known):
+        raise ValueError(f"facet {min(unknown)!r} is unknown; choose from {', '.join(FACETS)}")
     with torch.inference_mode():
         trace = vit.trace(
             images,
             blocks=blocks,
-            facets=[facet for facet in facets if facet != "tokens"],
-            patches="tokens" in facets,
+            facets=[facet for facet in ("keys", "queries", "values") if facet in wanted],
+            patches="tokens" in wanted,
         )
-        found: dict[tuple[Facet, int], Tensor] = {}
-        for facet in facets:
+        found: dict[tuple[str, int], Tensor] = {}
+        for facet in known:
             recorded = getattr(trace, "patches" if facet == "tokens" else facet)
             if recorded is None:
                 raise ValueError(f"the model has no {facet}; choose another of {', '.join(FACETS)}")

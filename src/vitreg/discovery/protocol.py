@@ -4,8 +4,6 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from vitreg.discovery.features import Facet
-
 
 @dataclass(frozen=True)
 class Protocol:
@@ -20,7 +18,7 @@ class Protocol:
         k_patches: size of the set that the seed is expanded from.
     """
 
-    facet: Facet = "values"
+    facet: str = "values"
     block: int = -1
     normalize: bool = True
     center: bool = True

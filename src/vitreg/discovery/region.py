@@ -40,7 +40,8 @@ def region_of_seed(
 ) -> Region:
     """The region of the mask's 4-connected component that holds the seed, or of the seed alone if none does."""
     row, column = divmod(seed, grid[1])
-    labels, _ = scipy.ndimage.label(mask.cpu().numpy().reshape(grid))
+    labels = np.empty(grid, dtype=np.int32)
+    scipy.ndimage.label(mask.cpu().numpy().reshape(grid), output=labels)
     component = labels == labels[row, column]
     if not labels[row, column]:
         component = np.zeros(grid, dtype=bool)

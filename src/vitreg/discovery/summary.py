@@ -25,7 +25,9 @@ def describe(protocol: Protocol) -> str:
     return ", ".join(parts)
 
 
-def hits(boxes: Sequence[Sequence[Sequence[float]]], images: Sequence[BoxedImage]) -> Bool[np.ndarray, "settings n"]:
+def hits(
+    boxes: Sequence[Sequence[Sequence[float | int]]], images: Sequence[BoxedImage]
+) -> Bool[np.ndarray, "settings n"]:
     """Whether each setting found an object of each picture, from boxes by picture and setting."""
     return np.array(
         [[is_found(box, image.boxes) for box in row] for row, image in zip(boxes, images, strict=True)], dtype=bool

@@ -12,7 +12,7 @@ from typing import Any, Literal, get_args
 import torch
 
 from vitreg.discovery.discover import check_grid, find_regions, native_stream
-from vitreg.discovery.features import Facet, patch_features
+from vitreg.discovery.features import patch_features
 from vitreg.discovery.protocol import DEFAULT, Protocol
 from vitreg.images import BoxedImage, image_size
 from vitreg.model import VisionTransformer
@@ -21,13 +21,13 @@ Axis = Literal["blocks", "facets", "normalize", "center", "bias"]
 AXES: tuple[Axis, ...] = get_args(Axis)
 
 LAST_BLOCKS = (-4, -3, -2, -1)
-ATTENTION_FACETS: tuple[Facet, ...] = ("queries", "keys", "values")
+ATTENTION_FACETS = ("queries", "keys", "values")
 BIASES = (-0.4, -0.3, -0.2, -0.1, -0.05, 0.0, 0.05, 0.1)
 
 Box = list[int]
 
 
-def settings(axes: Sequence[Axis]) -> list[Protocol]:
+def settings(axes: Sequence[str]) -> list[Protocol]:
     """Every combination of the values of these axes; the other axes as in the default protocol, but without a bias.
 
     The last four blocks, as Jiang et al. (arXiv 2506.08010) sweep them; queries, keys and values; raw and normalised;

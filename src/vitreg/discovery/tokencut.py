@@ -110,7 +110,7 @@ def cut_coordinates(graph: Graph) -> Float64[np.ndarray, " N"] | None:
         image = (EPS * x.sum() + (1 - EPS) * graph.times(x)) / root
         return image - first * (first @ image)
 
-    operator = scipy.sparse.linalg.LinearOperator((num, num), matvec=product, dtype=np.float64)
+    operator = scipy.sparse.linalg.LinearOperator((num, num), product, dtype=np.float64)  # pyright: ignore[reportCallIssue]
     start = np.random.default_rng(0).standard_normal(num)
     _, second = scipy.sparse.linalg.eigsh(operator, k=1, which="LA", v0=start)
     return second[:, 0] / root
