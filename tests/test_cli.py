@@ -217,8 +217,13 @@ def test_the_command_line_is_frozen():
             "strict",
             "threshold",
         ],
+        "discover": [
+            "batch_size", "bias", "block", "center", "facet", "images", "json", "k_patches", "max_objects", "method",
+            "model", "normalize", "out", "overlays", "strict",
+        ],
+        "evaluate discovery": ["batch_size", "data", "device", "dtype", "json", "models", "out", "sweep"],
         "models": ["filter", "json"],
-    }
+    }  # fmt: skip
     assert list(cli.ModelOptions.__dataclass_fields__) == ["model", "architecture", "device", "dtype", "size"]
 
 
@@ -226,7 +231,7 @@ def test_the_public_names_are_frozen():
     import vitreg
 
     assert sorted(vitreg.__all__) == [
-        "AttentionRows", "CheckpointError", "Diagnosis", "ImageError", "Preprocess", "Tokens", "Trace",
-        "ViTConfig", "VisionTransformer", "diagnose", "from_open_clip", "from_state_dict", "from_timm",
-        "from_transformers", "list_models", "load", "save",
+        "AttentionRows", "CheckpointError", "Detection", "Diagnosis", "ImageError", "Preprocess", "Tokens", "Trace",
+        "ViTConfig", "VisionTransformer", "diagnose", "discover_objects", "from_open_clip", "from_state_dict",
+        "from_timm", "from_transformers", "list_models", "load", "save",
     ]  # fmt: skip

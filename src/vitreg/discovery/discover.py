@@ -135,15 +135,11 @@ def detect(
         raise ValueError(f"max_objects is {max_objects}; it must be at least 1, and 1 with method 'tokencut'")
     patch = vit.config.patch_size
     for batch in batches:
+        batch = _large_enough(batch, batches, patch)
+        if not batch.sizes:
+            continue
         images = pad(batch.images, patch)
         grid = (images.shape[-2] // patch, images.shape[-1] // patch)
-        try:
-            check_grid(grid, patch, str(batch.paths[0]) if batch.paths else "a picture of the batch")
-        except ValueError as error:
-            if not isinstance(batches, ImageStream) or batches.strict:
-                raise
-            batches.skipped.extend(SkippedImage(path, str(error)) for path in batch.paths)
-            continue
         features = patch_features(vit, images, [protocol.facet], [protocol.block])[protocol.facet, protocol.block]
         detections = []
         for i, size in enumerate(batch.sizes):
@@ -152,6 +148,22 @@ def detect(
             path = batch.paths[i] if batch.paths else None
             detections.append(replace(first, others=tuple(others), path=path))
         yield batch, detections
+
+
+def _large_enough(batch: ImageBatch, source: Iterable[ImageBatch], patch: int) -> ImageBatch:
+    """The batch without pictures that are too small, which are errors unless they are from a stream that skips."""
+    keep = []
+    for i, size in enumerate(batch.sizes):
+        try:
+            check_size(size, patch, str(batch.paths[i]) if batch.paths else "a picture of the batch")
+            keep.append(i)
+        except ValueError as error:
+            if not isinstance(source, ImageStream) or source.strict:
+                raise
+            source.skipped.append(SkippedImage(batch.paths[i], str(error)))
+    if len(keep) == len(batch.sizes):
+        return batch
+    return ImageBatch(batch.images[keep], [batch.paths[i] for i in keep], [batch.sizes[i] for i in keep])
 
 
 def find_regions(
@@ -182,10 +194,10 @@ def pad(images: Float[Tensor, "B 3 H W"], patch: int) -> Float[Tensor, "B 3 h w"
     return torch.nn.functional.pad(images, (0, -width % patch, 0, -height % patch))
 
 
-def check_grid(grid: tuple[int, int], patch: int, name: str) -> None:
-    """Raise `ValueError` for a picture of fewer than 3 x 3 patches."""
-    if min(grid) < MIN_GRID:
+def check_size(size: tuple[int, int], patch: int, name: str) -> None:
+    """Raise `ValueError` for a picture, of (height, width) pixels, that is smaller than 3 x 3 patches."""
+    if min(size) < MIN_GRID * patch:
         raise ValueError(
-            f"{name} has {grid[0]} x {grid[1]} patches of {patch} pixels; object discovery needs at least "
-            f"{MIN_GRID} x {MIN_GRID}: enlarge it"
+            f"{name} has {size[1]} x {size[0]} pixels; object discovery needs {MIN_GRID} x {MIN_GRID} patches of "
+            f"{patch} pixels: enlarge it"
         )

@@ -86,6 +86,7 @@ def _model(name: str, found: Bool[np.ndarray, "settings n"], protocols: Sequence
     intervals = bootstrap_interval(100 * swept)
     entries = [
         {
+            "name": describe(protocols[row]),
             "setting": asdict(protocols[row]),
             "corloc": 100 * float(found[row].mean()),
             "interval": intervals[:, i].tolist(),

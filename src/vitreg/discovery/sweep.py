@@ -11,7 +11,7 @@ from typing import Any, Literal, get_args
 
 import torch
 
-from vitreg.discovery.discover import check_grid, find_regions, native_stream
+from vitreg.discovery.discover import check_size, find_regions, native_stream
 from vitreg.discovery.features import patch_features
 from vitreg.discovery.protocol import DEFAULT, Protocol
 from vitreg.images import BoxedImage, image_size
@@ -87,9 +87,7 @@ def find_boxes(
         ValueError: a picture is too small or unreadable, the model lacks a block, or `record` is of another run.
     """
     for image in images:
-        patch = vit.config.patch_size
-        height, width = image_size(image.path)
-        check_grid((-(-height // patch), -(-width // patch)), patch, str(image.path))
+        check_size(image_size(image.path), vit.config.patch_size, str(image.path))
     header = {
         "format": "vitreg-sweep/1",
         "model": name,
@@ -140,7 +138,7 @@ def _read(record: Path, header: dict[str, Any]) -> dict[int, list[Box]]:
         record.write_text(json.dumps(header) + "\n")
         return {}
     try:
-        earlier = json.loads(lines[0])
+        earlier = dict(json.loads(lines[0]))
         done = {entry["image"]: entry["boxes"] for entry in map(json.loads, lines[1:])}
     except (ValueError, KeyError, TypeError):
         raise ValueError(f"{record} is no record of a sweep; delete it or choose another folder") from None
