@@ -160,7 +160,7 @@ def test_ctrl_c_leaves_a_report(test_data, tmp_path):
     """A real SIGINT to a real process, sent while it looks at pictures."""
     out = tmp_path / "out"
     code = (
-        "import sys, vitreg.artifacts.diagnosis as d, vitreg.cli as c\n"
+        "import sys, vitreg.artifacts.observer as d, vitreg.cli as c\n"
         "class Loud(d.Examples):\n"
         "    def add(self, *a):\n"
         "        super().add(*a); print('batch', file=sys.stderr, flush=True)\n"

@@ -89,6 +89,10 @@ class NormStatistics:
         """Patches per block and fine bin, `[L, NUM_BINS]`."""
         return self._counts.cpu().numpy()
 
+    def num_above(self, block: int, step: int | None) -> int:
+        """Patches of a block at or above a step of the axis; none where there is no step."""
+        return 0 if step is None else int(self._counts[block, step * BINS_PER_STEP :].sum())
+
     def moments(self) -> tuple[NDArray[np.float64], NDArray[np.float64], NDArray[np.float64]]:
         """Mean, standard deviation and maximum of the norms of each block, `[L]` each."""
         total = self.num_images * self.grid[0] * self.grid[1]

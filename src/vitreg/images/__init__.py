@@ -1,5 +1,6 @@
 """Pictures in: finding files, reading them, streaming them to a model in batches, and sets with boxes."""
 
+from vitreg.images.batches import Batches, Images
 from vitreg.images.boxes import BoxedImage, BoxSet, open_box_set
 from vitreg.images.bundled import bundled_photographs
 from vitreg.images.reading import EXTENSIONS, MAX_PIXELS, ImageError, find_images, image_size, read_image
@@ -8,11 +9,13 @@ from vitreg.images.stream import ImageBatch, ImageStream, SkippedImage
 __all__ = [
     "EXTENSIONS",
     "MAX_PIXELS",
+    "Batches",
     "BoxSet",
     "BoxedImage",
     "ImageBatch",
     "ImageError",
     "ImageStream",
+    "Images",
     "SkippedImage",
     "bundled_photographs",
     "find_images",

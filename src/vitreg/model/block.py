@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import torch
-from jaxtyping import Float
+from jaxtyping import Float, Int
 from torch import Tensor, nn
 
 from vitreg.model.attention import Attention, Record
@@ -29,11 +29,23 @@ def activation(name: str) -> nn.Module:
 
 
 class Mlp(nn.Module):
-    """Two linear layers; with `gated_mlp`, `fc1` holds the gate's rows first and the value's after them."""
+    """Two linear layers; with `gated_mlp`, `fc1` holds the gate's rows first and the value's after them.
 
-    def __init__(self, config: ViTConfig) -> None:
+    The activations of register neurons are moved: per image and per unit, the strongest over all tokens goes to the
+    test-time registers, and zero to every other token ("Vision Transformers Don't Need Trained Registers", Jiang et
+    al., arXiv 2506.08010, Algorithm 2).
+    """
+
+    register_neurons: Tensor | None
+
+    def __init__(self, config: ViTConfig, register_neurons: tuple[int, ...] = ()) -> None:
         super().__init__()
         self.gated = config.gated_mlp
+        self.signed = config.gated_mlp or config.mlp_norm
+        self.test_time_registers = config.test_time_registers
+        # Not on the meta device, from which weights are assigned but buffers are not.
+        neurons = torch.tensor(register_neurons, device="cpu") if register_neurons else None
+        self.register_buffer("register_neurons", neurons, persistent=False)
         self.fc1 = nn.Linear(config.embed_dim, config.mlp_dim * (1 + self.gated), bias=config.mlp_bias)
         self.act = activation(config.activation)
         self.norm = nn.LayerNorm(config.mlp_dim, config.norm_eps) if config.mlp_norm else nn.Identity()
@@ -48,23 +60,41 @@ class Mlp(nn.Module):
         else:
             x = self.act(x)
         x = self.norm(x)
+        if self.register_neurons is not None:
+            x = self._shift(x, self.register_neurons)
         if record is not None:
             record("activations", x)
         return self.fc2(x)
+
+    def _shift(self, x: Float[Tensor, "B T F"], neurons: Int[Tensor, " K"]) -> Float[Tensor, "B T F"]:
+        """Move the register neurons' activations to the test-time registers."""
+        units = x[..., neurons]
+        strongest = units.amax(1, keepdim=True)
+        if self.signed:  # elsewhere the non-linearity bounds what is negative, at -0.3
+            lowest = units.amin(1, keepdim=True)
+            strongest = torch.where(-lowest > strongest, lowest, strongest)
+        moved = torch.zeros_like(units)
+        moved[:, self.test_time_registers] = strongest
+        # In place: a copy of all units would cost more than the rest of the fix, and no derivative needs the old ones.
+        return x.index_copy_(-1, neurons, moved)
 
 
 class Block(nn.Module):
     """Pre-norm Transformer block: `x + s1 attn(norm1(x))`, then `x + s2 mlp(norm2(x))`.
 
     With `parallel`, both branches read `norm1(x)` and share one scale (ViT-22B, arXiv 2302.05442).
+
+    A test-time register stands for the several artifacts of a picture, each of which had a share in the softmax. With a
+    `register_weight` of w, attention sees it w times: what w equal registers would do, without their cost elsewhere.
     """
 
-    def __init__(self, config: ViTConfig) -> None:
+    def __init__(self, config: ViTConfig, index: int) -> None:
         super().__init__()
         self.parallel = config.parallel
+        self.test_time_registers, self.num_copies = config.test_time_registers, config.num_attention_copies
         self.norm1 = nn.LayerNorm(config.embed_dim, config.norm_eps)
         self.attn = Attention(config)
-        self.mlp = Mlp(config)
+        self.mlp = Mlp(config, tuple(unit for block, unit in config.register_neurons if block == index))
         self.scale1 = nn.Parameter(torch.empty(config.embed_dim)) if config.layer_scale else None
         self.norm2 = self.scale2 = None
         if not self.parallel:
@@ -76,11 +106,17 @@ class Block(nn.Module):
     ) -> Float[Tensor, "B T D"]:
         """One step of the residual stream; `record` sees the intermediates of attention and MLP."""
         normed = self.norm1(x)
-        branch = self.attn(normed, rotation, record)
+        branch = self._attend(normed, rotation, record) if self.num_copies else self.attn(normed, rotation, record)
         if self.norm2 is None:
             return _add(x, branch + self.mlp(normed, record), self.scale1)
         x = _add(x, branch, self.scale1)
         return _add(x, self.mlp(self.norm2(x), record), self.scale2)
+
+    def _attend(self, normed: Tensor, rotation: Rotation | None, record: Record | None) -> Tensor:
+        """Attention in which test-time registers count several times; their copies come first."""
+        registers = normed[:, self.test_time_registers]
+        copies = registers.repeat(1, self.num_copies // registers.shape[1], 1)
+        return self.attn(torch.cat((copies, normed), dim=1), rotation, record)[:, self.num_copies :]
 
 
 def _add(x: Tensor, branch: Tensor, scale: Tensor | None) -> Tensor:

@@ -64,6 +64,10 @@ class ViTConfig:
         patch_size: side of a patch in pixels.
         image_size: (height, width) in pixels of the checkpoint's own position embedding.
         num_registers: tokens added to the input and discarded at the output.
+        num_test_time_registers: so many of them, the last, are the untrained ones that `register_neurons` write to.
+        register_neurons: (block, hidden unit) of the MLP units whose activation is moved, in every image, to the
+            test-time registers (see `Mlp`).
+        register_weight: tokens that each test-time register counts as in attention (see `Block`).
         class_token: whether there is one.
         num_classes: outputs of the head (classes, or the width of CLIP's projection); 0 for no head.
         head_bias: whether the head has a bias.
@@ -89,6 +93,7 @@ class ViTConfig:
         preprocess: how pictures become the checkpoint's input.
         name: where the weights come from, for reports.
         architecture: timm's name of the architecture where there is one.
+        changes: what was done to the checkpoint, in sentences.
     """
 
     embed_dim: int
@@ -98,6 +103,9 @@ class ViTConfig:
     patch_size: int
     image_size: tuple[int, int]
     num_registers: int = 0
+    num_test_time_registers: int = 0
+    register_neurons: tuple[tuple[int, int], ...] = ()
+    register_weight: int = 1
     class_token: bool = True
     num_classes: int = 0
     head_bias: bool = True
@@ -125,6 +133,7 @@ class ViTConfig:
     preprocess: Preprocess = field(default_factory=lambda: Preprocess(size=(224, 224)))
     name: str = ""
     architecture: str = ""
+    changes: tuple[str, ...] = ()
 
     def __post_init__(self) -> None:
         for side in ("embed_dim", "depth", "num_heads", "mlp_dim", "patch_size"):
@@ -134,6 +143,7 @@ class ViTConfig:
             raise ValueError(f"embed_dim {self.embed_dim} is not a multiple of num_heads {self.num_heads}")
         if self.num_registers < 0:
             raise ValueError(f"num_registers is {self.num_registers}; it must be 0 or more")
+        self._check_register_neurons()
         if "token" in self.pool and not self.class_token:
             raise ValueError(f"pool {self.pool!r} needs a class token; use 'mean' or 'attention'")
         if min(self.grid) < 1:
@@ -142,6 +152,28 @@ class ViTConfig:
             raise ValueError(
                 f"RoPE needs head_dim / 4 = {self.head_dim / 4:g} frequencies, got {len(self.rope.frequencies)}"
             )
+
+    def _check_register_neurons(self) -> None:
+        if not 0 <= self.num_test_time_registers <= self.num_registers:
+            raise ValueError(
+                f"num_test_time_registers is {self.num_test_time_registers}; it must be 0 to num_registers "
+                f"({self.num_registers}), which counts them"
+            )
+        if bool(self.register_neurons) != bool(self.num_test_time_registers):
+            raise ValueError(
+                f"{len(self.register_neurons)} register_neurons and {self.num_test_time_registers} test-time "
+                f"registers: neurons need a register to write to, and a test-time register neurons that do"
+            )
+        if self.register_weight < 1:
+            raise ValueError(f"register_weight is {self.register_weight}; it must be at least 1")
+        for block, unit in self.register_neurons:
+            if not (0 <= block < self.depth and 0 <= unit < self.mlp_dim):
+                raise ValueError(
+                    f"register neuron (block {block}, unit {unit}) does not exist: the model has blocks 0 to "
+                    f"{self.depth - 1} and units 0 to {self.mlp_dim - 1}; give neurons that were found in this model"
+                )
+        if len(set(self.register_neurons)) < len(self.register_neurons):
+            raise ValueError("register_neurons name a unit twice")
 
     @property
     def head_dim(self) -> int:
@@ -157,6 +189,16 @@ class ViTConfig:
     def num_prefix_tokens(self) -> int:
         """Tokens before the first patch inside the model."""
         return int(self.class_token) + self.num_registers
+
+    @property
+    def test_time_registers(self) -> slice:
+        """Where in the sequence the test-time registers are: the last before the patches."""
+        return slice(self.num_prefix_tokens - self.num_test_time_registers, self.num_prefix_tokens)
+
+    @property
+    def num_attention_copies(self) -> int:
+        """Copies of test-time registers that attention sees before the sequence."""
+        return self.num_test_time_registers * (self.register_weight - 1)
 
     def to_dict(self) -> dict[str, Any]:
         """JSON types; `from_dict` is the inverse."""
@@ -179,6 +221,7 @@ class ViTConfig:
         values["preprocess"] = Preprocess(**_tuples(values["preprocess"]))
         if values.get("rope"):
             values["rope"] = RopeConfig(**_tuples(values["rope"]))
+        values["register_neurons"] = [tuple(neuron) for neuron in values.get("register_neurons", ())]
         return cls(**_tuples(values))
 
 

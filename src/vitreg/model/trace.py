@@ -128,14 +128,24 @@ class Recorder:
             self._queries = value
         elif name == "keys" and self.rows:
             assert self._queries is not None
-            rows = torch.tensor(self.rows, device=value.device)
-            self.attention.append(attention_rows(self._queries, value, rows))
+            self.attention.append(self._attention_rows(self._queries, value))
             # Not later: a view of q holds the memory of q, k and v, which the MLP is about to reuse.
             self._queries = None
         if name in self.facets:
-            self.kept.setdefault(name, []).append(value.transpose(1, 2).flatten(2))
+            tokens = value[:, :, self.config.num_attention_copies :]
+            self.kept.setdefault(name, []).append(tokens.transpose(1, 2).flatten(2))
         elif name == "activations" and self.activations:
             self.kept.setdefault(name, []).append(value)
+
+    def _attention_rows(self, queries: Tensor, keys: Tensor) -> Tensor:
+        """The rows asked for, `[B, H, Q, T]`; a register's share is that of all its copies."""
+        copies = self.config.num_attention_copies
+        rows = attention_rows(queries, keys, torch.tensor(self.rows, device=keys.device) + copies)
+        if copies:
+            rows, of_copies = rows[..., copies:].clone(), rows[..., :copies]
+            each = of_copies.unflatten(-1, (-1, self.config.num_test_time_registers)).sum(-2)
+            rows[..., self.config.test_time_registers] += each
+        return rows
 
     def after_block(self, block: int, x: Tensor) -> None:
         """Take the residual stream after a block."""
@@ -158,14 +168,14 @@ class Recorder:
             patch_norms=norms.patches.squeeze(-1).unflatten(-1, self.grid),
             cls_norms=None if norms.cls is None else norms.cls.squeeze(-1),
             register_norms=norms.registers.squeeze(-1),
-            attention=self._attention_rows() if self.attention else None,
+            attention=self._named_rows() if self.attention else None,
             patches=hidden,
             embeddings=self.embeddings,
             largest=torch.stack(self.largest) if self.largest else None,
             **{name: self._split(value) for name, value in kept.items()},
         )
 
-    def _attention_rows(self) -> AttentionRows:
+    def _named_rows(self) -> AttentionRows:
         parts = self._split(self._in_order(self.attention).unsqueeze(-1))
         return AttentionRows(
             queries=tuple(self.row_names),

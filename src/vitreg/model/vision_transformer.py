@@ -50,7 +50,7 @@ class VisionTransformer(nn.Module):
         if config.learned_positions:
             self.positions = nn.Parameter(torch.empty(1, config.grid[0] * config.grid[1], dim))
         self.pre_norm = nn.LayerNorm(dim, config.norm_eps) if config.pre_norm else nn.Identity()
-        self.blocks = nn.ModuleList(Block(config) for _ in range(config.depth))
+        self.blocks = nn.ModuleList(Block(config, i) for i in range(config.depth))
         self.norm = nn.LayerNorm(dim, config.norm_eps) if config.final_norm else nn.Identity()
         self.attention_pool = AttentionPool(config) if config.pool == "attention" else None
         self.pool_norm = nn.LayerNorm(dim, config.norm_eps) if config.pool_norm else nn.Identity()
@@ -173,7 +173,8 @@ class VisionTransformer(nn.Module):
         x = self._assemble(x, grid)
         table = None
         if self.config.rope is not None:
-            table = rotation(self.config.rope, grid, self.config.num_prefix_tokens, x.device)
+            unrotated = self.config.num_attention_copies + self.config.num_prefix_tokens
+            table = rotation(self.config.rope, grid, unrotated, x.device)
         for i, block in enumerate(self.blocks):
             record = recorder.record if recorder is not None and recorder.wants(i) else None
             if self.gradient_checkpointing and self.training and record is None:

@@ -1,0 +1,253 @@
+"""Watching a model look at images, and saying what was seen."""
+
+from __future__ import annotations
+
+import dataclasses
+import time
+from collections.abc import Callable, Sequence
+from functools import cached_property
+from typing import Any, TypedDict
+
+import numpy as np
+import torch
+from jaxtyping import Float
+from numpy.typing import NDArray
+from torch import Tensor
+
+from vitreg.artifacts.diagnosis import BlockNorms, Diagnosis, NeighbourSimilarity
+from vitreg.artifacts.examples import Examples
+from vitreg.artifacts.histogram import BINS_PER_STEP, LogAxis
+from vitreg.artifacts.statistics import NormStatistics
+from vitreg.artifacts.threshold import parse_rule, threshold_step
+from vitreg.artifacts.verdict import position_kind, write_verdict
+from vitreg.images import Batches, Images, SkippedImage
+from vitreg.model import Trace, VisionTransformer
+
+
+class Observer:
+    """Adds up what a model does with batch after batch, in memory that does not grow with their number.
+
+    Args:
+        vit: the model, in evaluation mode; it is used on the device and in the dtype it is in.
+        threshold, block, max_examples: as of `diagnose`.
+
+    Raises:
+        ValueError: an unknown threshold or block.
+    """
+
+    def __init__(
+        self, vit: VisionTransformer, *, threshold: float | int | str, block: int | str, max_examples: int
+    ) -> None:
+        depth = vit.config.depth
+        if block != "auto" and not (isinstance(block, int) and -depth <= block < depth):
+            raise ValueError(f"block {block!r} does not exist; give 'auto' or a number from 0 to {depth - 1}")
+        self._vit, self._block = vit, block
+        self._rule = parse_rule(threshold)
+        self._axis = LogAxis(self._rule.value if self._rule.kind == "fixed" else None)
+        self._examples = Examples(vit, max_examples)
+        self._statistics: NormStatistics | None = None
+        self._image_size = (0, 0)
+
+    @property
+    def statistics(self) -> NormStatistics:
+        """What was added up over at least one batch."""
+        assert self._statistics is not None
+        return self._statistics
+
+    @torch.inference_mode()
+    def look(self, batch: Float[Tensor, "B 3 H W"], names: list[str]) -> Trace:
+        """Run the model on a batch and take note.
+
+        Raises:
+            ValueError: a batch of another size than those before, or tokens that are not finite.
+        """
+        trace = self._vit.trace(
+            batch, attention_from=self._examples.queries(), embeddings=True, largest=self._examples.num_largest()
+        )
+        if self._statistics is None:
+            self._image_size = (batch.shape[-2], batch.shape[-1])
+            self._statistics = NormStatistics(self._vit.config.depth, trace.tokens.grid, self._axis, batch.device)
+        elif trace.tokens.grid != self._statistics.grid:
+            raise ValueError(
+                f"images of {tuple(batch.shape[-2:])} pixels follow images of {self._image_size}: a diagnosis needs "
+                f"one size; let vit.preprocess crop them"
+            )
+        self._statistics.update(trace)
+        self._examples.add(trace, batch, names)
+        return trace
+
+    @cached_property
+    def steps(self) -> list[int | None]:
+        """Per block, the step of the axis from which norms count as outliers; asked for after the last batch."""
+        counts = self.statistics.counts()
+        mean, sd, _ = self.statistics.moments()
+        return [threshold_step(self._rule, self._axis, *block) for block in zip(counts, mean, sd, strict=True)]
+
+    def conclude(self, *, skipped: tuple[SkippedImage, ...], interrupted: bool, seconds: float) -> Diagnosis:
+        """Choose thresholds, block and onset from the sums, and put the findings into words."""
+        statistics, axis, steps = self.statistics, self._axis, self.steps
+        counts, largest = statistics.counts(), statistics.moments()[2]
+        above = [statistics.num_above(i, step) for i, step in enumerate(steps)]
+        num_patches = int(counts[0].sum())
+        blocks = tuple(
+            BlockNorms(
+                block=i,
+                median=axis.quantile(counts[i], 0.5),
+                p99=axis.quantile(counts[i], 0.99),
+                max=float(largest[i]),
+                threshold=None if step is None else axis.step_edge(step),
+                outlier_fraction=above[i] / num_patches,
+                attention_on_outliers=statistics.attention_on_outliers(i, steps[i - 1] if i else None),
+                attention_on_registers=statistics.attention_on_registers(i),
+                histogram=_trimmed_histogram(axis, counts[i]),
+            )
+            for i, step in enumerate(steps)
+        )
+        reported = _reported_block(blocks) if isinstance(self._block, str) else self._block % len(blocks)
+        onset = reported if above[reported] else None
+        while onset is not None and onset > 0 and above[onset - 1]:
+            onset -= 1
+        step = steps[reported] if above[reported] else None
+        frequency = statistics.position_frequency(reported, step)
+        threshold = blocks[reported].threshold if step is not None else None
+        diagnosis = Diagnosis(
+            has_artifacts=any(above),
+            outlier_fraction=blocks[reported].outlier_fraction,
+            threshold=threshold,
+            threshold_rule=self._rule.describe(),
+            block=reported,
+            onset_block=onset,
+            blocks=blocks,
+            position_frequency=frequency,
+            position_kind=position_kind(frequency, statistics.num_images),
+            neighbour_similarity=NeighbourSimilarity(*statistics.mean_similarity(reported, step)),
+            register_norms=statistics.mean_register_norms() if self._vit.num_registers else None,
+            cls_norms=statistics.mean_cls_norms(),
+            channels=self._examples.channel_shares(reported, threshold),
+            num_images=statistics.num_images,
+            num_patches=num_patches,
+            skipped=skipped,
+            interrupted=interrupted,
+            seconds=seconds,
+            model=_model_card(self._vit),
+            image_size=self._image_size,
+            examples=tuple(self._examples.maps),
+        )
+        return dataclasses.replace(diagnosis, verdict=write_verdict(diagnosis))
+
+
+def diagnose(
+    vit: VisionTransformer,
+    images: Images,
+    *,
+    threshold: float | int | str = "auto",
+    block: int | str = "auto",
+    batch_size: int = 32,
+    max_examples: int = 20,
+    strict: bool = False,
+    limit: int | None = None,
+    keep_partial: bool = False,
+    on_progress: Callable[[int, int | None], None] | None = None,
+) -> Diagnosis:
+    """Look for artifacts in every block of a model.
+
+    Images stream through once, in memory that does not grow with their number.
+
+    Args:
+        vit: the model; it is used on the device and in the dtype it is in.
+        images: a normalised batch `[B, 3, H, W]`, a file, folder or glob, a list of these, or a DataLoader (or any
+            iterable) of batches, or of tuples that begin with a batch.
+        threshold: `"auto"` finds two separated modes or none (`two_modes`); or a norm such as 150, `"mean+3sd"`,
+            `"5xmedian"`. The last two are rounded to 3 %.
+        block: the block to report, or `"auto"`.
+        batch_size: pictures at a time.
+        max_examples: images kept whole for the report.
+        strict: a file that cannot be read is an error, instead of being skipped and listed.
+        limit: use only this many files, the first.
+        keep_partial: on Ctrl-C, return what was found so far instead of raising KeyboardInterrupt.
+        on_progress: called with the number of images done and their total, where it is known.
+
+    Raises:
+        ValueError: no images, an unknown threshold or block, or a model whose tokens are not finite.
+    """
+    observer = Observer(vit, threshold=threshold, block=block, max_examples=max_examples)
+    device = next(vit.parameters()).device
+    batches = Batches(images, vit.preprocess, batch_size=batch_size, device=device, strict=strict, limit=limit)
+    ending = look_through(batches, observer.look, [vit], keep_partial=keep_partial, on_progress=on_progress)
+    return observer.conclude(**ending)
+
+
+class Ending(TypedDict):
+    """How a pass over the images ended; what `Observer.conclude` asks for."""
+
+    skipped: tuple[SkippedImage, ...]
+    interrupted: bool
+    seconds: float
+
+
+def look_through(
+    batches: Batches,
+    look: Callable[[Tensor, list[str]], object],
+    models: Sequence[VisionTransformer],
+    *,
+    keep_partial: bool,
+    on_progress: Callable[[int, int | None], None] | None,
+) -> Ending:
+    """Hand every batch to `look`, with the models in evaluation mode meanwhile.
+
+    Raises:
+        ValueError: there were no images.
+        KeyboardInterrupt: on Ctrl-C, unless `keep_partial` and something was looked at.
+    """
+    start, done, interrupted = time.perf_counter(), 0, False
+    training = [vit.training for vit in models]
+    for vit in models:
+        vit.eval()
+    try:
+        for batch, names in batches:
+            look(batch, names)
+            done += len(names)
+            if on_progress is not None:
+                on_progress(done, batches.total)
+    except KeyboardInterrupt:
+        if not (keep_partial and done):
+            raise
+        interrupted = True
+    finally:
+        for vit, was_training in zip(models, training, strict=True):
+            vit.train(was_training)
+    if not done:
+        reason = f": {batches.skipped[0].reason}" if batches.skipped else ""
+        raise ValueError(f"there were no images to look at{reason}")
+    return {"skipped": batches.skipped, "interrupted": interrupted, "seconds": time.perf_counter() - start}
+
+
+def _reported_block(blocks: tuple[BlockNorms, ...]) -> int:
+    """The last block, which is what users read; where only inner blocks have outliers, the worst of those."""
+    if blocks[-1].outlier_fraction or not any(b.outlier_fraction for b in blocks):
+        return len(blocks) - 1
+    return max(blocks, key=lambda b: b.max / b.median if b.outlier_fraction else 0.0).block
+
+
+def _trimmed_histogram(axis: LogAxis, counts: NDArray[np.int64]) -> tuple[tuple[float, ...], tuple[int, ...]]:
+    """The steps from the first to the last that holds a patch."""
+    per_step = counts.reshape(-1, BINS_PER_STEP).sum(1)
+    filled = np.flatnonzero(per_step)
+    first, last = (int(filled[0]), int(filled[-1]) + 1) if len(filled) else (0, 1)
+    edges = axis.edges()[::BINS_PER_STEP][first : last + 1]
+    return tuple(float(e) for e in edges), tuple(int(c) for c in per_step[first:last])
+
+
+def _model_card(vit: VisionTransformer) -> dict[str, Any]:
+    config = vit.config
+    return {
+        "name": config.name or config.architecture or "Vision Transformer",
+        "family": config.architecture,
+        "parameters": sum(p.numel() for p in vit.parameters()),
+        "patch_size": config.patch_size,
+        "num_registers": config.num_registers,
+        "depth": config.depth,
+        "num_heads": config.num_heads,
+        "embed_dim": config.embed_dim,
+        "has_class_token": config.class_token,
+    }

@@ -1,0 +1,84 @@
+"""Images that a fix has not seen, to tell whether it works and what it changes."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from dataclasses import dataclass
+from itertools import islice
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from jaxtyping import Float
+from torch import Tensor
+
+from vitreg.artifacts import BlockNorms, Diagnosis
+from vitreg.model import VisionTransformer
+
+MOST = 64
+"""Images kept in memory: more would tell the fractions apart no better than the choice needs."""
+
+
+@dataclass(frozen=True)
+class Effect:
+    """What a changed model does on the held-back images.
+
+    Attributes:
+        outliers: share of the patches that are still outliers, in the worst block.
+        similarity: mean cosine between the pooled features of the changed and of the original model.
+    """
+
+    outliers: float
+    similarity: float
+
+
+class HeldBack:
+    """Judges changed models by images that were not used to change them.
+
+    Args:
+        vit: the original model.
+        diagnosis: of the original, which says what an outlier is.
+        batches: the images; the first `MOST` are kept.
+    """
+
+    @torch.inference_mode()
+    def __init__(
+        self, vit: VisionTransformer, diagnosis: Diagnosis, batches: Iterable[tuple[Tensor, list[str]]]
+    ) -> None:
+        images = islice((image for batch, _ in batches for image in batch), MOST)
+        self._batches = [torch.stack(chunk) for chunk in _chunks(list(images), 16)]
+        self.num_images = sum(map(len, self._batches))
+        self._features = [vit.pool(vit(batch)).float() for batch in self._batches]
+        self._limits = torch.tensor([outlier_limit(block) for block in diagnosis.blocks])
+
+    @torch.inference_mode()
+    def effect(self, vit: VisionTransformer) -> Effect:
+        """How many outliers a changed model has, and how far it is from the original."""
+        above, similarity = torch.zeros(len(self._limits)), 0.0
+        num_patches = 0
+        for batch, original in zip(self._batches, self._features, strict=True):
+            trace = vit.trace(batch)
+            norms = trace.patch_norms.flatten(1).cpu()
+            above += (norms >= self._limits[:, None]).sum(1)
+            num_patches += norms.shape[1]
+            similarity += float(F.cosine_similarity(vit.pool(trace.tokens).float(), original, dim=-1).sum())
+        return Effect(float(above.max()) / num_patches, similarity / self.num_images)
+
+
+def outlier_limit(block: BlockNorms) -> float:
+    """From which norm on a patch of the changed model counts as an outlier after a block.
+
+    The threshold of the original lies anywhere in the gap between its modes; what reaches less far above the clean
+    patches, twice their 99th percentile and farther than any of them, is an outlier too.
+    """
+    if block.threshold is None:
+        return float("inf")
+    edges, counts = np.array(block.histogram[0]), np.array(block.histogram[1])
+    clean = np.where(edges[:-1] * edges[1:] < block.threshold**2, counts, 0)
+    below = np.cumsum(clean)
+    p99 = edges[1:][np.searchsorted(below, 0.99 * below[-1])]
+    return float(min(block.threshold, max(2 * p99, edges[1:][clean > 0].max())))
+
+
+def _chunks(images: list[Float[Tensor, "3 H W"]], size: int) -> list[list[Tensor]]:
+    return [images[i : i + size] for i in range(0, len(images), size)]

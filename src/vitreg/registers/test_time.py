@@ -1,0 +1,224 @@
+"""Registers without training: the activations that write artifacts are moved to a token of their own."""
+
+from __future__ import annotations
+
+import warnings
+from collections.abc import Callable, Iterable
+
+import torch
+
+from vitreg.artifacts import Diagnosis, diagnose
+from vitreg.images import Batches, Images
+from vitreg.model import VisionTransformer
+from vitreg.registers.held_back import HeldBack
+from vitreg.registers.insertion import with_registers
+from vitreg.registers.neurons import RegisterNeuron, find_register_neurons
+
+Unit = tuple[int, int]
+
+MIN_IMAGES = 8
+"""Fewer tell neither which units write the artifacts nor whether moving them helps."""
+
+HELD_BACK_EVERY = 5
+"""Of so many images one is held back."""
+
+REMOVED = 1e-4
+"""Share of outlier patches up to which artifacts count as removed."""
+
+MAX_ROUNDS = 4
+"""Moved artifacts may uncover others, written by later blocks; each round looks for the units of one more onset."""
+
+
+def add_test_time_registers(
+    vit: VisionTransformer,
+    images: Images | None = None,
+    *,
+    count: int = 1,
+    neurons: Iterable[RegisterNeuron | Unit] | None = None,
+    batch_size: int = 32,
+    on_progress: Callable[[int, int | None], None] | None = None,
+) -> VisionTransformer:
+    """A copy of a model whose artifacts are moved into registers; nothing is trained, the original is left untouched.
+
+    "Vision Transformers Don't Need Trained Registers" (Jiang et al., arXiv 2506.08010): a few hidden units of the MLPs
+    write the artifacts. In every image, the strongest activation of each such unit over all tokens goes to the new
+    registers, and zero to every other token (Algorithm 2, here per image and per unit). The registers start from zero
+    and have no position; they need not differ, as they are not trained.
+
+    Without `neurons`, units are ranked on four fifths of the images (`find_register_neurons`) and the smallest number
+    of the first of them is taken that leaves at most 0.01 % of outliers, after any block, in the fifth that was held
+    back. If no number does, the best is kept and the search repeated on the changed model. Then attention counts the
+    registers 1, 2, 4, ... times (`ViTConfig.register_weight`), as long as that brings the pooled features of the
+    held-back images closer to the original's: one register replaces several artifacts, each of which had its share in
+    the softmax. `config.changes` says what was chosen.
+
+    Args:
+        vit: the model, with or without registers of its own; used on the device and in the dtype it is in.
+        images: at least 8, as for `diagnose`; not needed with `neurons`. An iterable must give the same images each
+            time.
+        count: registers to add.
+        neurons: the units to move, as (block, unit) or `RegisterNeuron`; found in the images by default. With these,
+            the model is exactly that of the paper: registers count once.
+        batch_size: images at a time.
+        on_progress: called while units are looked for, with the number of images done and their total.
+
+    Returns:
+        The model with `count` more registers; `vit` itself, with a warning, where there is nothing to remove or where
+        no units remove any of it.
+
+    Raises:
+        ValueError: `count` below 1, fewer than 8 images, images that can be gone through only once, units that the
+            model does not have.
+    """
+    if count < 1:
+        raise ValueError(f"count is {count}; add at least 1 register")
+    if neurons is not None:
+        units = [(n.block, n.unit) if isinstance(n, RegisterNeuron) else (int(n[0]), int(n[1])) for n in neurons]
+        if not units:
+            raise ValueError("neurons is empty; leave it out to have them found in the images")
+        return _moved(vit, units, count, said="They were given, not chosen.")
+    if images is None:
+        raise ValueError("images are needed to find the units that write the artifacts; or give neurons")
+    return _search(vit, images, count, batch_size, on_progress)
+
+
+def _search(
+    vit: VisionTransformer,
+    images: Images,
+    count: int,
+    batch_size: int,
+    on_progress: Callable[[int, int | None], None] | None,
+) -> VisionTransformer:
+    """Choose units and weight by the images, and move."""
+    device = next(vit.parameters()).device
+
+    def part(select: Callable[[int], bool]) -> Batches:
+        return Batches(images, vit.preprocess, batch_size=batch_size, device=device, select=select)
+
+    finding = part(lambda i: i % HELD_BACK_EVERY != HELD_BACK_EVERY - 1)
+    if not finding.repeatable:
+        raise ValueError("images can be gone through only once, but are needed again: give a list or a DataLoader")
+    diagnosis = diagnose(vit, finding, max_examples=0, on_progress=on_progress)
+    held_back = HeldBack(vit, diagnosis, part(lambda i: i % HELD_BACK_EVERY == HELD_BACK_EVERY - 1))
+    if (num_images := diagnosis.num_images + held_back.num_images) < MIN_IMAGES:
+        raise ValueError(
+            f"{num_images} images are too few to find the units that write artifacts; give at least {MIN_IMAGES}, "
+            f"better 100"
+        )
+    if not diagnosis.has_artifacts:
+        warnings.warn(f"The model is returned unchanged. {diagnosis.verdict[0]}", stacklevel=3)
+        return vit
+    units, num_ranked = _choose_units(vit, finding, diagnosis, held_back, count, on_progress)
+    if not units:
+        warnings.warn(
+            f"The model is returned unchanged: moving up to {num_ranked} MLP units of blocks 0 to "
+            f"{diagnosis.onset_block} removes no outliers, so something else writes them. Use a checkpoint "
+            f"trained with registers.",
+            stacklevel=3,
+        )
+        return vit
+    weight = _choose_weight(vit, units, count, held_back, diagnosis)
+    effect = held_back.effect(_moved(vit, units, count, weight))
+    said = (
+        f"They are the first of {num_ranked}, ranked on {diagnosis.num_images} images by what they add to outliers, "
+        f"and the fewest that leave {100 * effect.outliers:.2g} % of outliers in {held_back.num_images} others "
+        f"({100 * max(b.outlier_fraction for b in diagnosis.blocks):.2g} % before)."
+    )
+    if weight > 1:
+        said += (
+            f" In attention a register counts {weight} times, which keeps the pooled feature closest to the original "
+            f"(mean cosine {effect.similarity:.3f})."
+        )
+    return _moved(vit, units, count, weight, said)
+
+
+def _choose_units(
+    vit: VisionTransformer,
+    finding: Batches,
+    diagnosis: Diagnosis,
+    held_back: HeldBack,
+    count: int,
+    on_progress: Callable[[int, int | None], None] | None,
+) -> tuple[list[Unit], int]:
+    """The units to move, and how many were ranked to choose from."""
+    chosen: list[Unit] = []
+    left = held_back.effect(vit).outliers
+    current, num_ranked = vit, 0
+    for _ in range(MAX_ROUNDS):
+        found = find_register_neurons(current, finding, diagnosis=diagnosis, on_progress=on_progress)
+        ranked = chosen + [(n.block, n.unit) for n in found if (n.block, n.unit) not in chosen]
+        num_ranked += len(ranked) - len(chosen)
+        tried = {len(chosen): left}
+
+        def outliers(k: int, ranked: list[Unit] = ranked, tried: dict[int, float] = tried) -> float:
+            if k not in tried:
+                tried[k] = held_back.effect(_moved(vit, ranked[:k], count)).outliers
+            return tried[k]
+
+        k = _fewest(outliers, len(chosen), len(ranked))
+        if outliers(k) >= left:
+            break  # these units write nothing of what is left
+        chosen, left = ranked[:k], outliers(k)
+        if left <= REMOVED:
+            break
+        current = _moved(vit, chosen, count)
+        diagnosis = diagnose(current, finding, max_examples=0, on_progress=on_progress)
+    return chosen, num_ranked
+
+
+def _fewest(outliers: Callable[[int], float], low: int, most: int) -> int:
+    """The smallest number above `low` that removes the outliers; where none does, the one that leaves the fewest."""
+    sizes = [low + 2**i for i in range((most - low).bit_length()) if low + 2**i < most] + [most]
+    for high in sizes:
+        if outliers(high) <= REMOVED:
+            while high - low > 1:
+                middle = (low + high) // 2
+                low, high = (low, middle) if outliers(middle) <= REMOVED else (middle, high)
+            return high
+        low = high
+    return min(sizes, key=lambda k: (outliers(k), k))
+
+
+def _choose_weight(
+    vit: VisionTransformer, units: list[Unit], count: int, held_back: HeldBack, diagnosis: Diagnosis
+) -> int:
+    """How often attention should count a register: doubled as long as the pooled features come closer."""
+    weight = vit.config.register_weight
+    outliers_per_image = diagnosis.outlier_fraction * diagnosis.num_patches / diagnosis.num_images
+    best = held_back.effect(_moved(vit, units, count, weight))
+    while weight * count < outliers_per_image:
+        effect = held_back.effect(_moved(vit, units, count, 2 * weight))
+        if effect.similarity <= best.similarity or effect.outliers > max(best.outliers, REMOVED):
+            break
+        weight, best = 2 * weight, effect
+    return weight
+
+
+def _moved(
+    vit: VisionTransformer, units: list[Unit], count: int, weight: int | None = None, said: str = ""
+) -> VisionTransformer:
+    """The model with so many more test-time registers that receive what these units do."""
+    config = vit.config
+    neurons = tuple(dict.fromkeys((*config.register_neurons, *units)))
+    them = "it" if count == 1 else "each of them"
+    text = f"{count} test-time register{'s' if count > 1 else ''} added"
+    if vit.num_registers:
+        text += f" beside the {vit.num_registers} that the model had"
+    text += f"; the activations of {_listed(units)} are moved to {them}. {said}"
+    return with_registers(
+        vit,
+        torch.zeros(count, config.embed_dim),
+        vit.num_registers,
+        num_test_time_registers=config.num_test_time_registers + count,
+        register_neurons=neurons,
+        register_weight=weight or config.register_weight,
+        changes=(*config.changes, text.strip()),
+    )
+
+
+def _listed(units: list[Unit]) -> str:
+    """The units in words, block by block."""
+    blocks = sorted({block for block, _ in units})
+    in_blocks = [f"block {block}: " + ", ".join(str(unit) for b, unit in units if b == block) for block in blocks]
+    noun = "MLP unit" if len(units) == 1 else "MLP units"
+    return f"{len(units)} {noun} ({'; '.join(in_blocks)})"
