@@ -102,7 +102,9 @@ def against_forward(folder: str, repeats: int, limit: int) -> None:
             discover(names, model=Ready(""), out=Path(out), overlays=overlays, batch_size=1)
 
     times = interleaved({"forward": forward, "command": lambda: command(True), "bare": lambda: command(False)}, repeats)
-    print(f"ViT-S/16, {len(paths)} pictures, bare forward {len(paths) / statistics.median(times['forward']):.2f} a second")
+    print(
+        f"ViT-S/16, {len(paths)} pictures, bare forward {len(paths) / statistics.median(times['forward']):.2f} a second"
+    )
     print(f"whole command / bare forward, throughput: {median_ratio(times['forward'], times['command']):.3f}")
     print(f"the same with --no-overlays: {median_ratio(times['forward'], times['bare']):.3f}")
 
@@ -119,7 +121,9 @@ def high_resolution() -> None:
     start = time.perf_counter()
     (found,) = vitreg.discover_objects(vit, torch.randn(1, 3, 3000, 4000))
     peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
-    print(f"ViT-S/14 and LOST, grid {found.mask.shape}: {time.perf_counter() - start:.0f} s, peak {peak / 2**20:.2f} GiB")
+    print(
+        f"ViT-S/14 and LOST, grid {found.mask.shape}: {time.perf_counter() - start:.0f} s, peak {peak / 2**20:.2f} GiB"
+    )
 
 
 def main() -> None:
