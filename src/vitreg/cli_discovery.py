@@ -264,6 +264,7 @@ def _print_summary(summary: dict[str, Any], out: Path) -> None:
     for model in summary["models"]:
         if halves := model.get("halves"):
             chosen, judged = halves["on_the_half_that_chose_it"], halves["on_the_other_half"]
+            print(f"{model['model']}: best is {model['best']['name']}, {_percent(model['best'])}")
             print(
                 f"{model['model']}: best on one half of the pictures is {halves['name']}, "
                 f"{chosen['corloc']:.1f} there and {_percent(judged)} on the other half"

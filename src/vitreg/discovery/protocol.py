@@ -18,11 +18,11 @@ class Protocol:
         k_patches: size of the set that the seed is expanded from.
     """
 
-    facet: str = "values"
-    block: int = -1
+    facet: str = "keys"
+    block: int = -2
     normalize: bool = True
     center: bool = True
-    bias: float = 0.0
+    bias: float = 0.05
     k_patches: int = 100
 
 
