@@ -15,6 +15,7 @@ from rich.console import Console
 from tyro.conf import FlagCreatePairsOff, OmitArgPrefixes
 
 from vitreg.cli_discovery import discover, evaluate_discovery
+from vitreg.cli_registers import compare, fix
 from vitreg.terminal import (
     INTERRUPTED,
     Images,
@@ -228,6 +229,8 @@ COMMANDS: dict[str, Callable[..., int]] = {
     "attention": attention,
     "discover": discover,
     "evaluate discovery": evaluate_discovery,
+    "fix": fix,
+    "compare": compare,
     "models": models,
     "demo": demo,
 }

@@ -1,37 +1,20 @@
 """The report as a reader meets it: opened from disk in a browser."""
 
 import base64
-import json
 import re
 import zlib
-from pathlib import Path
 
 import numpy as np
 import pytest
 
 from report.diagnoses import make_examples, make_summary
+from report.pages import EVIL, brightness, check_thinned, hover, payload, pixels
 from vitreg.report import ExampleMaps, write_report
-
-EVIL = '</script><img src=x onerror="window.hacked=1">\'&.jpg'
-
-
-def payload(path: Path) -> dict:
-    """The data that a page carries."""
-    return json.loads(re.search(r'id="data">(.*?)</script>', path.read_text("utf-8"), re.DOTALL)[1])
-
-
-def pixels(page, panel: int, example: int = 0) -> str:
-    return page.locator(".example").nth(example).locator("canvas").nth(panel).evaluate("c => c.toDataURL()")
 
 
 def point_at(page, panel: int, row: int, column: int, grid: tuple[int, int], example: int = 0) -> str:
     """Hover a patch of a panel; what the page then says of it."""
-    canvas = page.locator(".example").nth(example).locator("canvas").nth(panel)
-    canvas.scroll_into_view_if_needed()
-    box = canvas.bounding_box()
-    page.mouse.move(
-        box["x"] + box["width"] * (column + 0.5) / grid[1], box["y"] + box["height"] * (row + 0.5) / grid[0]
-    )
+    hover(page, panel, row, column, grid, example)
     return page.locator(".readout").nth(example).inner_text()
 
 
@@ -126,10 +109,8 @@ def test_no_sideways_scrolling(tmp_path, open_page, width):
 def test_dark_and_light(tmp_path, open_page):
     examples = make_examples()
     path = write_report(make_summary(examples), examples, tmp_path / "report.html")
-    style = "getComputedStyle(document.body)"
-    light, dark = (open_page(path, color_scheme=s).evaluate(f"{style}.backgroundColor") for s in ("light", "dark"))
-    brightness = [sum(map(int, re.findall(r"\d+", colour))) for colour in (light, dark)]
-    assert brightness[0] > 600 > 200 > brightness[1]
+    light, dark = (brightness(open_page(path, color_scheme=scheme)) for scheme in ("light", "dark"))
+    assert light > 600 > 200 > dark
 
 
 def test_names_are_text_never_markup(tmp_path, open_page):
@@ -238,15 +219,7 @@ def test_worst_case_fits_in_five_megabytes(tmp_path, open_page):
         example.norms[:23] = np.minimum(example.norms[:23], 99)
     summary = make_summary(examples, block=38)
     path = write_report(summary, examples, tmp_path / "report.html")
-    assert path.stat().st_size <= 5_000_000
-    blocks = payload(path)["maps"]["blocks"]
-    assert {23, 38, 39} <= set(blocks)
-    assert len(blocks) >= 10, "thinned out no more than needed"
-    page = open_page(path)
-    missing = next(k for k in range(40) if k not in blocks)
-    page.locator("#block").fill(str(missing))
-    page.locator("#block-now", has_text=f"{missing} of 0..39").wait_for()
-    assert "these are of block" in page.locator("#thinned").inner_text()
+    check_thinned(path, open_page, kept={23, 38, 39}, least=10)
 
 
 def test_a_failure_leaves_the_old_report(tmp_path):

@@ -3,8 +3,9 @@
 import numpy as np
 import pytest
 
+from report.comparisons import make_comparison, make_pair
 from report.diagnoses import make_examples, make_summary
-from vitreg.report import attention_figure, diagnosis_figure, overlay
+from vitreg.report import attention_figure, comparison_figure, diagnosis_figure, overlay
 
 
 def grey_photo(height: int, width: int) -> np.ndarray:
@@ -68,14 +69,16 @@ def test_diagnosis_figure_draws_at_most_the_examples_asked_for(tmp_path, read_pn
     assert wide.shape[1] > narrow.shape[1]
 
 
-def test_diagnosis_figure_outlines_the_outliers(tmp_path, read_png):
-    def outlined(picture: np.ndarray) -> int:
-        return int((np.abs(picture.astype(int) - (255, 90, 60)).max(-1) < 10).sum())
+def outlined(picture: np.ndarray) -> np.ndarray:
+    """Where the outlines of outliers are."""
+    return np.abs(picture.astype(int) - (255, 90, 60)).max(-1) < 10
 
+
+def test_diagnosis_figure_outlines_the_outliers(tmp_path, read_png):
     examples = make_examples()
     with_outliers = diagnosis_figure(make_summary(examples), examples, tmp_path / "a.png")
     without = diagnosis_figure(make_summary(examples, threshold=None), examples, tmp_path / "b.png")
-    assert outlined(read_png(with_outliers)) > 100 + outlined(read_png(without))
+    assert outlined(read_png(with_outliers)).sum() > 100 + outlined(read_png(without)).sum()
 
 
 def test_diagnosis_figure_without_a_class_token_has_two_rows(tmp_path, read_png):
@@ -88,3 +91,66 @@ def test_diagnosis_figure_without_a_class_token_has_two_rows(tmp_path, read_png)
 def test_diagnosis_figure_needs_an_example(tmp_path):
     with pytest.raises(ValueError, match="at least one example"):
         diagnosis_figure(make_summary(make_examples()), [], tmp_path / "a.png")
+
+
+def test_comparison_figure_outlines_the_outliers_where_they_were(tmp_path, read_png):
+    """Five rows: the photograph, then before and after of two kinds of maps; only before is outlined."""
+    before, after = make_pair()
+    picture = read_png(comparison_figure(make_comparison(before, after), before, after, tmp_path / "made" / "a.png"))
+    # Left of the colour bar, which carries the threshold; a few pixels of a photograph may have the colour too.
+    rows = np.flatnonzero(outlined(picture)[:, : int(0.6 * picture.shape[1])].sum(1) > 20)
+    starts = rows[np.diff(rows, prepend=-100) > 100]
+    top, step = 1.09 * 160, 1.59 * 160
+    assert ((starts - top) / step).round().astype(int).tolist() == [1, 3]
+
+
+def test_comparison_figure_shares_a_scale_between_before_and_after(tmp_path, read_png):
+    """What stays the same must look the same, whatever was removed beside it."""
+    before, after = make_pair(count=1, before=(), after=())
+    before[0].norms[...], after[0].norms[...] = 20, 20
+    before[0].norms[:, 0, 0] = 500
+    after[0].norms[:, 2, 3] = 10
+    picture = read_png(comparison_figure(make_comparison(before, after), before, after, tmp_path / "a.png"))
+    y, x = (np.array([1.09, 0.5]) * 160).astype(int)
+    height, width = int(1.5 * 160), 2 * 160
+    first, second = (y + int(1.59 * 160) * i + height // 2 for i in (1, 2))
+    np.testing.assert_array_equal(picture[first, x + width // 2], picture[second, x + width // 2])
+    assert picture[first, x + width // 2].std() > 10, "a colour of the map"
+
+
+def test_comparison_figure_without_common_attention_has_three_rows(tmp_path, read_png):
+    tall, short = (
+        read_png(comparison_figure(make_comparison(*pair), *pair, tmp_path / "a.png"))
+        for pair in (make_pair(), make_pair(before=("class token",), after=("register 1",)))
+    )
+    assert short.shape[0] < 0.7 * tall.shape[0]
+
+
+def test_comparison_figure_marks_a_threshold_that_no_example_reaches(tmp_path, read_png):
+    _, clean = make_pair(before=(), after=())
+    before, after = make_pair(before=(), after=())
+    picture = read_png(comparison_figure(make_comparison(before, after), clean, after, tmp_path / "a.png"))
+    bar = picture[:, int(4.68 * 160) : int(4.79 * 160)]
+    mark = np.flatnonzero(outlined(bar).mean(1) > 0.5)
+    assert len(mark)
+    # The scale is extended to the threshold, so that there is colour below the mark, and not the white of the sheet.
+    assert bar[mark[-1] + 8].min() < 200
+
+
+def test_comparison_figure_draws_at_most_the_examples_asked_for(tmp_path, read_png):
+    pair = make_pair(count=6)
+    summary = make_comparison(*pair)
+    wide = read_png(comparison_figure(summary, *pair, tmp_path / "a.png"))
+    narrow = read_png(comparison_figure(summary, *pair, tmp_path / "b.png", max_examples=3))
+    assert wide.shape[0] == narrow.shape[0]
+    assert wide.shape[1] > narrow.shape[1]
+
+
+def test_comparison_figure_needs_pairs(tmp_path):
+    before, after = make_pair()
+    summary = make_comparison(before, after)
+    with pytest.raises(ValueError, match="at least one example"):
+        comparison_figure(summary, [], [], tmp_path / "a.png")
+    with pytest.raises(ValueError, match="2 examples before and 1 after"):
+        comparison_figure(summary, before, after[:1], tmp_path / "a.png")
+    assert not (tmp_path / "a.png").exists()

@@ -1,8 +1,21 @@
 """The problem: patches that a model turned into scratch memory."""
 
+from vitreg.artifacts.comparison import BlockChange, Comparison, compare
 from vitreg.artifacts.diagnosis import BlockNorms, Diagnosis, NeighbourSimilarity
 from vitreg.artifacts.observer import diagnose
+from vitreg.artifacts.outcome import REMOVED
 from vitreg.artifacts.statistics import neighbour_similarity
 from vitreg.artifacts.threshold import two_modes
 
-__all__ = ["BlockNorms", "Diagnosis", "NeighbourSimilarity", "diagnose", "neighbour_similarity", "two_modes"]
+__all__ = [
+    "REMOVED",
+    "BlockChange",
+    "BlockNorms",
+    "Comparison",
+    "Diagnosis",
+    "NeighbourSimilarity",
+    "compare",
+    "diagnose",
+    "neighbour_similarity",
+    "two_modes",
+]

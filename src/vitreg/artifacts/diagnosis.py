@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import json
 import os
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from importlib import metadata
 from pathlib import Path
@@ -142,19 +143,31 @@ class Diagnosis:
         Raises:
             ValueError: the folder cannot be written.
         """
-        folder = Path(folder).expanduser()
-        try:
-            folder.mkdir(parents=True, exist_ok=True)
-            report = write_report(self.to_dict(), self.examples, folder / "report.html")
-            temporary = folder / ".diagnosis.json.partial"
-            temporary.write_text(json.dumps(self.to_dict(), indent=1))
-            os.replace(temporary, folder / "diagnosis.json")
-        except OSError as error:
-            raise ValueError(f"cannot write to {folder}: {error.strerror or error}; choose another folder") from error
-        return report
+        summary = self.to_dict()
+        return save_report(folder, lambda path: write_report(summary, self.examples, path), summary, "diagnosis.json")
 
 
 def _block_dict(block: BlockNorms) -> dict[str, Any]:
     values = dataclasses.asdict(block)
     edges, counts = values.pop("histogram")
     return {**values, "histogram": {"edges": [round(e, 4) for e in edges], "counts": list(counts)}}
+
+
+def save_report(
+    folder: str | os.PathLike[str], write: Callable[[Path], Path], summary: dict[str, Any], name: str
+) -> Path:
+    """Let `write` make `report.html` in a folder, which is made, and put the summary beside it as JSON.
+
+    Raises:
+        ValueError: the folder cannot be written.
+    """
+    folder = Path(folder).expanduser()
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        report = write(folder / "report.html")
+        temporary = folder / f".{name}.partial"
+        temporary.write_text(json.dumps(summary, indent=1))
+        os.replace(temporary, folder / name)
+    except OSError as error:
+        raise ValueError(f"cannot write to {folder}: {error.strerror or error}; choose another folder") from error
+    return report

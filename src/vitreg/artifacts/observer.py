@@ -10,7 +10,7 @@ from typing import Any, TypedDict
 
 import numpy as np
 import torch
-from jaxtyping import Float
+from jaxtyping import Float, Int
 from numpy.typing import NDArray
 from torch import Tensor
 
@@ -75,6 +75,10 @@ class Observer:
         self._statistics.update(trace)
         self._examples.add(trace, batch, names)
         return trace
+
+    def bins(self, trace: Trace) -> Int[Tensor, "L B N"]:
+        """In which bin of the axis the norm of each patch lies, after every block."""
+        return self._axis.bins(trace.patch_norms.flatten(2))
 
     @cached_property
     def steps(self) -> list[int | None]:
@@ -250,4 +254,5 @@ def _model_card(vit: VisionTransformer) -> dict[str, Any]:
         "num_heads": config.num_heads,
         "embed_dim": config.embed_dim,
         "has_class_token": config.class_token,
+        "changes": list(config.changes),
     }

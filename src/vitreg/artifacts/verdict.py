@@ -49,15 +49,15 @@ def _outliers(d: Diagnosis) -> list[str]:
     per_image = block.outlier_fraction * d.num_patches / d.num_images
     where = f"the last block ({last})" if d.block == last else f"block {d.block}"
     sentences = [
-        f"{d.model['name']} has artifacts: after {where}, {_percent(block.outlier_fraction)} of the patches "
-        f"({per_image:.1f} per image) have a norm of {_number(block.threshold or 0)} or more, up to "
-        f"{_number(block.max)}; the median is {_number(block.median)}."
+        f"{d.model['name']} has artifacts: after {where}, {percent(block.outlier_fraction)} of the patches "
+        f"({per_image:.1f} per image) have a norm of {number(block.threshold or 0)} or more, up to "
+        f"{number(block.max)}; the median is {number(block.median)}."
     ]
     if d.block != last:
         final = d.blocks[last]
         sentences.append(
-            f"At the output they are invisible: after the last block the largest norm is {_number(final.max)}, the "
-            f"median {_number(final.median)}. They matter where intermediate blocks are read."
+            f"At the output they are invisible: after the last block the largest norm is {number(final.max)}, the "
+            f"median {number(final.median)}. They matter where intermediate blocks are read."
         )
     sentences.append(
         f"They appear in block {d.onset_block}. Norms are taken after each block and before the final LayerNorm, "
@@ -69,7 +69,7 @@ def _outliers(d: Diagnosis) -> list[str]:
         worst = max(after, key=lambda b: b.attention_on_outliers or 0.0)
         share = worst.attention_on_outliers or 0.0
         sentences.append(
-            f"{_percent(share)} of the class token's attention in block {worst.block} goes to these outliers"
+            f"{percent(share)} of the class token's attention in block {worst.block} goes to these outliers"
             + (": attention maps show them rather than the objects." if share > 0.1 else ".")
         )
     if d.channels and d.channels[0][1] >= 0.2:
@@ -90,7 +90,7 @@ def _places(d: Diagnosis) -> list[str]:
     elif d.position_kind is not None:
         sentences.append(
             f"They are {d.position_kind}: the most frequent position is an outlier in "
-            f"{_percent(float(d.position_frequency.max()))} of the images."
+            f"{percent(float(d.position_frequency.max()))} of the images."
         )
     near, far = d.neighbour_similarity.outliers, d.neighbour_similarity.others
     if near is not None and far is not None:
@@ -108,7 +108,7 @@ def _clean(d: Diagnosis) -> list[str]:
     return [
         f"No artifacts in {d.model['name']}: in none of its {len(d.blocks)} blocks do the norms of the patches split "
         f"into two modes ({d.threshold_rule}).",
-        f"After the last block the median norm is {_number(last.median)} and the largest {_number(last.max)}; the "
+        f"After the last block the median norm is {number(last.median)} and the largest {number(last.max)}; the "
         f"largest excess, {worst.max / worst.median if worst.median else 0:.1f} times the median, is in block "
         f"{worst.block}.",
     ]
@@ -121,11 +121,11 @@ def _registers(d: Diagnosis) -> list[str]:
     block = d.blocks[d.block]
     text = (
         f"After block {d.block} its {len(norms)} register{'s have a' if len(norms) > 1 else ' has a'} mean norm of "
-        f"{', '.join(_number(float(n)) for n in norms)}, against {_number(block.median)} for the median patch"
+        f"{', '.join(number(float(n)) for n in norms)}, against {number(block.median)} for the median patch"
     )
     if block.attention_on_registers is not None:
         text += (
-            f"; {_percent(block.attention_on_registers)} of the class token's attention goes to them, which a map "
+            f"; {percent(block.attention_on_registers)} of the class token's attention goes to them, which a map "
             f"over the patches does not show"
         )
     return [text + "."]
@@ -134,21 +134,22 @@ def _registers(d: Diagnosis) -> list[str]:
 def _advice(d: Diagnosis) -> list[str]:
     row = registry.find(d.model["name"])
     with_registers = registry.find(f"{row.name}_reg") if row else None
-    remedy = (
+    trained = (
         f"use {with_registers.name}, the same model trained with registers"
         if with_registers
-        else "use a checkpoint trained with registers (`vitreg models --filter reg4`) or leave out the patches at or "
-        "above the threshold"
+        else "use a checkpoint trained with registers (`vitreg models --filter reg4`)"
     )
     return [
         "For classification from the class token they do no known harm. For attention maps, object discovery, "
-        f"segmentation or depth, {remedy}."
+        f"segmentation or depth, {trained}, or move the artifacts into a register without training (`vitreg fix`)."
     ]
 
 
-def _percent(share: float) -> str:
+def percent(share: float) -> str:
+    """Two digits: 0.0204 is 2 %."""
     return f"{100 * share:.2g} %" if share < 0.1 else f"{100 * share:.0f} %"
 
 
-def _number(value: float) -> str:
+def number(value: float) -> str:
+    """Three digits, or all before the point."""
     return f"{value:.0f}" if abs(value) >= 100 else f"{value:.3g}"

@@ -40,6 +40,11 @@ def save(vit: VisionTransformer, path: str | os.PathLike[str], format: Format = 
             is left.
     """
     path = Path(path)
+    if vit.config.register_neurons and format in ("timm", "transformers"):
+        raise CheckpointError(
+            f"format {format!r} cannot express test-time registers, to which activations are moved inside the MLPs; "
+            f"save with format='vitreg'"
+        )
     if format == "transformers":
         _write(path, lambda temporary: to_transformers_folder(vit, temporary))
         return

@@ -15,7 +15,7 @@ from vitreg.checkpoints.timm import from_timm
 from vitreg.model import RopeConfig, VisionTransformer, ViTConfig
 
 # What a timm architecture need not match: free, or said elsewhere.
-_FREE = ("depth", "name", "architecture", "preprocess", "position_interpolation")
+_FREE = ("depth", "name", "architecture", "changes", "preprocess", "position_interpolation")
 
 
 def to_timm_state(vit: VisionTransformer) -> tuple[dict[str, Tensor], dict[str, Any]]:

@@ -4,13 +4,14 @@ from __future__ import annotations
 
 import warnings
 from collections.abc import Callable, Iterable
+from functools import cache
 
 import torch
 
-from vitreg.artifacts import Diagnosis, diagnose
+from vitreg.artifacts import REMOVED, Diagnosis, diagnose
 from vitreg.images import Batches, Images
 from vitreg.model import VisionTransformer
-from vitreg.registers.held_back import HeldBack
+from vitreg.registers.held_back import Effect, HeldBack
 from vitreg.registers.insertion import with_registers
 from vitreg.registers.neurons import RegisterNeuron, find_register_neurons
 
@@ -22,8 +23,8 @@ MIN_IMAGES = 8
 HELD_BACK_EVERY = 5
 """Of so many images one is held back."""
 
-REMOVED = 1e-4
-"""Share of outlier patches up to which artifacts count as removed."""
+MARGIN = 0.1
+"""Features must come so much closer, as a part of the distance, for more units to be moved than the fewest."""
 
 MAX_ROUNDS = 4
 """Moved artifacts may uncover others, written by later blocks; each round looks for the units of one more onset."""
@@ -47,10 +48,11 @@ def add_test_time_registers(
 
     Without `neurons`, units are ranked on four fifths of the images (`find_register_neurons`) and the smallest number
     of the first of them is taken that leaves at most 0.01 % of outliers, after any block, in the fifth that was held
-    back. If no number does, the best is kept and the search repeated on the changed model. Then attention counts the
-    registers 1, 2, 4, ... times (`ViTConfig.register_weight`), as long as that brings the pooled features of the
-    held-back images closer to the original's: one register replaces several artifacts, each of which had its share in
-    the softmax. `config.changes` says what was chosen.
+    back; or up to twice as many, where the pooled features stay more than a tenth closer to the original's. If no
+    number removes them, the best is kept and the search repeated on the changed model. Then attention counts the
+    registers 1, 2, 4, ... times (`ViTConfig.register_weight`), as long as that brings the pooled features closer: one
+    register replaces several artifacts, each of which had its share in the softmax. `config.changes` says what was
+    chosen.
 
     Args:
         vit: the model, with or without registers of its own; used on the device and in the dtype it is in.
@@ -121,7 +123,7 @@ def _search(
     effect = held_back.effect(_moved(vit, units, count, weight))
     said = (
         f"They are the first of {num_ranked}, ranked on {diagnosis.num_images} images by what they add to outliers, "
-        f"and the fewest that leave {100 * effect.outliers:.2g} % of outliers in {held_back.num_images} others "
+        f"and leave {100 * effect.outliers:.2g} % of outliers in {held_back.num_images} others "
         f"({100 * max(b.outlier_fraction for b in diagnosis.blocks):.2g} % before)."
     )
     if weight > 1:
@@ -148,35 +150,45 @@ def _choose_units(
         found = find_register_neurons(current, finding, diagnosis=diagnosis, on_progress=on_progress)
         ranked = chosen + [(n.block, n.unit) for n in found if (n.block, n.unit) not in chosen]
         num_ranked += len(ranked) - len(chosen)
-        tried = {len(chosen): left}
 
-        def outliers(k: int, ranked: list[Unit] = ranked, tried: dict[int, float] = tried) -> float:
-            if k not in tried:
-                tried[k] = held_back.effect(_moved(vit, ranked[:k], count)).outliers
-            return tried[k]
+        @cache
+        def effect(k: int, ranked: tuple[Unit, ...] = tuple(ranked)) -> Effect:
+            return held_back.effect(_moved(vit, list(ranked[:k]), count) if k else vit)
 
-        k = _fewest(outliers, len(chosen), len(ranked))
-        if outliers(k) >= left:
+        k = _fewest(effect, len(chosen), len(ranked))
+        if effect(k).outliers >= left:
             break  # these units write nothing of what is left
-        chosen, left = ranked[:k], outliers(k)
-        if left <= REMOVED:
-            break
+        if effect(k).outliers <= REMOVED:
+            return ranked[: _closest(effect, k, len(ranked))], num_ranked
+        chosen, left = ranked[:k], effect(k).outliers
         current = _moved(vit, chosen, count)
         diagnosis = diagnose(current, finding, max_examples=0, on_progress=on_progress)
     return chosen, num_ranked
 
 
-def _fewest(outliers: Callable[[int], float], low: int, most: int) -> int:
+def _fewest(effect: Callable[[int], Effect], low: int, most: int) -> int:
     """The smallest number above `low` that removes the outliers; where none does, the one that leaves the fewest."""
     sizes = [low + 2**i for i in range((most - low).bit_length()) if low + 2**i < most] + [most]
     for high in sizes:
-        if outliers(high) <= REMOVED:
+        if effect(high).outliers <= REMOVED:
             while high - low > 1:
                 middle = (low + high) // 2
-                low, high = (low, middle) if outliers(middle) <= REMOVED else (middle, high)
+                low, high = (low, middle) if effect(middle).outliers <= REMOVED else (middle, high)
             return high
         low = high
-    return min(sizes, key=lambda k: (outliers(k), k))
+    return min(sizes, key=lambda k: (effect(k).outliers, k))
+
+
+def _closest(effect: Callable[[int], Effect], fewest: int, most: int) -> int:
+    """From the smallest number that removes the outliers to about twice that, the one that changes the model least.
+
+    A unit that prepares artifacts in an earlier block leaves something behind when only those that complete them move.
+    More than `MARGIN` must be gained over a smaller number.
+    """
+    sizes = [fewest] + [fewest + 2**i for i in range(fewest.bit_length() + 1)]
+    sizes = [k for k in sizes if k <= most and effect(k).outliers <= REMOVED]
+    distances = [max(0.0, 1 - effect(k).similarity) for k in sizes]  # rounding may leave a cosine above 1
+    return next(k for k, d in zip(sizes, distances, strict=True) if d <= (1 + MARGIN) * min(distances))
 
 
 def _choose_weight(
@@ -212,6 +224,7 @@ def _moved(
         num_test_time_registers=config.num_test_time_registers + count,
         register_neurons=neurons,
         register_weight=weight or config.register_weight,
+        name=f"{config.name or config.architecture} + {count} test-time register{'s' if count > 1 else ''}",
         changes=(*config.changes, text.strip()),
     )
 

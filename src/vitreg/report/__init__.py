@@ -1,18 +1,21 @@
 """What people look at: the HTML report and the figures. Draws plain data, imports no other part of vitreg."""
 
-from vitreg.report.attention import write_attention
+from vitreg.report.attention import attention_figure, overlay, write_attention
+from vitreg.report.comparison import write_comparison
 from vitreg.report.diagnosis import write_report
 from vitreg.report.discovery import discovery_overlay, sweep_figure
 from vitreg.report.examples import ExampleMaps
-from vitreg.report.figures import attention_figure, diagnosis_figure, overlay
+from vitreg.report.figures import comparison_figure, diagnosis_figure
 
 __all__ = [
     "ExampleMaps",
     "attention_figure",
+    "comparison_figure",
     "diagnosis_figure",
     "discovery_overlay",
     "overlay",
     "sweep_figure",
     "write_attention",
+    "write_comparison",
     "write_report",
 ]

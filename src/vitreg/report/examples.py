@@ -58,3 +58,31 @@ def check_examples(summary: dict, examples: Sequence[ExampleMaps]) -> None:
                     f"{example.name}: {what} holds NaN or infinity; run the model in float32 or bfloat16, "
                     "float16 overflows in some Vision Transformers."
                 )
+
+
+def check_pairs(summary: dict, before: Sequence[ExampleMaps], after: Sequence[ExampleMaps]) -> None:
+    """Raise `ValueError` unless both models' examples fit the summary and show the same images in the same order."""
+    for which, examples in (("before", before), ("after", after)):
+        blocks, grid = len(summary[which]["blocks"]), summary[which]["grid"]
+        if blocks != len(summary["blocks"]) or list(grid) != list(summary["grid"]):
+            raise ValueError(
+                f"{which}: the diagnosis has {blocks} blocks of {grid[0]} x {grid[1]} patches, but the comparison "
+                f"{len(summary['blocks'])} of {summary['grid'][0]} x {summary['grid'][1]}; compare models of one depth "
+                "and grid."
+            )
+        try:
+            check_examples(summary, examples)
+        except ValueError as error:
+            raise ValueError(f"{which}: {error}") from None
+    if len(before) != len(after):
+        raise ValueError(f"{len(before)} examples before and {len(after)} after; give both models the same images.")
+    for old, new in zip(before, after, strict=True):
+        if old.name != new.name or old.photo.shape != new.photo.shape:
+            raise ValueError(
+                f"{old.name} of {_size(old)} pixels before, but {new.name} of {_size(new)} after; give both models the "
+                "same images in the same order and size."
+            )
+
+
+def _size(example: ExampleMaps) -> str:
+    return " x ".join(map(str, example.photo.shape[:2]))

@@ -1,95 +1,25 @@
-"""Pictures for papers, READMEs and slides: attention overlays and the norm maps of a diagnosis."""
+"""Pictures for papers, READMEs and slides: the norm and attention maps of a diagnosis or a comparison."""
 
 from __future__ import annotations
 
 import math
 from collections.abc import Sequence
+from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 import numpy as np
-from jaxtyping import Float, UInt8
+from jaxtyping import Bool, Float
 
-from vitreg.report.examples import ExampleMaps, check_examples
+from vitreg.report.examples import ExampleMaps, check_examples, check_pairs
+from vitreg.report.sheet import GAP, MARGIN, QUIET, TITLE, Sheet, root_scale
+from vitreg.report.words import number, percent
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
     from matplotlib.colors import Normalize
 
 OUTLIER = "#ff5a3c"
-QUIET = "#59616b"
-TITLE = {"fontsize": 12, "fontweight": "bold"}
-# Inches.
-GAP = 0.09
-MARGIN = 0.12
-
-
-def overlay(
-    photo: UInt8[np.ndarray, "H W 3"], attention: Float[np.ndarray, "h w"], *, highest: float | None = None
-) -> UInt8[np.ndarray, "H W 3"]:
-    """Lay an attention map over a photograph, patches as sharp rectangles.
-
-    The colour goes with the square root of the attention: a few patches often hold most of it, and on a
-    linear scale everything else would be black.
-
-    Args:
-        photo: The photograph; the h x w patches tile it.
-        attention: What each patch receives, not negative.
-        highest: The attention of the brightest colour, to compare several maps; by default the
-            map's own maximum.
-    """
-    import matplotlib
-
-    highest = float(attention.max()) if highest is None else highest
-    rows, columns = (np.arange(n) * m // n for n, m in zip(photo.shape[:2], attention.shape, strict=True))
-    heat = np.sqrt(np.clip(attention / (highest or 1.0), 0, 1))[rows[:, None], columns]
-    colour = matplotlib.colormaps["magma"](heat)[..., :3]
-    # Grey, since the photograph's own colours would be read as heat, and less of it where there is more to
-    # show, so that the brightest patches have the colour that the colour bar gives them.
-    grey = (photo @ np.array([0.299, 0.587, 0.114]) / 255)[..., None]
-    strength = 0.45 + 0.5 * heat[..., None]
-    return (255 * ((1 - strength) * grey + strength * colour)).round().astype(np.uint8)
-
-
-def attention_figure(
-    photo: UInt8[np.ndarray, "H W 3"], attention: Float[np.ndarray, "heads h w"], *, title: str, path: Path
-) -> Path:
-    """Write a PNG of a photograph, its attention averaged over heads, and the attention of every head.
-
-    All maps share one colour scale, the share of a query's attention that a patch receives.
-
-    Returns:
-        `path`.
-    """
-    heads, highest = len(attention), float(attention.max())
-    aspect = photo.shape[0] / photo.shape[1]
-    # Two large pictures beside the heads: next to each other over two rows of heads, or stacked over four.
-    stacked = heads > 8
-    rows = 4 if stacked else 2
-    columns = math.ceil(heads / rows)
-    small, label = 1.25, 0.24
-    step_x, step_y = small + GAP, small * aspect + label
-    # A large picture is as tall as two small ones with the label between them.
-    tall = small * aspect + step_y
-    large = tall / aspect
-    left = MARGIN + (large + GAP) * (1 if stacked else 2)
-    top = 0.35
-    sheet = _Sheet(left + columns * step_x + 0.85, top + rows * step_y + MARGIN)
-    sheet.text(title, MARGIN, 0.1, **TITLE)
-    mean = overlay(photo, attention.mean(axis=0), highest=highest)
-    second = (MARGIN, top + label + 2 * step_y) if stacked else (MARGIN + large + GAP, top + label)
-    for picture, (x, y), name in (
-        (photo, (MARGIN, top + label), "photograph"),
-        (mean, second, f"mean of {heads} heads"),
-    ):
-        sheet.picture(picture, x, y, large, tall, name)
-    for i, head in enumerate(attention):
-        x, y = left + i % columns * step_x, top + label + i // columns * step_y
-        sheet.picture(overlay(photo, head, highest=highest), x, y, small, small * aspect, f"head {i}")
-    ticks = [highest * t**2 for t in (0, 0.5, 0.75, 1)]
-    bar = left + columns * step_x, top + label, rows * step_y - label
-    sheet.colour_bar(*bar, _root_scale(highest), "magma", ticks, "attention a patch receives", percent=True)
-    return sheet.write(path)
 
 
 def diagnosis_figure(summary: dict, examples: Sequence[ExampleMaps], path: Path, max_examples: int = 4) -> Path:
@@ -107,116 +37,144 @@ def diagnosis_figure(summary: dict, examples: Sequence[ExampleMaps], path: Path,
     Raises:
         ValueError: No example, or one that does not fit the summary.
     """
-    from matplotlib.colors import LogNorm
-
     if not examples:
         raise ValueError("diagnosis_figure needs at least one example, got none.")
     check_examples(summary, examples)
     shown, block, threshold = examples[:max_examples], summary["block"], summary["threshold"]
     norms = np.stack([example.norms[block] for example in shown])
-    low = max(float(norms.min()), float(norms.max()) * 1e-4, 1e-12)
-    high = max(float(norms.max()), low * 1.01)
-    ticks = [low, math.sqrt(low * high) if threshold is None else threshold, high]
-    rows: list[tuple[str, np.ndarray, Normalize, str, list[float], str]]
-    rows = [("patch norm", norms, LogNorm(low, high), "viridis", ticks, "norm (log scale)")]
+    outliers = norms >= (np.inf if threshold is None else threshold)
+    groups = [_norm_group([_Row("patch norm", norms, outliers)], threshold)]
     query = next(iter(shown[0].attention), None)
     if query is not None:
-        attention = np.stack([example.attention[query][block] for example in shown])
-        most = float(attention.max())
-        ticks = [most * t**2 for t in (0, 0.5, 0.75, 1)]
-        rows.append((f"attention of\n{query}", attention, _root_scale(most), "magma", ticks, "attention received"))
+        row = _Row(f"attention of\n{query}", _attention(shown, query, block), outliers)
+        groups.append(_attention_group([row], "attention received"))
+    title, detail = _headline(summary)
+    return _draw(title, [detail], shown, groups, path)
 
+
+def comparison_figure(
+    summary: dict,
+    before: Sequence[ExampleMaps],
+    after: Sequence[ExampleMaps],
+    path: Path,
+    max_examples: int = 4,
+) -> Path:
+    """Write a PNG of two models on the same images: photographs, norms and attention, each before and after.
+
+    Before and after share a colour scale. The attention is that of the first query both models have, the class token
+    where there is one.
+
+    Args:
+        summary: Format "vitreg-comparison/1".
+        before: The images as the first model sees them; the first `max_examples` are drawn, at least one is needed.
+        after: The same images as the second model sees them.
+        path: The file to write; its folder is made.
+        max_examples: Number of columns at most.
+
+    Returns:
+        `path`.
+
+    Raises:
+        ValueError: No example, or one that does not fit the summary or its counterpart.
+    """
+    if not before:
+        raise ValueError("comparison_figure needs at least one example, got none.")
+    check_pairs(summary, before, after)
+    block = summary["block"]
+    threshold = summary["blocks"][block]["threshold"]
+    models = {"before": before[:max_examples], "after": after[:max_examples]}
+    norms, attention = [], []
+    query = next((query for query in before[0].attention if query in after[0].attention), None)
+    for when, shown in models.items():
+        maps = np.stack([example.norms[block] for example in shown])
+        outliers = maps >= (np.inf if threshold is None else threshold)
+        norms.append(_Row(f"patch norm,\n{when}", maps, outliers))
+        if query is not None:
+            attention.append(_Row(f"attention,\n{when}", _attention(shown, query, block), outliers))
+    groups = [_norm_group(norms, threshold)]
+    if query is not None:
+        groups.append(_attention_group(attention, f"attention received from {query}"))
+    title, details = _comparison_headline(summary)
+    return _draw(title, details, models["before"], groups, path)
+
+
+@dataclass(frozen=True)
+class _Row:
+    """One map of every image."""
+
+    label: str
+    maps: Float[np.ndarray, "N h w"]
+    outliers: Bool[np.ndarray, "N h w"]
+
+
+@dataclass(frozen=True)
+class _Group:
+    """Rows on one colour scale, with a colour bar beside them; `mark` is drawn across it."""
+
+    rows: Sequence[_Row]
+    scale: Normalize
+    colours: str
+    ticks: Sequence[float]
+    label: str
+    percent: bool = False
+    mark: float | None = None
+
+
+def _norm_group(rows: Sequence[_Row], threshold: float | None) -> _Group:
+    from matplotlib.colors import LogNorm
+
+    norms = np.stack([row.maps for row in rows])
+    # The scale reaches the threshold even where the images shown do not.
+    high = max(float(norms.max()), threshold or 0.0)
+    low = max(float(norms.min()), high * 1e-4, 1e-12)
+    high = max(high, low * 1.01)
+    ticks = sorted({low, math.sqrt(low * high) if threshold is None else threshold, high})
+    return _Group(rows, LogNorm(low, high), "viridis", ticks, "norm (log scale)", mark=threshold)
+
+
+def _attention_group(rows: Sequence[_Row], label: str) -> _Group:
+    most = max(float(row.maps.max()) for row in rows)
+    ticks = [most * t**2 for t in (0, 0.5, 0.75, 1)]
+    return _Group(rows, root_scale(most), "magma", ticks, label, percent=True)
+
+
+def _attention(examples: Sequence[ExampleMaps], query: str, block: int) -> Float[np.ndarray, "N h w"]:
+    return np.stack([example.attention[query][block] for example in examples])
+
+
+def _draw(
+    title: str, details: Sequence[str], shown: Sequence[ExampleMaps], groups: Sequence[_Group], path: Path
+) -> Path:
+    """Photographs in the first row, then the groups."""
+    line = 0.21
     width = 2.0
     height = width * shown[0].photo.shape[0] / shown[0].photo.shape[1]
-    left, top, step = 0.5, 0.88, height + GAP
+    left, top, step = 0.5, 0.88 + line * (len(details) - 1), height + GAP
     right = left + len(shown) * (width + GAP)
-    title, detail = _headline(summary)
+    labels = ["photograph", *(row.label for group in groups for row in group.rows)]
     # One narrow column must still hold the headline.
-    sheet = _Sheet(max(right + 0.95, 7.0), top + (1 + len(rows)) * step + MARGIN - GAP)
+    sheet = Sheet(max(right + 0.95, 7.0), top + len(labels) * step + MARGIN - GAP)
     sheet.text(title, MARGIN, 0.12, **TITLE)
-    sheet.text(detail, MARGIN, 0.4, fontsize=9.5, color=QUIET)
-    for line, label in enumerate(("photograph", *(row[0] for row in rows))):
+    for i, detail in enumerate(details):
+        sheet.text(detail, MARGIN, 0.4 + i * line, fontsize=9.5, color=QUIET)
+    for i, label in enumerate(labels):
         style = {"rotation": 90, "ha": "center", "fontsize": 9.5, "linespacing": 1.1}
-        sheet.text(label, left - 0.22, top + line * step + height / 2, **style | {"va": "center"})
-    for i, example in enumerate(shown):
-        x = left + i * (width + GAP)
+        sheet.text(label, left - 0.22, top + i * step + height / 2, **style | {"va": "center"})
+    columns = [left + i * (width + GAP) for i in range(len(shown))]
+    for example, x in zip(shown, columns, strict=True):
         sheet.picture(example.photo, x, top, width, height, _shorten(example.name))
-        for line, (_, maps, scale, colours, _, _) in enumerate(rows, start=1):
-            axes = sheet.picture(maps[i], x, top + line * step, width, height, scale=scale, colours=colours)
-            if threshold is not None:
-                _outline(axes, norms[i] >= threshold)
-    for line, (_, _, scale, colours, ticks, label) in enumerate(rows, start=1):
-        place = right, top + line * step, height
-        bar = sheet.colour_bar(*place, scale, colours, ticks, label, percent=line == 2)
-        if line == 1 and threshold is not None:
-            bar.axhline(threshold, color=OUTLIER, linewidth=2)
+    y = top + step
+    for group in groups:
+        place = right, y, height + (len(group.rows) - 1) * step
+        bar = sheet.colour_bar(*place, group.scale, group.colours, group.ticks, group.label, percent=group.percent)
+        if group.mark is not None:
+            bar.axhline(group.mark, color=OUTLIER, linewidth=2)
+        for row in group.rows:
+            for x, values, outliers in zip(columns, row.maps, row.outliers, strict=True):
+                axes = sheet.picture(values, x, y, width, height, scale=group.scale, colours=group.colours)
+                _outline(axes, outliers)
+            y += step
     return sheet.write(path)
-
-
-class _Sheet:
-    """A figure laid out in inches from the top left corner, so that rows and columns line up exactly."""
-
-    def __init__(self, width: float, height: float) -> None:
-        from matplotlib.figure import Figure
-
-        self.width, self.height = width, height
-        self.figure = Figure(figsize=(width, height), dpi=160)
-
-    def text(self, text: str, x: float, y: float, **style: Any) -> None:
-        style = {"va": "top", "parse_math": False} | style
-        self.figure.text(x / self.width, 1 - y / self.height, text, **style)
-
-    def _axes(self, x: float, y: float, width: float, height: float) -> Axes:
-        corner = x / self.width, 1 - (y + height) / self.height
-        axes = self.figure.add_axes((*corner, width / self.width, height / self.height))
-        axes.spines[:].set_visible(False)
-        return axes
-
-    def picture(
-        self,
-        picture: np.ndarray,
-        x: float,
-        y: float,
-        width: float,
-        height: float,
-        label: str = "",
-        scale: Normalize | None = None,
-        colours: str | None = None,
-    ) -> Axes:
-        axes = self._axes(x, y, width, height)
-        axes.imshow(picture, norm=scale, cmap=colours, interpolation="nearest", aspect="auto")
-        axes.set_title(label, fontsize=8.5, color=QUIET, pad=3, parse_math=False)
-        axes.set(xticks=[], yticks=[])
-        return axes
-
-    def colour_bar(
-        self,
-        x: float,
-        y: float,
-        height: float,
-        scale: Normalize,
-        colours: str,
-        ticks: Sequence[float],
-        label: str,
-        percent: bool,
-    ) -> Axes:
-        from matplotlib.cm import ScalarMappable
-
-        # Shorter than what it stands beside, so that the numbers at its ends keep off its neighbour's.
-        axes = self._axes(x, y + 0.06, 0.11, height - 0.12)
-        bar = self.figure.colorbar(ScalarMappable(scale, colours), cax=axes)
-        bar.set_ticks(ticks, labels=[f"{100 * t:.2g} %" if percent else f"{t:.3g}" for t in ticks], minor=False)
-        bar.minorticks_off()
-        bar.ax.tick_params(labelsize=8, labelcolor=QUIET, color=QUIET, length=2)
-        bar.set_label(label, fontsize=8.5, color=QUIET)
-        bar.outline.set_visible(False)
-        return axes
-
-    def write(self, path: Path) -> Path:
-        path = Path(path)
-        path.parent.mkdir(parents=True, exist_ok=True)
-        self.figure.savefig(path)
-        return path
 
 
 def _headline(summary: dict) -> tuple[str, str]:
@@ -232,10 +190,17 @@ def _headline(summary: dict) -> tuple[str, str]:
     )
 
 
-def _root_scale(highest: float) -> Normalize:
-    from matplotlib.colors import PowerNorm
-
-    return PowerNorm(0.5, 0, highest or 1.0)
+def _comparison_headline(summary: dict) -> tuple[str, list[str]]:
+    at, block = summary["blocks"][summary["block"]], summary["block"]
+    title = summary["outcome"].capitalize()
+    if summary["outcome"] != "nothing to remove":
+        before, after = percent(at["outlier_fraction_before"]), percent(at["outlier_fraction_after"])
+        title = f"Artifacts {summary['outcome']}: {before} of patches were outliers, now {after}"
+    norms = f"After block {block} the largest patch norm was {number(at['max_before'])}, now {number(at['max_after'])}."
+    if at["threshold"] is not None:
+        norms += f" Outlined: {number(at['threshold'])} or more."
+    names = (_shorten(summary[which]["model"]["name"], 42) for which in ("before", "after"))
+    return title, ["Before: {}. After: {}.".format(*names), norms]
 
 
 def _outline(axes: Axes, outliers: np.ndarray) -> None:

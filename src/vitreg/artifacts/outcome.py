@@ -1,0 +1,118 @@
+"""Did a change remove the artifacts? A comparison judged and put into sentences."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import TYPE_CHECKING, Literal
+
+from vitreg.artifacts.verdict import number, percent
+
+if TYPE_CHECKING:
+    from vitreg.artifacts.comparison import BlockChange, Comparison
+    from vitreg.artifacts.diagnosis import Diagnosis
+
+Outcome = Literal["removed", "partly removed", "not removed", "nothing to remove"]
+
+REMOVED = 1e-4
+"""Share of outlier patches, in every block, up to which artifacts count as removed."""
+
+PARTLY = 0.5
+"""Artifacts are partly removed where at most this part of the outliers is left in the worst block."""
+
+
+def judge(before: Diagnosis, after: Diagnosis, blocks: Sequence[BlockChange]) -> Outcome:
+    """Removed: by the first model's thresholds at most 0.01 % are left in every block, and no new mode appeared."""
+    if not before.has_artifacts:
+        return "nothing to remove"
+    left = max(block.outlier_fraction_after for block in blocks)
+    if left <= REMOVED and not after.has_artifacts:
+        return "removed"
+    return "partly removed" if left <= PARTLY * max(b.outlier_fraction_before for b in blocks) else "not removed"
+
+
+def write_comparison_verdict(comparison: Comparison) -> tuple[str, ...]:
+    """The findings as sentences, most important first."""
+    c = comparison
+    sentences = _nothing(c) if c.outcome == "nothing to remove" else _outliers(c)
+    if c.outcome in ("partly removed", "not removed"):
+        sentences += _why(c)
+    sentences += _attention(c) + _registers(c) + _features(c)
+    if c.before.interrupted:
+        sentences.append(f"The run was interrupted: this is what {c.before.num_images} images show.")
+    return tuple(sentences)
+
+
+def _nothing(c: Comparison) -> list[str]:
+    name = c.before.model["name"]
+    if c.after.has_artifacts:
+        return [f"{name} has no artifacts to remove, but the second model has: {c.after.verdict[0]}"]
+    return ["Neither of the two models has artifacts."]
+
+
+def _outliers(c: Comparison) -> list[str]:
+    block = c.blocks[c.before.block]
+    verb = {"removed": "are removed", "partly removed": "are partly removed", "not removed": "are not removed"}[
+        c.outcome
+    ]
+    return [
+        f"The artifacts of {c.before.model['name']} {verb}: after block {block.block}, "
+        f"{percent(block.outlier_fraction_before)} of the patches had norms of {number(block.threshold or 0)} or more, "
+        f"now {percent(block.outlier_fraction_after)}. The largest norm was {number(block.max_before)} and is "
+        f"{number(block.max_after)}; the median was {number(block.median_before)} and is {number(block.median_after)}."
+    ]
+
+
+def _why(c: Comparison) -> list[str]:
+    worst = max(c.blocks, key=lambda b: b.outlier_fraction_after)
+    if not worst.outlier_fraction_after:
+        return []
+    left = [b.block for b in c.blocks if b.outlier_fraction_after > REMOVED] or [worst.block]
+    text = (
+        f"What is left: {percent(worst.outlier_fraction_after)} of the patches after block {worst.block}, with norms "
+        f"up to {number(worst.max_after)}"
+    )
+    onset = c.before.onset_block or 0
+    if left[0] > onset:
+        text += f". It appears in block {left[0]}, later than before ({onset}): units of that block write it."
+    elif left[0] < onset:
+        text += f". It appears in block {left[0]}, before block {onset}, where the artifacts were: the change made it."
+    else:
+        text += f". It appears in block {left[0]} as before: other units, or attention, write it too."
+    return [text + " More images may show which; a checkpoint trained with registers has none."]
+
+
+def _attention(c: Comparison) -> list[str]:
+    pairs = [(b.attention_on_outliers_before, b.attention_on_outliers_after, b.block) for b in c.blocks]
+    known = [(one, two, block) for one, two, block in pairs if one is not None and two is not None]
+    if not known or not c.before.has_artifacts:
+        return []
+    one, two, block = max(known)
+    return [f"Of the class token's attention in block {block}, {percent(one)} went to outliers, now {percent(two)}."]
+
+
+def _registers(c: Comparison) -> list[str]:
+    norms = c.after.register_norms
+    if norms is None:
+        return []
+    block = c.before.block if c.before.has_artifacts else c.after.block
+    several = len(norms[block]) > 1
+    text = (
+        f"After block {block} the {f'{len(norms[block])} registers' if several else 'register'} of the second model "
+        f"{'have norms' if several else 'has a norm'} of {', '.join(number(float(n)) for n in norms[block])}"
+    )
+    share = c.blocks[block].attention_on_registers_after
+    return [
+        text + (f" and take{'' if several else 's'} {percent(share)} of that attention." if share is not None else ".")
+    ]
+
+
+def _features(c: Comparison) -> list[str]:
+    if c.patch_similarity is None:
+        return []
+    clean = "the patches that were no outliers" if c.before.has_artifacts else "the patches"
+    text = f"The output features of {clean} have a mean cosine of {c.patch_similarity:.3f} with the old ones"
+    if c.cls_similarity is not None:
+        text += f", the class token {c.cls_similarity:.3f}"
+    if c.head_agreement is not None:
+        text += f"; the head's largest output is the same for {percent(c.head_agreement)} of the images"
+    return [text + "."]

@@ -1,0 +1,69 @@
+"""One HTML file that opens from disk, without a network, and can be sent to a colleague."""
+
+import json
+import os
+from pathlib import Path
+
+from vitreg.report.words import number, percent
+
+TEMPLATES = Path(__file__).parent / "templates"
+
+
+def write_page(name: str, path: Path, *, summary: dict, maps: dict, onset: int | None) -> Path:
+    """Write the page `templates/NAME.html.j2` with its style and script; the file appears whole or not at all.
+
+    Args:
+        name: "diagnosis" or "comparison".
+        path: The file to write; its folder is made.
+        summary: What the page tells. Every page reads `block`, `blocks`, `grid`, `image_size`, `verdict`, `skipped`,
+            `interrupted`, `num_images`, `seconds` and `version`.
+        maps: Of `pack_examples`.
+        onset: The block that the charts mark as the first with artifacts.
+
+    Raises:
+        ValueError: A value is NaN or infinite.
+    """
+    page = _render(name, summary, maps, onset)
+    path = Path(path)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    temporary = path.with_name(f".{path.name}.{os.getpid()}")
+    try:
+        temporary.write_text(page, encoding="utf-8")
+        os.replace(temporary, path)
+    finally:
+        temporary.unlink(missing_ok=True)
+    return path
+
+
+def _render(name: str, summary: dict, maps: dict, onset: int | None) -> str:
+    import jinja2
+    import matplotlib
+
+    environment = jinja2.Environment(
+        loader=jinja2.FileSystemLoader(TEMPLATES),
+        autoescape=True,
+        trim_blocks=True,
+        lstrip_blocks=True,
+        undefined=jinja2.StrictUndefined,
+    )
+    environment.filters |= {"percent": percent, "number": number}
+    tables = {name: matplotlib.colormaps[name](range(256), bytes=True) for name in ("viridis", "magma")}
+    colours = {name: table[:, :3].tobytes().hex() for name, table in tables.items()}
+    return environment.get_template(f"{name}.html.j2").render(
+        s=summary,
+        num_examples=len(maps["examples"]),
+        queries=maps["queries"],
+        data=_script_safe({"summary": summary, "maps": maps, "colours": colours, "onset": onset}),
+        css=_sources("page.css", f"{name}.css"),
+        js=_sources("page.js", "charts.js", "maps.js", f"{name}.js"),
+    )
+
+
+def _sources(*names: str) -> str:
+    return "\n".join((TEMPLATES / name).read_text(encoding="utf-8").rstrip() for name in names)
+
+
+def _script_safe(data: dict) -> str:
+    """JSON that may stand inside <script>: nothing in it can close the element or open a comment."""
+    text = json.dumps(data, allow_nan=False, separators=(",", ":"))
+    return text.replace("&", "\\u0026").replace("<", "\\u003c").replace(">", "\\u003e")

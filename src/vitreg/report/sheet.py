@@ -1,0 +1,92 @@
+"""A sheet of pictures, laid out in inches."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+
+if TYPE_CHECKING:
+    from matplotlib.axes import Axes
+    from matplotlib.colors import Normalize
+
+QUIET = "#59616b"
+TITLE = {"fontsize": 12, "fontweight": "bold"}
+# Inches.
+GAP = 0.09
+MARGIN = 0.12
+
+
+class Sheet:
+    """A figure laid out in inches from the top left corner, so that rows and columns line up exactly."""
+
+    def __init__(self, width: float, height: float) -> None:
+        from matplotlib.figure import Figure
+
+        self.width, self.height = width, height
+        self.figure = Figure(figsize=(width, height), dpi=160)
+
+    def text(self, text: str, x: float, y: float, **style: Any) -> None:
+        style = {"va": "top", "parse_math": False} | style
+        self.figure.text(x / self.width, 1 - y / self.height, text, **style)
+
+    def _axes(self, x: float, y: float, width: float, height: float) -> Axes:
+        corner = x / self.width, 1 - (y + height) / self.height
+        axes = self.figure.add_axes((*corner, width / self.width, height / self.height))
+        axes.spines[:].set_visible(False)
+        return axes
+
+    def picture(
+        self,
+        picture: np.ndarray,
+        x: float,
+        y: float,
+        width: float,
+        height: float,
+        label: str = "",
+        scale: Normalize | None = None,
+        colours: str | None = None,
+    ) -> Axes:
+        axes = self._axes(x, y, width, height)
+        axes.imshow(picture, norm=scale, cmap=colours, interpolation="nearest", aspect="auto")
+        axes.set_title(label, fontsize=8.5, color=QUIET, pad=3, parse_math=False)
+        axes.set(xticks=[], yticks=[])
+        return axes
+
+    def colour_bar(
+        self,
+        x: float,
+        y: float,
+        height: float,
+        scale: Normalize,
+        colours: str,
+        ticks: Sequence[float],
+        label: str,
+        percent: bool,
+    ) -> Axes:
+        from matplotlib.cm import ScalarMappable
+
+        # Shorter than what it stands beside, so that the numbers at its ends keep off its neighbour's.
+        axes = self._axes(x, y + 0.06, 0.11, height - 0.12)
+        bar = self.figure.colorbar(ScalarMappable(scale, colours), cax=axes)
+        bar.set_ticks(ticks, labels=[f"{100 * t:.2g} %" if percent else f"{t:.3g}" for t in ticks], minor=False)
+        bar.minorticks_off()
+        bar.ax.tick_params(labelsize=8, labelcolor=QUIET, color=QUIET, length=2)
+        bar.set_label(label, fontsize=8.5, color=QUIET)
+        bar.outline.set_visible(False)
+        return axes
+
+    def write(self, path: Path) -> Path:
+        path = Path(path)
+        path.parent.mkdir(parents=True, exist_ok=True)
+        self.figure.savefig(path)
+        return path
+
+
+def root_scale(highest: float) -> Normalize:
+    """Colours that go with the square root, from zero to `highest`."""
+    from matplotlib.colors import PowerNorm
+
+    return PowerNorm(0.5, 0, highest or 1.0)

@@ -1,0 +1,67 @@
+"use strict";
+// One number drives the page: the block under the slider. `show` draws everything for it.
+const { summary: S, maps: M, colours, onset: ONSET } = JSON.parse(document.getElementById("data").textContent);
+const [ROWS, COLUMNS] = S.grid;
+const CELLS = ROWS * COLUMNS;
+const byId = (id) => document.getElementById(id);
+const state = { block: S.block, query: 0 };
+const rgb = Object.fromEntries(Object.entries(colours).map(([name, hex]) => [name, hex.match(/../g).map((h) => parseInt(h, 16))]));
+
+// ---- numbers in words
+const number = (v) => (v === null || v === undefined ? "–" : v >= 100 ? v.toFixed(0) : v >= 10 ? v.toFixed(1) : v.toFixed(2));
+const percent = (v) => {
+  if (v === null || v === undefined) return "–";
+  return v === 0 || v >= 0.9995 ? `${Math.round(100 * v)} %` : `${(100 * v).toFixed(v < 0.001 ? 3 : v < 0.01 ? 2 : 1)} %`;
+};
+const tick = (v) => `${+v.toPrecision(3)}`;
+const tickPercent = (v) => `${tick(100 * v)} %`;
+const decode = ([low, high], code) => low * (high / low) ** (code / 255);
+
+function node(tag, properties = {}, ...children) {
+  const made = Object.assign(document.createElement(tag), properties);
+  made.append(...children);
+  return made;
+}
+
+// ---- the page
+const draw = {};
+
+// What differs between pages: `fixed` is drawn once per width, `charts` and `image` for every block; `card` adds an image.
+function start(parts) {
+  Object.assign(draw, parts);
+  begin().catch((error) => {
+    byId("trouble").hidden = false;
+    byId("trouble").textContent = `The maps could not be drawn (${error.message}). This page needs a browser of 2023 or later.`;
+  });
+}
+
+async function begin() {
+  byId("block").addEventListener("input", soon);
+  byId("query")?.addEventListener("change", (event) => { state.query = +event.target.value; drawImages(); });
+  addEventListener("resize", soon);
+  soon();
+  const bytes = await Promise.all(M.examples.map((example) => unpack(example.maps)));
+  await Promise.all(M.examples.map((example, i) => draw.card(example, bytes[i])));
+  redraw();
+  document.documentElement.dataset.ready = "yes";
+}
+
+let waiting = null;
+function soon() {
+  waiting ??= requestAnimationFrame(() => { waiting = null; redraw(); });
+}
+
+function redraw() {
+  document.documentElement.style.setProperty("--bar", `${byId("bar").offsetHeight}px`);
+  draw.fixed?.();
+  show(+byId("block").value);
+}
+
+function show(block) {
+  state.block = Math.max(0, Math.min(S.blocks.length - 1, block));
+  byId("block").value = state.block;
+  byId("block-now").textContent = `${state.block} of 0..${S.blocks.length - 1}${state.block === S.block ? " (reported)" : state.block === ONSET ? " (onset)" : ""}`;
+  for (const row of document.querySelectorAll("tr[data-block]")) row.toggleAttribute("aria-current", +row.dataset.block === state.block);
+  draw.charts();
+  drawImages();
+}
