@@ -205,6 +205,10 @@ def test_the_command_line_is_frozen():
     flags = {name: sorted(inspect.signature(command).parameters) for name, command in cli.COMMANDS.items()}
     assert flags == {
         "attention": ["block", "crop", "images", "json", "model", "out", "queries", "strict"],
+        "compare": [
+            "after", "architecture", "batch_size", "before", "device", "dtype", "images", "json", "limit", "out",
+            "size", "strict",
+        ],
         "demo": ["json", "out"],
         "diagnose": [
             "batch_size",
@@ -222,6 +226,7 @@ def test_the_command_line_is_frozen():
             "model", "normalize", "out", "overlays", "strict",
         ],
         "evaluate discovery": ["batch_size", "data", "device", "dtype", "json", "models", "out", "sweep"],
+        "fix": ["batch_size", "images", "json", "limit", "method", "model", "out", "registers", "report"],
         "models": ["filter", "json"],
     }  # fmt: skip
     assert list(cli.ModelOptions.__dataclass_fields__) == ["model", "architecture", "device", "dtype", "size"]
@@ -231,7 +236,8 @@ def test_the_public_names_are_frozen():
     import vitreg
 
     assert sorted(vitreg.__all__) == [
-        "AttentionRows", "CheckpointError", "Detection", "Diagnosis", "ImageError", "Preprocess", "Tokens", "Trace",
-        "ViTConfig", "VisionTransformer", "diagnose", "discover_objects", "from_open_clip", "from_state_dict",
-        "from_timm", "from_transformers", "list_models", "load", "save",
+        "AttentionRows", "CheckpointError", "Comparison", "Detection", "Diagnosis", "ImageError", "Preprocess",
+        "RegisterNeuron", "Tokens", "Trace", "ViTConfig", "VisionTransformer", "add_registers",
+        "add_test_time_registers", "compare", "diagnose", "discover_objects", "find_register_neurons",
+        "from_open_clip", "from_state_dict", "from_timm", "from_transformers", "list_models", "load", "save",
     ]  # fmt: skip
