@@ -207,6 +207,10 @@ def test_the_command_line_is_frozen():
     flags = {name: sorted(inspect.signature(command).parameters) for name, command in cli.COMMANDS.items()}
     assert flags == {
         "attention": ["block", "crop", "images", "json", "model", "out", "queries", "strict"],
+        "compare": [
+            "after", "architecture", "batch_size", "before", "device", "dtype", "images", "json", "limit", "out",
+            "size", "strict",
+        ],
         "demo": ["json", "out"],
         "diagnose": [
             "batch_size",
@@ -226,6 +230,11 @@ def test_the_command_line_is_frozen():
             "after", "architecture", "batch_size", "before", "device", "dtype", "images", "json", "limit", "out",
             "size", "strict",
         ],
+        "discover": [
+            "batch_size", "bias", "block", "center", "facet", "images", "json", "k_patches", "max_objects", "method",
+            "model", "normalize", "out", "overlays", "strict",
+        ],
+        "evaluate discovery": ["batch_size", "data", "device", "dtype", "json", "models", "out", "sweep"],
         "models": ["filter", "json"],
     }  # fmt: skip
     assert list(cli.ModelOptions.__dataclass_fields__) == ["model", "architecture", "device", "dtype", "size"]
@@ -235,8 +244,8 @@ def test_the_public_names_are_frozen():
     import vitreg
 
     assert sorted(vitreg.__all__) == [
-        "AttentionRows", "CheckpointError", "Comparison", "Diagnosis", "ImageError", "Preprocess", "RegisterNeuron",
-        "Tokens", "Trace", "ViTConfig", "VisionTransformer", "add_registers", "add_test_time_registers", "compare",
-        "diagnose", "find_register_neurons", "from_open_clip", "from_state_dict", "from_timm", "from_transformers",
-        "list_models", "load", "save",
+        "AttentionRows", "CheckpointError", "Comparison", "Detection", "Diagnosis", "ImageError", "Preprocess",
+        "RegisterNeuron", "Tokens", "Trace", "ViTConfig", "VisionTransformer", "add_registers",
+        "add_test_time_registers", "compare", "diagnose", "discover_objects", "find_register_neurons",
+        "from_open_clip", "from_state_dict", "from_timm", "from_transformers", "list_models", "load", "save",
     ]  # fmt: skip

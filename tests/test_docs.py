@@ -51,7 +51,8 @@ def test_shown_commands_parse():
     ]
     assert len(lines) >= 3
     for line in lines:
-        _, command, *rest = shlex.split(line)
-        flags = {part.removeprefix("--") for part in rest if part.startswith("--")}
+        _, *rest = shlex.split(line)
+        command = " ".join(rest[:2]) if " ".join(rest[:2]) in cli.COMMANDS else rest[0]
+        flags = {part.removeprefix("--").replace("-", "_") for part in rest if part.startswith("--")}
         known = set(cli.COMMANDS[command].__annotations__) | set(cli.ModelOptions.__dataclass_fields__)
         assert flags <= known, line

@@ -11,6 +11,7 @@ from vitreg.checkpoints import (
     load,
     save,
 )
+from vitreg.discovery import Detection, discover_objects
 from vitreg.images import ImageError
 from vitreg.model import AttentionRows, Preprocess, Tokens, Trace, VisionTransformer, ViTConfig
 from vitreg.registers import RegisterNeuron, add_registers, add_test_time_registers, find_register_neurons
@@ -19,6 +20,7 @@ __all__ = [
     "AttentionRows",
     "CheckpointError",
     "Comparison",
+    "Detection",
     "Diagnosis",
     "ImageError",
     "Preprocess",
@@ -31,6 +33,7 @@ __all__ = [
     "add_test_time_registers",
     "compare",
     "diagnose",
+    "discover_objects",
     "find_register_neurons",
     "from_open_clip",
     "from_state_dict",

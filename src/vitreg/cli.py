@@ -14,6 +14,7 @@ import tyro
 from rich.console import Console
 from tyro.conf import FlagCreatePairsOff, OmitArgPrefixes
 
+from vitreg.cli_discovery import discover, evaluate_discovery
 from vitreg.cli_registers import compare, fix
 from vitreg.terminal import (
     INTERRUPTED,
@@ -227,6 +228,8 @@ def demo(out: Path = Path("vitreg-out/demo"), json: bool = False) -> int:
 COMMANDS: dict[str, Callable[..., int]] = {
     "diagnose": diagnose,
     "attention": attention,
+    "discover": discover,
+    "evaluate discovery": evaluate_discovery,
     "fix": fix,
     "compare": compare,
     "models": models,
@@ -244,6 +247,9 @@ def main(argv: list[str] | None = None) -> None:
 
         print(metadata.version("vitreg"))
         sys.exit(0)
+    # A command of two words is one name to the parser.
+    if " ".join(args[:2]) in COMMANDS:
+        args = [" ".join(args[:2]), *args[2:]]
     try:
         status = tyro.extras.subcommand_cli_from_dict(
             COMMANDS,

@@ -196,3 +196,21 @@ def test_real_photos(coco128):
     assert [tuple(batch.images.shape) for batch in batches] == [(16, 3, 224, 224)] * 2 + [(8, 3, 224, 224)]
     assert torch.allclose(batches[0].images[3], Preprocess()(Image.open(paths[3]).convert("RGB")))
     assert isinstance(batches[0].paths[0], Path)
+
+
+def test_batches_know_the_sizes_of_the_pictures_and_pad_them(tmp_path):
+    sizes = [(40, 30), (33, 31), (40, 32), (50, 32)]
+    paths = [tmp_path / f"{number}.png" for number in range(len(sizes))]
+    for path, size in zip(paths, sizes, strict=True):
+        Image.new("RGB", size, (255, 0, 0)).save(path)
+    preprocess = Preprocess(crop="pad", multiple_of=16, mean=(0.5,) * 3, std=(0.5,) * 3)
+    first, second = ImageStream(paths, preprocess, batch_size=4)
+    assert first.sizes == [(30, 40), (31, 33), (32, 40)]
+    assert first.images.shape == (3, 3, 32, 48)
+    assert second.sizes == [(32, 50)]
+    assert second.images.shape == (1, 3, 32, 64)
+    inside = torch.zeros(32, 48, dtype=torch.bool)
+    inside[:30, :40] = True
+    expected = torch.where(inside, torch.tensor([1.0, -1, -1])[:, None, None], 0)
+    # The mean colour, 127.5, is no byte.
+    torch.testing.assert_close(first.images[0], expected, atol=0.004, rtol=0)

@@ -210,6 +210,20 @@ def test_whole_pictures_keep_their_aspect_to_a_patch(height, width, multiple):
     assert preprocess.region(height, width) == pytest.approx((0, 0, width, height))
 
 
+@pytest.mark.parametrize(("height", "width"), [(30, 40), (32, 48), (1, 1), (427, 640)])
+def test_padding_keeps_every_pixel(height, width):
+    pixels = np.random.default_rng(0).integers(0, 256, (height, width, 3), dtype=np.uint8)
+    preprocess = Preprocess(crop="pad", multiple_of=14, mean=(0.2, 0.4, 0.6))
+    padded = preprocess.pixels(Image.fromarray(pixels)).permute(1, 2, 0).numpy()
+    assert padded.shape[:2] == preprocess.output_size(height, width)
+    assert padded.shape[0] % 14 == padded.shape[1] % 14 == 0
+    assert padded.shape[0] - height < 14 > padded.shape[1] - width
+    np.testing.assert_array_equal(padded[:height, :width], pixels)
+    assert (padded[height:] == [51, 102, 153]).all()
+    assert (padded[:, width:] == [51, 102, 153]).all()
+    assert preprocess.region(height, width) == (0, 0, padded.shape[1], padded.shape[0])
+
+
 def test_region_finds_a_mark_again():
     photo = Image.new("RGB", (500, 300))
     photo.paste((255, 255, 255), (240, 100, 260, 110))

@@ -1,14 +1,17 @@
-"""Pictures in: finding files, reading them, and streaming them to a model in batches."""
+"""Pictures in: finding files, reading them, streaming them to a model in batches, and sets with boxes."""
 
 from vitreg.images.batches import Batches, Images
+from vitreg.images.boxes import BoxedImage, BoxSet, open_box_set
 from vitreg.images.bundled import bundled_photographs
-from vitreg.images.reading import EXTENSIONS, MAX_PIXELS, ImageError, find_images, read_image
+from vitreg.images.reading import EXTENSIONS, MAX_PIXELS, ImageError, find_images, image_size, read_image
 from vitreg.images.stream import ImageBatch, ImageStream, SkippedImage
 
 __all__ = [
     "EXTENSIONS",
     "MAX_PIXELS",
     "Batches",
+    "BoxSet",
+    "BoxedImage",
     "ImageBatch",
     "ImageError",
     "ImageStream",
@@ -16,5 +19,7 @@ __all__ = [
     "SkippedImage",
     "bundled_photographs",
     "find_images",
+    "image_size",
+    "open_box_set",
     "read_image",
 ]

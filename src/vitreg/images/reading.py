@@ -69,6 +69,22 @@ def read_image(path: str | Path) -> Image.Image:
         raise ImageError(f"{path} is damaged ({what}); replace it or leave it out") from error
 
 
+def image_size(path: str | Path) -> tuple[int, int]:
+    """(height, width) in pixels of the upright picture, from the file's header alone.
+
+    Raises:
+        ImageError: The file is missing, unreadable or no picture.
+    """
+    path = Path(path)
+    _check_file(path)
+    try:
+        with Image.open(path) as image:
+            turned = (_orientation(image) or 1) >= 5
+            return (image.width, image.height) if turned else (image.height, image.width)
+    except Exception as error:
+        raise ImageError(f"{path} is not a picture that Pillow can read; convert it to PNG or JPEG") from error
+
+
 def find_images(sources: str | Path | Iterable[str | Path]) -> list[Path]:
     """The picture files that `sources` name: files, folders (and theirs), and patterns like `photos/*.jpg`.
 

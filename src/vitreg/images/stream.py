@@ -33,13 +33,20 @@ class SkippedImage:
 
 @dataclass(frozen=True, eq=False)
 class ImageBatch:
-    """Pictures ready for the model and the files they are from."""
+    """Pictures ready for the model, the files they are from, and (height, width) of the upright pictures in these."""
 
     images: Float[Tensor, "B 3 h w"]
     paths: list[Path]
+    sizes: list[tuple[int, int]]
 
 
-_Decoded = tuple[Path, UInt8[Tensor, "3 h w"] | ImageError]
+@dataclass(frozen=True, eq=False)
+class _Picture:
+    pixels: UInt8[Tensor, "3 h w"]
+    size: tuple[int, int]
+
+
+_Decoded = tuple[Path, _Picture | ImageError]
 
 
 class ImageStream:
@@ -102,28 +109,29 @@ class ImageStream:
 
     def __iter__(self) -> Iterator[ImageBatch]:
         skipped = self.skipped = []
-        batch: list[tuple[Path, Tensor]] = []
+        batch: list[tuple[Path, _Picture]] = []
         with closing(self._decoded()) as decoded:
-            for path, pixels in decoded:
-                if isinstance(pixels, ImageError):
+            for path, picture in decoded:
+                if isinstance(picture, ImageError):
                     if self.strict:
-                        raise pixels
-                    skipped.append(SkippedImage(path, str(pixels)))
+                        raise picture
+                    skipped.append(SkippedImage(path, str(picture)))
                     continue
-                if batch and batch[0][1].shape != pixels.shape:
+                if batch and batch[0][1].pixels.shape != picture.pixels.shape:
                     yield self._collate(batch)
                     batch = []
-                batch.append((path, pixels))
+                batch.append((path, picture))
                 if len(batch) == self.batch_size:
                     yield self._collate(batch)
                     batch = []
             if batch:
                 yield self._collate(batch)
 
-    def _collate(self, batch: list[tuple[Path, Tensor]]) -> ImageBatch:
-        paths, pixels = zip(*batch, strict=True)
-        stacked = torch.from_numpy(np.stack([picture.numpy() for picture in pixels]))
-        return ImageBatch(self.preprocess.normalize(stacked.to(self.device)), list(paths))
+    def _collate(self, batch: list[tuple[Path, _Picture]]) -> ImageBatch:
+        paths, pictures = zip(*batch, strict=True)
+        stacked = torch.from_numpy(np.stack([picture.pixels.numpy() for picture in pictures]))
+        images = self.preprocess.normalize(stacked.to(self.device))
+        return ImageBatch(images, list(paths), [picture.size for picture in pictures])
 
     def _decoded(self) -> Generator[_Decoded, None, None]:
         """Every file in order, decoded at most `_BATCHES_AHEAD` batches before it is taken."""
@@ -150,7 +158,9 @@ class ImageStream:
             if stop.is_set():
                 break
             try:
-                decoded.append((path, self.preprocess.pixels(read_image(path))))
+                image = read_image(path)
+                picture = _Picture(self.preprocess.pixels(image), (image.height, image.width))
+                decoded.append((path, picture))
             except ImageError as error:
                 decoded.append((path, error))
         return decoded

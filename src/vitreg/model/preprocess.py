@@ -18,7 +18,7 @@ MAX_ASPECT = 16
 """With `crop="none"` longer pictures are squeezed to this aspect: 3000 x 1 would become 672000 x 224."""
 
 Interpolation = Literal["bicubic", "bilinear", "nearest", "lanczos"]
-Crop = Literal["center", "squash", "border", "none"]
+Crop = Literal["center", "squash", "border", "none", "pad"]
 
 
 class _Geometry(NamedTuple):
@@ -46,7 +46,8 @@ class Preprocess:
             both sides to it, whatever the aspect (SigLIP). "border" resizes the long side to it and pads with
             the mean. "none" keeps the whole picture and its aspect: short side to `min(size)`, both sides to
             the nearest multiple of `multiple_of`, so pictures differ in size; aspects beyond `MAX_ASPECT` are
-            squeezed to it.
+            squeezed to it. "pad" keeps every pixel as it is and pads right and bottom with the mean to the next
+            multiple of `multiple_of`.
         multiple_of: The patch size. Where it does not divide `size`, the rows and columns left over at the
             bottom and right are dropped. A patch embedding, a convolution without padding, never sees them,
             so the tokens are the checkpoint's own (SigLIP so400m: resized to 384, 378 are handed on).
@@ -142,8 +143,8 @@ class Preprocess:
     def region(self, height: int, width: int) -> tuple[float, float, float, float]:
         """The part of a `height` x `width` picture that comes out: x0, y0, x1, y1 in its own pixels.
 
-        Use it to place on the original what was found in the output. With `crop="border"` it reaches beyond
-        the picture, by the padding.
+        Use it to place on the original what was found in the output. With `crop="border"` and `"pad"` it reaches
+        beyond the picture, by the padding.
         """
         geometry = self._geometry(height, width)
         per_row, per_column = height / geometry.height, width / geometry.width
@@ -162,6 +163,9 @@ class Preprocess:
         """The size arithmetic of timm 1.0 (`transforms_imagenet_eval`), its roundings included."""
         if self.crop == "none":
             return self._whole(height, width)
+        if self.crop == "pad":
+            rows, columns = (math.ceil(side / self.multiple_of) * self.multiple_of for side in (height, width))
+            return _Geometry(height, width, 0, 0, rows, columns)
         target = [math.floor(side / self.crop_fraction) for side in self.size]
         if self.crop == "squash":
             resized = target

@@ -3,6 +3,7 @@
 from vitreg.report.attention import attention_figure, overlay, write_attention
 from vitreg.report.comparison import write_comparison
 from vitreg.report.diagnosis import write_report
+from vitreg.report.discovery import discovery_overlay, sweep_figure
 from vitreg.report.examples import ExampleMaps
 from vitreg.report.figures import comparison_figure, diagnosis_figure
 
@@ -11,7 +12,9 @@ __all__ = [
     "attention_figure",
     "comparison_figure",
     "diagnosis_figure",
+    "discovery_overlay",
     "overlay",
+    "sweep_figure",
     "write_attention",
     "write_comparison",
     "write_report",

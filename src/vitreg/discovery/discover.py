@@ -1,0 +1,203 @@
+"""Object discovery: pictures in, boxes out, for any model."""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Iterable, Iterator, Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Literal, get_args
+
+import numpy as np
+import torch
+from jaxtyping import Bool, Float, Int64
+from torch import Tensor
+
+from vitreg.discovery.features import condition, patch_features
+from vitreg.discovery.lost import lost
+from vitreg.discovery.protocol import DEFAULT, Protocol
+from vitreg.discovery.region import Region
+from vitreg.discovery.tokencut import tokencut
+from vitreg.images import ImageBatch, ImageError, ImageStream, SkippedImage, find_images, image_size
+from vitreg.model import VisionTransformer
+
+Method = Literal["lost", "tokencut"]
+MIN_GRID = 3
+"""Patches that a picture must have along each side: fewer are no object and background around it."""
+
+
+@dataclass(frozen=True, eq=False)
+class Detection:
+    """An object of one picture.
+
+    Attributes:
+        box: x0, y0, x1, y1 in pixels of the picture; x1 and y1 are the first column and row beyond the object.
+        seed: (row, column) of the patch that it was found from.
+        mask: the patches of the object; patches lie from the picture's top left corner.
+        degree: to how many other patches each patch is similar.
+        others: the picture's further objects, in the order in which they were found.
+        path: the picture's file, None for a picture of a batch.
+    """
+
+    box: tuple[int, int, int, int]
+    seed: tuple[int, int]
+    mask: Bool[np.ndarray, "h w"]
+    degree: Int64[np.ndarray, "h w"]
+    others: tuple[Detection, ...] = ()
+    path: Path | None = None
+
+
+def discover_objects(
+    vit: VisionTransformer,
+    images: Float[Tensor, "B 3 H W"] | str | Path | Sequence[str | Path],
+    *,
+    method: str = "lost",
+    facet: str = DEFAULT.facet,
+    block: int = DEFAULT.block,
+    normalize: bool = DEFAULT.normalize,
+    center: bool = DEFAULT.center,
+    bias: float = DEFAULT.bias,
+    k_patches: int = DEFAULT.k_patches,
+    max_objects: int = 1,
+    batch_size: int = 8,
+) -> list[Detection]:
+    """Find the main object of every picture, without labels or training.
+
+    Files are read at their own resolution and padded at the right and the bottom, with the checkpoint's mean colour, to
+    a multiple of the patch size; boxes end where the picture does. Pictures of equal padded size go through the model
+    together. The defaults are the documented protocol, the same for every model (docs/discovery.md).
+
+    Args:
+        vit: any model, with registers or without; it is used on the device and in the dtype it is in.
+        images: a batch, normalised as `vit.preprocess` does, of any size; or files, folders or globs.
+        method: `"lost"` (Simeoni et al. 2021) or `"tokencut"` (Wang et al. 2022; always of cosines, whatever
+            `normalize` says, and without `k_patches`).
+        facet: the features compared: `"keys"`, `"queries"` or `"values"` of the block's attention, or its `"tokens"`.
+        block: the block they are from, counted from 0, negative from the end.
+        normalize: divide the features by their L2 norm.
+        center: subtract the mean feature of the picture first.
+        bias: added to every similarity.
+        k_patches: patches of lowest degree that the seed may be expanded with; all of them in a smaller picture.
+        max_objects: find so many by repeating LOST on the patches outside the objects found before.
+        batch_size: pictures at a time.
+
+    Returns:
+        One detection a picture, in the order of the pictures.
+
+    Raises:
+        ValueError: a picture cannot be read or is smaller than 3 x 3 patches, or an argument does not fit.
+    """
+    protocol = Protocol(facet, block, normalize, center, bias, k_patches)
+    if isinstance(images, Tensor):
+        images = images.to(next(vit.parameters()).device)
+        size = (images.shape[-2], images.shape[-1])
+        batches = (ImageBatch(part, [], [size] * len(part)) for part in images.split(batch_size))
+        return [d for _, found in detect(vit, batches, protocol, method=method, max_objects=max_objects) for d in found]
+    paths = find_images(images)
+    stream = native_stream(vit, paths, batch_size=batch_size, strict=True)
+    by_path: dict[Path | None, Detection] = {}
+    for _, found in detect(vit, stream, protocol, method=method, max_objects=max_objects):
+        by_path.update((detection.path, detection) for detection in found)
+    return [by_path[path] for path in paths]
+
+
+def native_stream(vit: VisionTransformer, paths: Sequence[Path], *, batch_size: int, strict: bool) -> ImageStream:
+    """Pictures at their own resolution, padded to the patch size; equal sizes follow each other, for full batches."""
+    preprocess = replace(vit.preprocess, crop="pad", multiple_of=vit.config.patch_size)
+
+    def padded_size(path: Path) -> tuple[int, int]:
+        # What cannot be read is reported when it is.
+        with contextlib.suppress(ImageError):
+            return preprocess.output_size(*image_size(path))
+        return (0, 0)
+
+    device = next(vit.parameters()).device
+    ordered = sorted(paths, key=padded_size)
+    return ImageStream(ordered, preprocess, batch_size=batch_size, strict=strict, device=device)
+
+
+def detect(
+    vit: VisionTransformer,
+    batches: Iterable[ImageBatch],
+    protocol: Protocol,
+    *,
+    method: str = "lost",
+    max_objects: int = 1,
+) -> Iterator[tuple[ImageBatch, list[Detection]]]:
+    """The detections of every batch, as it comes. A stream that is not strict skips what is too small, and lists it.
+
+    Raises:
+        ValueError: an argument does not fit, or (unless the stream skips it) a picture is smaller than 3 x 3 patches.
+    """
+    if method not in get_args(Method):
+        raise ValueError(f"method {method!r} is unknown; choose from {', '.join(get_args(Method))}")
+    if max_objects < 1 or (max_objects > 1 and method != "lost"):
+        raise ValueError(f"max_objects is {max_objects}; it must be at least 1, and 1 with method 'tokencut'")
+    patch = vit.config.patch_size
+    for batch in batches:
+        batch = _large_enough(batch, batches, patch)
+        if not batch.sizes:
+            continue
+        images = pad(batch.images, patch)
+        grid = (images.shape[-2] // patch, images.shape[-1] // patch)
+        features = patch_features(vit, images, [protocol.facet], [protocol.block])[protocol.facet, protocol.block]
+        detections = []
+        for i, size in enumerate(batch.sizes):
+            regions = find_regions(features[i], grid, protocol, method=method, max_objects=max_objects)
+            first, *others = (Detection(r.box(patch, *size), r.seed, r.mask, r.degree) for r in regions)
+            path = batch.paths[i] if batch.paths else None
+            detections.append(replace(first, others=tuple(others), path=path))
+        yield batch, detections
+
+
+def _large_enough(batch: ImageBatch, source: Iterable[ImageBatch], patch: int) -> ImageBatch:
+    """The batch without pictures that are too small, which are errors unless they are from a stream that skips."""
+    keep = []
+    for i, size in enumerate(batch.sizes):
+        try:
+            check_size(size, patch, str(batch.paths[i]) if batch.paths else "a picture of the batch")
+            keep.append(i)
+        except ValueError as error:
+            if not isinstance(source, ImageStream) or source.strict:
+                raise
+            source.skipped.append(SkippedImage(batch.paths[i], str(error)))
+    if len(keep) == len(batch.sizes):
+        return batch
+    return ImageBatch(batch.images[keep], [batch.paths[i] for i in keep], [batch.sizes[i] for i in keep])
+
+
+def find_regions(
+    features: Float[Tensor, "N D"],
+    grid: tuple[int, int],
+    protocol: Protocol,
+    *,
+    method: str = "lost",
+    max_objects: int = 1,
+) -> list[Region]:
+    """The objects of one picture: at least one, at most `max_objects`, until no patch is left."""
+    features = condition(features, normalize=protocol.normalize, center=protocol.center)
+    if method == "tokencut":
+        return [tokencut(features, grid, bias=protocol.bias)]
+    allowed: Tensor | None = None
+    regions: list[Region] = []
+    while len(regions) < max_objects and (allowed is None or allowed.any()):
+        found = lost(features, grid, bias=protocol.bias, k_patches=protocol.k_patches, allowed=allowed)
+        left = ~torch.from_numpy(found.mask).flatten().to(features.device)
+        allowed = left if allowed is None else allowed & left
+        regions.append(found)
+    return regions
+
+
+def pad(images: Float[Tensor, "B 3 H W"], patch: int) -> Float[Tensor, "B 3 h w"]:
+    """Pad right and bottom with 0, the mean colour, to a multiple of the patch size."""
+    height, width = images.shape[-2:]
+    return torch.nn.functional.pad(images, (0, -width % patch, 0, -height % patch))
+
+
+def check_size(size: tuple[int, int], patch: int, name: str) -> None:
+    """Raise `ValueError` for a picture, of (height, width) pixels, that is smaller than 3 x 3 patches."""
+    if min(size) < MIN_GRID * patch:
+        raise ValueError(
+            f"{name} has {size[1]} x {size[0]} pixels; object discovery needs {MIN_GRID} x {MIN_GRID} patches of "
+            f"{patch} pixels: enlarge it"
+        )

@@ -1,0 +1,29 @@
+"""The documented settings that figures are reported with."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+
+@dataclass(frozen=True)
+class Protocol:
+    """What is compared, and how. The defaults are the protocol for every model (docs/discovery.md: how it was chosen).
+
+    Attributes:
+        facet: queries, keys or values of the block's attention, or the tokens after the block.
+        block: counted from 0, negative from the end.
+        normalize: divide features by their L2 norm.
+        center: subtract the mean feature of the picture first.
+        bias: added to every entry of the Gram matrix.
+        k_patches: size of the set that the seed is expanded from.
+    """
+
+    facet: str = "keys"
+    block: int = -2
+    normalize: bool = True
+    center: bool = True
+    bias: float = 0.05
+    k_patches: int = 100
+
+
+DEFAULT = Protocol()

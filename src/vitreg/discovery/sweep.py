@@ -1,0 +1,159 @@
+"""Many settings on many pictures: features once per model, boxes kept on disk, so that nothing is computed twice."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections.abc import Callable, Sequence
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any, Literal, get_args
+
+import torch
+
+from vitreg.discovery.discover import check_size, find_regions, native_stream
+from vitreg.discovery.features import patch_features
+from vitreg.discovery.protocol import DEFAULT, Protocol
+from vitreg.images import BoxedImage, image_size
+from vitreg.model import VisionTransformer
+
+Axis = Literal["blocks", "facets", "normalize", "center", "bias"]
+AXES: tuple[Axis, ...] = get_args(Axis)
+
+LAST_BLOCKS = (-4, -3, -2, -1)
+ATTENTION_FACETS = ("queries", "keys", "values")
+BIASES = (-0.4, -0.3, -0.2, -0.1, -0.05, 0.0, 0.05, 0.1)
+
+Box = list[int]
+
+
+def settings(axes: Sequence[str]) -> list[Protocol]:
+    """Every combination of the values of these axes; the other axes as in the default protocol, but without a bias.
+
+    The last four blocks, as Jiang et al. (arXiv 2506.08010) sweep them; queries, keys and values; raw and normalised;
+    centred and not; and biases from -0.4 to 0.1. A bias goes with normalised features only: on raw ones it would mean
+    something else in every model.
+
+    Raises:
+        ValueError: an axis is unknown.
+    """
+    if unknown := [axis for axis in axes if axis not in AXES]:
+        raise ValueError(f"sweep {unknown[0]!r} is unknown; choose from {', '.join(AXES)}")
+    if not axes:
+        return []
+    blocks = LAST_BLOCKS if "blocks" in axes else (DEFAULT.block,)
+    facets = ATTENTION_FACETS if "facets" in axes else (DEFAULT.facet,)
+    lengths = (False, True) if "normalize" in axes else (DEFAULT.normalize,)
+    centres = (False, True) if "center" in axes else (DEFAULT.center,)
+    biases = BIASES if "bias" in axes else (0.0,)
+    return [
+        Protocol(facet, block, normalize, center, bias)
+        for block in blocks
+        for facet in facets
+        for normalize in lengths
+        for center in centres
+        for bias in (biases if normalize else (0.0,))
+    ]
+
+
+def find_boxes(
+    vit: VisionTransformer,
+    name: str,
+    images: Sequence[BoxedImage],
+    protocols: Sequence[Protocol],
+    record: Path,
+    *,
+    batch_size: int = 8,
+    on_progress: Callable[[int, int], None] | None = None,
+) -> list[list[Box]]:
+    """LOST's box for every picture and setting.
+
+    Boxes are written to `record` (JSON lines: what was run, then a picture a line) as soon as they are known. A file
+    that an interrupted run left behind is read first, and what it holds is not computed again.
+
+    Args:
+        vit: the model.
+        name: what to call it.
+        images: distinct pictures.
+        protocols: the settings.
+        record: the file, made or continued.
+        batch_size: pictures at a time.
+        on_progress: called with the number of pictures done and their total.
+
+    Returns:
+        Boxes, by picture and setting.
+
+    Raises:
+        ValueError: a picture is too small or unreadable, the model lacks a block, or `record` is of another run.
+    """
+    for image in images:
+        check_size(image_size(image.path), vit.config.patch_size, str(image.path))
+    header = {
+        "format": "vitreg-sweep/1",
+        "model": name,
+        "weights": _digest(vit),
+        "images": [str(image.path) for image in images],
+        "settings": [asdict(protocol) for protocol in protocols],
+    }
+    boxes = _read(record, header)
+    numbers = {image.path: number for number, image in enumerate(images)}
+    if on_progress is not None:
+        on_progress(len(boxes), len(images))
+    stream = native_stream(
+        vit, [image.path for image in images if numbers[image.path] not in boxes], batch_size=batch_size, strict=True
+    )
+    with record.open("a") as file:
+        for batch in stream:
+            found = _boxes(vit, batch.images, batch.sizes, protocols)
+            for path, row in zip(batch.paths, found, strict=True):
+                boxes[numbers[path]] = row
+                file.write(json.dumps({"image": numbers[path], "boxes": row}) + "\n")
+            file.flush()
+            if on_progress is not None:
+                on_progress(len(boxes), len(images))
+    return [boxes[number] for number in range(len(images))]
+
+
+def _boxes(
+    vit: VisionTransformer, images: torch.Tensor, sizes: Sequence[tuple[int, int]], protocols: Sequence[Protocol]
+) -> list[list[Box]]:
+    """Boxes of every picture of a batch, for every setting, from one forward pass."""
+    patch = vit.config.patch_size
+    grid = (images.shape[-2] // patch, images.shape[-1] // patch)
+    blocks = list(dict.fromkeys(protocol.block for protocol in protocols))
+    features = patch_features(vit, images, [protocol.facet for protocol in protocols], blocks)
+    return [
+        [list(find_regions(features[p.facet, p.block][i], grid, p)[0].box(patch, *size)) for p in protocols]
+        for i, size in enumerate(sizes)
+    ]
+
+
+def _read(record: Path, header: dict[str, Any]) -> dict[int, list[Box]]:
+    """The pictures that an earlier run finished; the file begins with the header afterwards and ends with a line."""
+    lines = record.read_text().splitlines(keepends=True) if record.exists() else []
+    # A process that was killed may have left half a line.
+    if lines and not lines[-1].endswith("\n"):
+        lines.pop()
+    if not lines:
+        record.write_text(json.dumps(header) + "\n")
+        return {}
+    try:
+        earlier = dict(json.loads(lines[0]))
+        done = {entry["image"]: entry["boxes"] for entry in map(json.loads, lines[1:])}
+    except (ValueError, KeyError, TypeError):
+        raise ValueError(f"{record} is no record of a sweep; delete it or choose another folder") from None
+    if differing := [key for key in header if earlier.get(key) != header[key]]:
+        raise ValueError(
+            f"{record} is of another sweep (its {differing[0]} differ); delete it or choose another folder"
+        )
+    record.write_text("".join(lines))
+    return done
+
+
+def _digest(vit: VisionTransformer) -> str:
+    """A name for the weights: a file may be replaced between two runs."""
+    digest = hashlib.blake2b(digest_size=16)
+    digest.update(json.dumps(vit.config.to_dict(), sort_keys=True, default=str).encode())
+    for tensor in vit.state_dict().values():
+        digest.update(tensor.detach().cpu().contiguous().flatten().view(torch.uint8).numpy().data)
+    return digest.hexdigest()

@@ -1,0 +1,200 @@
+"""Sets of pictures with boxes around their objects: Pascal VOC, COCO20k, YOLO folders, and plain JSON."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, NoReturn
+
+import numpy as np
+from jaxtyping import Float64
+
+from vitreg.images.reading import find_images, image_size
+
+COCO20K_LISTS = ("coco_20k_filenames.txt", "coco20k.txt")
+
+
+@dataclass(frozen=True, eq=False)
+class BoxedImage:
+    """A picture and the boxes of its objects: x0, y0, x1, y1 in pixels of the upright picture, none or more."""
+
+    path: Path
+    boxes: Float64[np.ndarray, "n 4"]
+
+
+@dataclass(frozen=True, eq=False)
+class BoxSet:
+    """Pictures with boxes, in the data set's order.
+
+    Attributes:
+        images: pictures, those without any object included.
+        missing: pictures that the annotations name and that do not exist.
+    """
+
+    images: tuple[BoxedImage, ...]
+    missing: tuple[Path, ...] = ()
+
+
+def open_box_set(source: str) -> BoxSet:
+    """The data set that `KIND:PATH` names.
+
+    - `voc2007:PATH`, `voc2012:PATH`: Pascal VOC's trainval, PATH being the folder that holds `VOCdevkit`. As in LOST's
+      protocol (Simeoni et al. 2021; `valeoai/LOST`, `datasets.py`), objects marked difficult or truncated count like
+      any other, and pixel numbers from 1 become coordinates from 0.
+    - `coco20k:PATH`: PATH holds `annotations/instances_train2014.json`, the pictures in `train2014/`, and LOST's
+      list `coco_20k_filenames.txt` (a file name or an image id a line). Crowd regions are left out and corners rounded
+      to whole pixels, as there.
+    - `yolo:PATH`: PATH holds `images/` and `labels/`; a row is `class cx cy w h`, relative to the picture. A picture
+      without a label file has no objects.
+    - `json:FILE`: a list of `{"image": "a.jpg", "boxes": [[x0, y0, x1, y1], ...]}`, paths relative to the file.
+
+    Raises:
+        ValueError: the kind is unknown, an annotation file is missing or malformed, or there is not one picture.
+    """
+    kind, colon, path = source.partition(":")
+    if not colon or kind not in _READERS:
+        kinds = ", ".join(f"{kind}:PATH" for kind in _READERS)
+        raise ValueError(f"data {source!r} is unknown; give one of {kinds}")
+    images = _READERS[kind](Path(path).expanduser())
+    if len({image.path for image in images}) < len(images):
+        raise ValueError(f"{source} names a picture twice; give each picture once, with all of its boxes")
+    present = tuple(image for image in images if image.path.is_file())
+    missing = tuple(image.path for image in images if not image.path.is_file())
+    if not present:
+        raise ValueError(f"{source} has no pictures{f'; {missing[0]} does not exist' if missing else ''}")
+    return BoxSet(present, missing)
+
+
+def _voc(year: str) -> Callable[[Path], list[BoxedImage]]:
+    def read(folder: Path) -> list[BoxedImage]:
+        from xml.etree import ElementTree
+
+        from torchvision.datasets import VOCDetection
+
+        expected = folder / "VOCdevkit" / f"VOC{year}" / "ImageSets" / "Main" / "trainval.txt"
+        if not expected.is_file():
+            raise ValueError(f"{expected} does not exist; give the folder that holds VOCdevkit")
+        data = VOCDetection(str(folder), year=year, image_set="trainval")
+        images = []
+        for path, annotation in zip(data.images, data.annotations, strict=True):
+            try:
+                parsed = data.parse_voc_xml(ElementTree.parse(annotation).getroot())["annotation"]
+                corners = [_voc_box(entry["bndbox"]) for entry in parsed.get("object", [])]
+            except (OSError, ElementTree.ParseError, KeyError, TypeError, ValueError) as error:
+                _refuse(annotation, error)
+            images.append(BoxedImage(Path(path), _boxes(corners, annotation)))
+        return images
+
+    return read
+
+
+def _voc_box(box: dict[str, str]) -> list[float]:
+    # Some VOC2012 boxes have fractions; the reference's int() would refuse those.
+    x0, y0, x1, y1 = (float(box[side]) for side in ("xmin", "ymin", "xmax", "ymax"))
+    return [x0 - 1, y0 - 1, x1, y1]
+
+
+def _coco20k(folder: Path) -> list[BoxedImage]:
+    annotations = _read_json(folder / "annotations" / "instances_train2014.json")
+    try:
+        names = {entry["id"]: entry["file_name"] for entry in annotations["images"]}
+        corners: dict[int, list[list[float]]] = {}
+        for entry in annotations["annotations"]:
+            x, y, width, height = entry["bbox"]
+            if not entry.get("iscrowd"):
+                box = [float(round(side)) for side in (x, y, x + width, y + height)]
+                corners.setdefault(entry["image_id"], []).append(box)
+    except (KeyError, TypeError, ValueError) as error:
+        _refuse(folder / "annotations" / "instances_train2014.json", error)
+    chosen = next((folder / name for name in COCO20K_LISTS if (folder / name).is_file()), None)
+    if chosen is None:
+        raise ValueError(f"{folder / COCO20K_LISTS[0]} does not exist; it comes with the code of LOST (valeoai/LOST)")
+    images = []
+    for line in chosen.read_text().split():
+        number = Path(line).stem.rpartition("_")[2]
+        if not number.isdecimal() or int(number) not in names:
+            raise ValueError(f"{chosen} lists {line!r}, which instances_train2014.json does not know")
+        path = folder / "train2014" / names[int(number)]
+        images.append(BoxedImage(path, _boxes(corners.get(int(number), []), chosen)))
+    return images
+
+
+def _yolo(folder: Path) -> list[BoxedImage]:
+    pictures, labels = folder / "images", folder / "labels"
+    for part in (pictures, labels):
+        if not part.is_dir():
+            raise ValueError(f"{part} is not a folder; a YOLO folder holds images/ and labels/")
+    unused = {path for path in labels.rglob("*.txt") if path.name != "classes.txt"}
+    images = []
+    for path in find_images(pictures):
+        label = labels / path.relative_to(pictures).with_suffix(".txt")
+        rows = label.read_text().splitlines() if label in unused else []
+        unused.discard(label)
+        images.append(BoxedImage(path, _yolo_boxes(rows, path, label)))
+    # Labels of pictures that are not there: `open_box_set` sorts them out.
+    for label in sorted(unused):
+        images.append(BoxedImage(pictures / label.relative_to(labels).with_suffix(".jpg"), _boxes([], label)))
+    return images
+
+
+def _yolo_boxes(rows: list[str], path: Path, label: Path) -> Float64[np.ndarray, "n 4"]:
+    rows = [row for row in rows if row.strip()]
+    if not rows:
+        return _boxes([], label)
+    height, width = image_size(path)
+    corners = []
+    for row in rows:
+        try:
+            x, y, w, h = (float(value) for value in row.split()[1:])
+        except ValueError as error:
+            _refuse(label, f"row {row!r} is not `class cx cy w h`", error)
+        corners.append([(x - w / 2) * width, (y - h / 2) * height, (x + w / 2) * width, (y + h / 2) * height])
+    return _boxes(corners, label)
+
+
+def _plain_json(path: Path) -> list[BoxedImage]:
+    entries = _read_json(path)
+    if not isinstance(entries, list):
+        _refuse(path, 'expected a list of {"image": ..., "boxes": [[x0, y0, x1, y1], ...]}')
+    images = []
+    for number, entry in enumerate(entries):
+        if not isinstance(entry, dict) or not isinstance(entry.get("image"), str):
+            _refuse(path, f'entry {number} has no "image"')
+        boxes = _boxes(entry.get("boxes") or [], f"{path}, entry {number}")
+        images.append(BoxedImage(path.parent / entry["image"], boxes))
+    return images
+
+
+def _boxes(corners: Any, where: Path | str) -> Float64[np.ndarray, "n 4"]:
+    try:
+        boxes = np.array(corners, dtype=np.float64) if len(corners) else np.empty((0, 4))
+    except (TypeError, ValueError):
+        boxes = np.empty(0)
+    if boxes.shape[1:] != (4,) or not np.isfinite(boxes).all():
+        _refuse(where, "boxes must be rows of four finite numbers")
+    return boxes
+
+
+def _read_json(path: Path) -> Any:
+    try:
+        return json.loads(path.read_text())
+    except FileNotFoundError:
+        raise ValueError(f"{path} does not exist") from None
+    except (OSError, ValueError) as error:
+        _refuse(path, error)
+
+
+def _refuse(where: Path | str, what: object, cause: BaseException | None = None) -> NoReturn:
+    what = f"{type(what).__name__} {what}" if isinstance(what, Exception) else what
+    raise ValueError(f"{where} is malformed: {what}") from cause
+
+
+_READERS: dict[str, Callable[[Path], list[BoxedImage]]] = {
+    "voc2007": _voc("2007"),
+    "voc2012": _voc("2012"),
+    "coco20k": _coco20k,
+    "yolo": _yolo,
+    "json": _plain_json,
+}

@@ -1,0 +1,126 @@
+"""Pictures of object discovery: what was found in a photograph, and how settings compare."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from functools import cache
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from jaxtyping import Bool, Integer, UInt8
+from PIL import Image, ImageDraw, ImageFont
+
+BOX = (255, 90, 60)
+MASK = np.array((60, 160, 255))
+SEED = (255, 225, 60)
+_STRIP = 26
+_LARGEST = 1600
+
+
+def discovery_overlay(
+    photo: UInt8[np.ndarray, "H W 3"],
+    *,
+    boxes: Sequence[tuple[int, int, int, int]],
+    seed: tuple[int, int],
+    mask: Bool[np.ndarray, "h w"],
+    degree: Integer[np.ndarray, "h w"],
+    patch_size: int,
+    title: str,
+) -> Image.Image:
+    """A photograph with box, seed and mask, beside its map of degrees, under a line of text.
+
+    Args:
+        photo: the picture at its own resolution; patches lie from its top left corner and may reach beyond it.
+        boxes: x0, y0, x1, y1 in pixels; the first belongs to seed and mask, further ones are drawn thinner.
+        seed: (row, column) of the patch.
+        mask: the patches of the object.
+        degree: to how many others each patch is similar; bright is few, as the seed is where they are fewest.
+        patch_size: in pixels.
+        title: the line of text.
+    """
+    height, width = photo.shape[:2]
+    # Pictures larger than a screen are drawn smaller: encoding them would take longer than finding the object.
+    step = -(-max(height, width) // _LARGEST)
+    rows, columns = (np.arange(0, side, step) // patch_size for side in (height, width))
+    photo = photo[::step, ::step]
+    inside = mask[rows[:, None], columns]
+    left = photo.copy()
+    left[inside] = (left[inside] // 2 + MASK // 2).astype(np.uint8)
+    spread = max(int(degree.max() - degree.min()), 1)
+    levels = ((degree.max() - degree) * 255 // spread).astype(np.uint8)
+    right = _colours()[levels][rows[:, None], columns]
+    gap = np.full((len(rows), 6, 3), 255, np.uint8)
+    picture = Image.fromarray(np.concatenate([left, gap, right], axis=1))
+    draw = ImageDraw.Draw(picture)
+    line = max(2, len(rows) // 160)
+    for shift in (0, len(columns) + gap.shape[1]):
+        for number, box in reversed(list(enumerate(boxes))):
+            x0, y0, x1, y1 = (side / step for side in box)
+            draw.rectangle((x0 + shift, y0, x1 + shift - 1, y1 - 1), outline=BOX, width=line if number == 0 else 1)
+        y, x = ((place + 0.5) * patch_size / step for place in seed)
+        radius = max(3.0, 0.4 * patch_size / step)
+        draw.ellipse((x + shift - radius, y - radius, x + shift + radius, y + radius), fill=SEED, outline=(0, 0, 0))
+    sheet = Image.new("RGB", (picture.width, picture.height + 2 * _STRIP), "white")
+    sheet.paste(picture, (0, _STRIP))
+    text = ImageDraw.Draw(sheet)
+    font = ImageFont.load_default(14)
+    text.text((6, 4), title, fill=(0, 0, 0), font=font)
+    below = _STRIP + picture.height + 4
+    text.text((6, below), "box, seed (dot), object (blue)", fill=(90, 90, 90), font=font)
+    legend = f"degree: {degree.min()} (bright) to {degree.max()} similar patches"
+    text.text((len(columns) + gap.shape[1] + 6, below), legend, fill=(90, 90, 90), font=font)
+    return sheet
+
+
+@cache
+def _colours() -> UInt8[np.ndarray, "256 3"]:
+    import matplotlib
+
+    return matplotlib.colormaps["magma"](range(256), bytes=True)[:, :3]
+
+
+def sweep_figure(summary: Mapping[str, Any], path: Path, *, most: int = 48) -> Path:
+    """Write a PNG of an evaluation: CorLoc and its interval for the protocol and the best settings of every model.
+
+    Args:
+        summary: format `vitreg-discovery/1`.
+        path: the file to write; its folder is made.
+        most: settings shown, the best.
+
+    Returns:
+        `path`.
+    """
+    from matplotlib.figure import Figure
+
+    models = summary["models"]
+    columns = [model.get("settings", []) for model in models]
+    rows = sorted(zip(*columns, strict=True), key=lambda row: -sum(entry["corloc"] for entry in row))[:most]
+    lines: list[tuple[str, list[Mapping[str, Any]]]] = [("protocol", [model["protocol"] for model in models])]
+    if rows:
+        lines.append((f"mean of {len(columns[0])} settings", [model["mean"] for model in models]))
+    lines += [(row[0]["name"], list(row)) for row in rows]
+    figure = Figure(figsize=(8.5, 1.6 + 0.2 * len(lines) + 0.18 * len(models)), dpi=140, layout="constrained")
+    axes = figure.add_subplot()
+    shift = 0.5 / len(models)
+    for m, model in enumerate(models):
+        places = np.arange(len(lines)) + (m - (len(models) - 1) / 2) * shift
+        shares = np.array([entries[m]["corloc"] for _, entries in lines])
+        low, high = np.array([entries[m]["interval"] for _, entries in lines]).T
+        # An interval of percentiles need not hold the mean it is of, if only by a rounding.
+        reach = np.clip([shares - low, high - shares], 0, None)
+        axes.errorbar(
+            shares, places, xerr=reach, fmt="o", markersize=4, elinewidth=1, color=f"C{m}", label=model["model"]
+        )
+    whole = summary["whole_picture"]["corloc"]
+    axes.axvline(whole, color="grey", linestyle=":", label=f"box around the whole picture, {whole:.1f}")
+    axes.set_yticks(range(len(lines)), [name for name, _ in lines], fontsize=8)
+    axes.invert_yaxis()
+    axes.margins(y=0.01)
+    axes.grid(axis="x", alpha=0.3)
+    axes.set_xlabel("CorLoc in percent, with 95 % bootstrap intervals over pictures")
+    axes.set_title(f"{summary['data']}: {summary['num_images']} pictures", fontsize=10, parse_math=False)
+    figure.legend(loc="outside lower center", ncols=1, fontsize=8, frameon=False)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    figure.savefig(path)
+    return path
