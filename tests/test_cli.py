@@ -226,10 +226,6 @@ def test_the_command_line_is_frozen():
         "fix": [
             "batch_size", "images", "json", "limit", "method", "model", "out", "registers", "report", "strict",
         ],
-        "compare": [
-            "after", "architecture", "batch_size", "before", "device", "dtype", "images", "json", "limit", "out",
-            "size", "strict",
-        ],
         "discover": [
             "batch_size", "bias", "block", "center", "facet", "images", "json", "k_patches", "max_objects", "method",
             "model", "normalize", "out", "overlays", "strict",
