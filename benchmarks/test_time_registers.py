@@ -6,8 +6,8 @@ Cost: the forward pass with one register that 20 units of two blocks are moved t
 attention, against the model without; (N+1)/N is what one more token predicts. Medians of ratios of runs side by side.
 
 Finding (with --images, a folder of photographs, 200 are used): `find_register_neurons` against two plain passes over
-the same files, decoding included. Artifacts are written by a planted unit that fires on bright patches, so that there
-is something to find.
+the same files, decoding included. Artifacts are written by a planted unit that fires at two positions, so that there is
+something to find.
 """
 
 import argparse
@@ -44,19 +44,21 @@ def cost(size: str, pixels: int, batch: int, repeats: int, device: str) -> None:
 
 @torch.no_grad()
 def plant(vit) -> None:
-    """One unit that fires on a few patches of each picture and writes fifty times their norm."""
-    middle = vit.config.depth // 2
+    """One unit that fires at two positions, which carry a direction of their own, and writes a massive vector there."""
+    middle, dim = vit.config.depth // 2, vit.config.embed_dim
+    direction = torch.nn.functional.normalize(torch.randn(dim), dim=0)
+    norm = vit.trace(torch.randn(1, 3, 224, 224)).patch_norms[0].median()
+    vit.positions[:, [0, 100]] += 1.5 * norm * direction  # too little to be an outlier
     mlp = vit.blocks[middle].mlp
-    mlp.fc1.weight[7] = 0
-    mlp.fc1.weight[7, 0] = 20  # channel 0 holds what the first patch filter sees, made to stand out
-    mlp.fc1.bias[7] = -60
-    mlp.fc2.weight[:, 7] = 20
-    vit.patch_embed.weight[0] = 0.02
+    mlp.fc1.weight[7] = direction
+    mlp.fc1.bias[7] = -(dim**0.5) / 2
+    mlp.fc2.weight[:, 7] = 20 * torch.randn(dim)
 
 
 def finding(name: str, folder: str, repeats: int, device: str) -> None:
-    vit = model(name, 224, device)
+    vit = model(name, 224, "cpu")
     plant(vit)
+    vit.to(device)
     paths = find_images([folder])[:200]
 
     def two_passes() -> None:
