@@ -117,7 +117,7 @@ REFUSED = {
     "RotaryEmbeddingMixed": "_rope_mixed_",
     "an attention pool unlike SigLIP's": "vit_pe_core_gigantic",
     "a class token in its attention pool": "vit_pe_core_",
-    "VisionTransformerDistilled": "_distilled_",
+    "a distillation token": "_distilled_",
 }
 ARCHITECTURES = [name for module in ("vision_transformer", "eva", "deit") for name in timm.list_models(module=module)]
 
