@@ -63,7 +63,8 @@ FAMILIES = {
     "qk_norm": ("vit_small_patch16_224", dict(qk_norm=True, init_values=1e-5)),
     "reg_with_positions": ("vit_small_patch16_224", dict(reg_tokens=3)),
 }
-FAMILIES = {family: built for family, built in FAMILIES.items() if timm.is_model(built[0])}  # older timm has fewer
+if not timm.is_model("vit_base_patch14_reg1_tipsv2"):  # before timm 1.0.28
+    del FAMILIES["tipsv2"]
 HAS_HEAD = {name for name, (_, options) in FAMILIES.items() if options.get("num_classes") != 0}
 
 
