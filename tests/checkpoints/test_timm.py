@@ -63,7 +63,8 @@ FAMILIES = {
     "qk_norm": ("vit_small_patch16_224", dict(qk_norm=True, init_values=1e-5)),
     "reg_with_positions": ("vit_small_patch16_224", dict(reg_tokens=3)),
 }
-FAMILIES = {family: built for family, built in FAMILIES.items() if timm.is_model(built[0])}  # older timm has fewer
+if not timm.is_model("vit_base_patch14_reg1_tipsv2"):  # before timm 1.0.28
+    del FAMILIES["tipsv2"]
 HAS_HEAD = {name for name, (_, options) in FAMILIES.items() if options.get("num_classes") != 0}
 
 
@@ -117,7 +118,7 @@ REFUSED = {
     "RotaryEmbeddingMixed": "_rope_mixed_",
     "an attention pool unlike SigLIP's": "vit_pe_core_gigantic",
     "a class token in its attention pool": "vit_pe_core_",
-    "VisionTransformerDistilled": "_distilled_",
+    "a distillation token": "_distilled_",
 }
 ARCHITECTURES = [name for module in ("vision_transformer", "eva", "deit") for name in timm.list_models(module=module)]
 

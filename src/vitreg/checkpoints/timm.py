@@ -26,6 +26,7 @@ def from_timm(model: nn.Module) -> VisionTransformer:
     import timm.models.eva
     import timm.models.vision_transformer
 
+    _require(not hasattr(model, "dist_token"), "a distillation token")
     known = (timm.models.vision_transformer.VisionTransformer, timm.models.eva.Eva)
     if type(model) not in known:
         raise CheckpointError(
