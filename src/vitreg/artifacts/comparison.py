@@ -232,7 +232,7 @@ class _Features:
             cosine = _cosine(before.patches, after.patches).cpu()
             rows = torch.arange(len(bins))[:, None, None].expand_as(bins)
             for total, weights in zip(self._patches, (cosine, torch.ones_like(cosine)), strict=True):
-                add_counts(total, rows, bins.cpu(), weights.expand_as(bins))
+                add_counts(total, rows, bins, weights.expand_as(bins))
             if before.cls is not None and after.cls is not None:
                 self._add("cls", _cosine(before.cls, after.cls))
         pairs = zip(self._models, (before, after), strict=True)

@@ -77,8 +77,8 @@ class Observer:
         return trace
 
     def bins(self, trace: Trace) -> Int[Tensor, "L B N"]:
-        """In which bin of the axis the norm of each patch lies, after every block."""
-        return self._axis.bins(trace.patch_norms.flatten(2))
+        """In which bin of the axis the norm of each patch lies, after every block; on the CPU."""
+        return self._axis.bins(trace.patch_norms.flatten(2).cpu())
 
     @cached_property
     def steps(self) -> list[int | None]:

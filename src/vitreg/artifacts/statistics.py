@@ -9,7 +9,7 @@ from jaxtyping import Float
 from numpy.typing import NDArray
 from torch import Tensor
 
-from vitreg.artifacts.histogram import BINS_PER_STEP, NUM_BINS, NUM_STEPS, LogAxis, add_counts
+from vitreg.artifacts.histogram import BINS_PER_STEP, NUM_BINS, NUM_STEPS, LogAxis, add_counts, summing_device
 from vitreg.model import Trace
 
 
@@ -22,12 +22,13 @@ class NormStatistics:
         depth: blocks of the model.
         grid: rows and columns of patches; the same for all batches.
         axis: the bins.
-        device: where the sums are kept; that of the traces.
+        device: that of the traces.
     """
 
     def __init__(self, depth: int, grid: tuple[int, int], axis: LogAxis, device: torch.device) -> None:
         self.axis, self.grid, self.depth = axis, grid, depth
         self.num_images = 0
+        self._device = device = summing_device(device)
 
         def zeros(*shape: int, dtype: torch.dtype = torch.float64) -> Tensor:
             return torch.zeros(shape, dtype=dtype, device=device)
@@ -50,7 +51,7 @@ class NormStatistics:
         Raises:
             ValueError: the model produced norms that are not finite.
         """
-        norms = trace.patch_norms.flatten(2)  # [L, B, N]
+        norms = trace.patch_norms.flatten(2).to(self._device)  # [L, B, N]
         if not torch.isfinite(norms).all():
             first = int((~torch.isfinite(norms)).flatten(1).any(1).nonzero()[0])
             raise ValueError(
@@ -67,23 +68,24 @@ class NormStatistics:
         self._sum_of_squares += norms.double().square().sum((1, 2))
         self._max = torch.maximum(self._max, norms.amax((1, 2)).double())
         assert trace.embeddings is not None
-        similarity = neighbour_similarity(trace.embeddings, self.grid)
+        similarity = neighbour_similarity(trace.embeddings, self.grid).to(self._device)
         add_counts(self._similarity, rows, bins, similarity.flatten(1).expand_as(norms))
         if trace.attention is not None and trace.attention.to_cls is not None:
             self._add_attention(trace, rows, bins)
-        self._register_norms = _accumulate(self._register_norms, trace.register_norms)
+        self._register_norms = _accumulate(self._register_norms, trace.register_norms.to(self._device))
         if trace.cls_norms is not None:
-            self._cls_norms = _accumulate(self._cls_norms, trace.cls_norms.unsqueeze(-1))
+            self._cls_norms = _accumulate(self._cls_norms, trace.cls_norms.unsqueeze(-1).to(self._device))
 
     def _add_attention(self, trace: Trace, rows: Tensor, bins: Tensor) -> None:
         """What the class token pays to each norm. A block attends to what the block before it wrote."""
         assert trace.attention is not None
         self._has_attention = True
-        to_patches = trace.attention.to_patches[:, :, :, 0].mean(2).flatten(2)  # [L, B, N]
+        to_patches = trace.attention.to_patches[:, :, :, 0].mean(2).flatten(2).to(self._device)  # [L, B, N]
         add_counts(self._attention, rows[1:], bins[:-1], to_patches[1:])
         # Block 0 attends to embeddings, which have no outliers yet: count all of it as the lowest norm.
         self._attention[0, 0] += to_patches[0].sum()
-        self._attention_to_registers += trace.attention.to_registers[:, :, :, 0].sum(-1).mean(2).sum(1).double()
+        to_registers = trace.attention.to_registers[:, :, :, 0].sum(-1).mean(2).sum(1)
+        self._attention_to_registers += to_registers.to(self._device).double()
 
     def counts(self) -> NDArray[np.int64]:
         """Patches per block and fine bin, `[L, NUM_BINS]`."""

@@ -10,6 +10,7 @@ from jaxtyping import Float
 from torch import Tensor
 
 from vitreg.artifacts import Diagnosis, diagnose
+from vitreg.artifacts.histogram import summing_device
 from vitreg.images import Batches, Images
 from vitreg.model import VisionTransformer
 from vitreg.model.block import Block
@@ -86,7 +87,7 @@ def find_register_neurons(
     if not sums.num_outliers:
         return []
     outliers, others = sums.means()
-    written = (outliers - others) * output_norms(vit)[:depth].to(device)
+    written = (outliers - others) * output_norms(vit)[:depth].to(outliers.device)
     best = written.flatten().topk(min(most, written.numel()))
     places = [
         divmod(i, vit.config.mlp_dim) for i, w in zip(best.indices.tolist(), best.values.tolist(), strict=True) if w > 0
@@ -100,11 +101,11 @@ class Activations:
     Args:
         depth: how many blocks.
         mlp_dim: units in each.
-        device: where the sums are kept.
+        device: that of the model.
     """
 
     def __init__(self, depth: int, mlp_dim: int, device: torch.device) -> None:
-        self._on_outliers = torch.zeros(depth, mlp_dim, dtype=torch.float64, device=device)
+        self._on_outliers = torch.zeros(depth, mlp_dim, dtype=torch.float64, device=summing_device(device))
         self._on_all = torch.zeros_like(self._on_outliers)
         self.num_outliers = self.num_patches = self.num_images = 0
 
@@ -118,8 +119,9 @@ class Activations:
             if vit.config.gated_mlp or vit.config.mlp_norm:
                 units = units.abs()
             # A product, because PyTorch sums over the leading axes of a view many times more slowly.
-            self._on_all[i] += torch.bmm(units.new_ones(len(units), 1, units.shape[1]), units).sum((0, 1))
-            self._on_outliers[i] += units[outliers].sum(0, dtype=torch.float32)
+            ones = units.new_ones(len(units), 1, units.shape[1])
+            self._on_all[i] += torch.bmm(ones, units).sum((0, 1)).to(self._on_all.device)
+            self._on_outliers[i] += units[outliers].sum(0, dtype=torch.float32).to(self._on_all.device)
         self.num_outliers += int(outliers.sum())
         self.num_patches += outliers.numel()
         self.num_images += len(batch)
@@ -135,9 +137,9 @@ def output_norms(vit: VisionTransformer) -> Float[Tensor, "depth units"]:
     norms = []
     for block in vit.blocks:
         assert isinstance(block, Block)
-        columns = block.mlp.fc2.weight.detach().double()
+        columns = block.mlp.fc2.weight.detach().float()
         scale = block.scale1 if block.parallel else block.scale2
-        norms.append((columns if scale is None else columns * scale.detach().double()[:, None]).norm(dim=0))
+        norms.append((columns if scale is None else columns * scale.detach().float()[:, None]).norm(dim=0))
     return torch.stack(norms)
 
 
