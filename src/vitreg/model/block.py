@@ -42,7 +42,7 @@ class Mlp(nn.Module):
     def __init__(self, config: ViTConfig, register_neurons: tuple[int, ...] = ()) -> None:
         super().__init__()
         self.gated = config.gated_mlp
-        self.signed = config.gated_mlp or config.mlp_norm
+        self.signed = config.signed_units
         self.test_time_registers = config.test_time_registers
         # Not on the meta device, from which weights are assigned but buffers are not.
         neurons = torch.tensor(register_neurons, device="cpu") if register_neurons else None
@@ -71,7 +71,7 @@ class Mlp(nn.Module):
         """Move the register neurons' activations to the test-time registers."""
         units = x[..., neurons]
         strongest = units.amax(1, keepdim=True)
-        if self.signed:  # elsewhere the non-linearity bounds what is negative, at -0.3
+        if self.signed:
             lowest = units.amin(1, keepdim=True)
             strongest = torch.where(-lowest > strongest, lowest, strongest)
         moved = torch.zeros_like(units)

@@ -195,6 +195,11 @@ class ViTConfig:
         return int(self.class_token) + self.num_registers
 
     @property
+    def signed_units(self) -> bool:
+        """Whether hidden units may be negative; elsewhere the non-linearity bounds what is, at -0.3."""
+        return self.gated_mlp or self.mlp_norm
+
+    @property
     def test_time_registers(self) -> slice:
         """Where in the sequence the test-time registers are: the last before the patches."""
         return slice(self.num_prefix_tokens - self.num_test_time_registers, self.num_prefix_tokens)

@@ -30,8 +30,7 @@ def with_registers(vit: VisionTransformer, values: Float[Tensor, "R D"], at: int
     old = torch.zeros(1, 0, vit.config.embed_dim) if vit.registers is None else vit.registers
     weight = vit.patch_embed.weight
     parts = (old[:, :at], values.unsqueeze(0), old[:, at:])
-    if config.num_registers:
-        state["registers"] = torch.cat([part.detach().to(weight) for part in parts], dim=1)
+    state["registers"] = torch.cat([part.detach().to(weight) for part in parts], dim=1)
     changed = build(config, state, "the model with registers").to(weight.device)
     for name, parameter in vit.named_parameters():
         changed.get_parameter(name).requires_grad_(parameter.requires_grad)

@@ -116,7 +116,7 @@ class Activations:
         assert trace.activations is not None
         outliers = (trace.patch_norms[block] >= threshold).flatten(1)
         for i, units in enumerate(trace.activations.patches.unbind(0)):
-            if vit.config.gated_mlp or vit.config.mlp_norm:
+            if vit.config.signed_units:
                 units = units.abs()
             # A product, because PyTorch sums over the leading axes of a view many times more slowly.
             ones = units.new_ones(len(units), 1, units.shape[1])

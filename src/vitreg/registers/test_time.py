@@ -121,8 +121,7 @@ def _search(
             stacklevel=3,
         )
         return vit
-    weight = _choose_weight(vit, units, count, held_back, diagnosis)
-    effect = held_back.effect(_moved(vit, units, count, weight))
+    weight, effect = _choose_weight(vit, units, count, held_back, diagnosis)
     said = (
         f"They are the first of {num_ranked}, ranked on {diagnosis.num_images} images by what they add to outliers, "
         f"and leave {100 * effect.outliers:.2g} % of outliers in {held_back.num_images} others "
@@ -195,8 +194,8 @@ def _closest(effect: Callable[[int], Effect], fewest: int, most: int) -> int:
 
 def _choose_weight(
     vit: VisionTransformer, units: list[Unit], count: int, held_back: HeldBack, diagnosis: Diagnosis
-) -> int:
-    """How often attention should count a register: doubled as long as the pooled features come closer."""
+) -> tuple[int, Effect]:
+    """How often attention should count a register, doubled while the pooled features come closer, and the effect."""
     weight = vit.config.register_weight
     outliers_per_image = diagnosis.outlier_fraction * diagnosis.num_patches / diagnosis.num_images
     best = held_back.effect(_moved(vit, units, count, weight))
@@ -205,7 +204,7 @@ def _choose_weight(
         if effect.similarity <= best.similarity or effect.outliers > max(best.outliers, REMOVED):
             break
         weight, best = 2 * weight, effect
-    return weight
+    return weight, best
 
 
 def _moved(
