@@ -3,6 +3,7 @@
 from vitreg.images.batches import Batches, Images
 from vitreg.images.boxes import BoxedImage, BoxSet, open_box_set
 from vitreg.images.bundled import bundled_photographs
+from vitreg.images.labelled import ImageSet
 from vitreg.images.reading import EXTENSIONS, MAX_PIXELS, ImageError, find_images, image_size, read_image
 from vitreg.images.stream import ImageBatch, ImageStream, SkippedImage
 
@@ -14,6 +15,7 @@ __all__ = [
     "BoxedImage",
     "ImageBatch",
     "ImageError",
+    "ImageSet",
     "ImageStream",
     "Images",
     "SkippedImage",

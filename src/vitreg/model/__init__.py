@@ -2,13 +2,14 @@
 
 from vitreg.model.config import PositionInterpolation, RopeConfig, ViTConfig
 from vitreg.model.preprocess import Preprocess
-from vitreg.model.tokens import Tokens
+from vitreg.model.tokens import Masked, Tokens
 from vitreg.model.trace import AttentionRows, Query, Trace
 from vitreg.model.vision_transformer import REGISTER_STD, VisionTransformer
 
 __all__ = [
     "REGISTER_STD",
     "AttentionRows",
+    "Masked",
     "PositionInterpolation",
     "Preprocess",
     "Query",

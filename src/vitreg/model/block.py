@@ -101,6 +101,7 @@ class Block(nn.Module):
         self.attn = DifferentialAttention(config, index) if config.differential else Attention(config)
         self.mlp = Mlp(config, tuple(unit for block, unit in config.register_neurons if block == index))
         self.scale1 = nn.Parameter(torch.empty(config.embed_dim)) if config.layer_scale else None
+        self.drop_path = nn.Identity()  # training puts stochastic depth here
         self.norm2 = self.scale2 = None
         if not self.parallel:
             self.norm2 = nn.LayerNorm(config.embed_dim, config.norm_eps)
@@ -113,9 +114,9 @@ class Block(nn.Module):
         normed = self.norm1(x)
         branch = self._attend(normed, rotation, record) if self.num_copies else self.attn(normed, rotation, record)
         if self.norm2 is None:
-            return _add(x, branch + self.mlp(normed, record), self.scale1)
-        x = _add(x, branch, self.scale1)
-        return _add(x, self.mlp(self.norm2(x), record), self.scale2)
+            return _add(x, self.drop_path(branch + self.mlp(normed, record)), self.scale1)
+        x = _add(x, self.drop_path(branch), self.scale1)
+        return _add(x, self.drop_path(self.mlp(self.norm2(x), record)), self.scale2)
 
     def _attend(self, normed: Tensor, rotation: Rotation | None, record: Record | None) -> Tensor:
         """Attention in which test-time registers count several times; their copies come first."""

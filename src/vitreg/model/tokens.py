@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 import torch
-from jaxtyping import Float
+from jaxtyping import Bool, Float
 from torch import Tensor
 
 
@@ -56,3 +56,16 @@ class Tokens:
         if self.cls is not None:
             parts.insert(0, self.cls.unsqueeze(-2))
         return torch.cat(parts, dim=-2)
+
+
+@dataclass(frozen=True)
+class Masked:
+    """Patches that are hidden from a model (iBOT, arXiv 2111.07832): class token and registers never are.
+
+    Attributes:
+        where: true at the hidden patches.
+        token: what stands in their place, before the position embedding.
+    """
+
+    where: Bool[Tensor, "B N"]
+    token: Float[Tensor, " D"]

@@ -16,7 +16,7 @@ from vitreg.model.pooling import AttentionPool
 from vitreg.model.positions import resize_positions
 from vitreg.model.preprocess import Preprocess
 from vitreg.model.rope import rotation
-from vitreg.model.tokens import Tokens
+from vitreg.model.tokens import Masked, Tokens
 from vitreg.model.trace import Facet, Query, Recorder, Trace
 
 # DINOv3's value. Registers must differ from the start: they take no position embedding, so identical ones
@@ -92,16 +92,17 @@ class VisionTransformer(nn.Module):
         """Turns a picture into the checkpoint's input (mean, std, size, interpolation)."""
         return self.config.preprocess
 
-    def forward(self, images: Float[Tensor, "B 3 H W"]) -> Tokens:
+    def forward(self, images: Float[Tensor, "B 3 H W"], masked: Masked | None = None) -> Tokens:
         """The tokens after the last block and, where there is one before pooling, after the final norm.
 
         Args:
             images: normalised as `preprocess` does; sides are multiples of the patch size.
+            masked: patches that a mask token replaces, for masked image modelling.
 
         Raises:
             ValueError: the images do not fit the model.
         """
-        return self._run(images, None)
+        return self._run(images, None, masked=masked)
 
     def pool(self, tokens: Tokens) -> Float[Tensor, "B F"]:
         """One feature per image, as the checkpoint's head reads it. Registers never take part."""
@@ -168,9 +169,18 @@ class VisionTransformer(nn.Module):
         )
         return recorder.finish(self._run(images, recorder, keep_embeddings=embeddings))
 
-    def _run(self, images: Tensor, recorder: Recorder | None, *, keep_embeddings: bool = False) -> Tokens:
+    def _run(
+        self,
+        images: Tensor,
+        recorder: Recorder | None,
+        *,
+        keep_embeddings: bool = False,
+        masked: Masked | None = None,
+    ) -> Tokens:
         grid = self._grid(images)
         x = self.patch_embed(images.to(self.patch_embed.weight.dtype)).flatten(2).transpose(1, 2)
+        if masked is not None:
+            x = torch.where(masked.where.unsqueeze(-1), masked.token.to(x.dtype), x)
         if recorder is not None and keep_embeddings:
             recorder.embeddings = x
         x = self._assemble(x, grid)

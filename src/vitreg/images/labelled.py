@@ -1,0 +1,41 @@
+"""Sets of pictures that can be read in any order, with their labels or captions."""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from collections.abc import Sequence
+
+from PIL import Image
+
+
+class ImageSet(ABC):
+    """Pictures with what is known of them; safe to hand to worker processes.
+
+    Attributes:
+        source: where they are from, for messages.
+        classes: names of the classes, in the order of the labels; empty where there are no labels.
+        labels: class number of every picture; None where there are no labels.
+    """
+
+    source: str
+    classes: tuple[str, ...] = ()
+    labels: Sequence[int] | None = None
+
+    @abstractmethod
+    def __len__(self) -> int: ...
+
+    @abstractmethod
+    def picture(self, index: int) -> Image.Image:
+        """A picture, upright and in RGB.
+
+        Raises:
+            ImageError: it cannot be read; the message names it.
+        """
+
+    @abstractmethod
+    def name(self, index: int) -> str:
+        """What to call a picture in messages: its path, or its place in an archive."""
+
+    def captions(self, index: int) -> tuple[str, ...]:
+        """Sentences about a picture."""
+        return ()

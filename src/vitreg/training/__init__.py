@@ -1,0 +1,1 @@
+"""THE CAUSE: training with and without registers, and watching artifacts appear."""

@@ -1,0 +1,90 @@
+"""What a recipe trains, and what it makes of a picture: the two things in which recipes differ."""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+from PIL import Image
+from torch import Tensor, nn
+
+from vitreg.images import ImageSet
+from vitreg.model import VisionTransformer
+
+Batch = dict[str, Tensor]
+"""What one step trains on, by name; every tensor's first axis is the pictures, in the order of the epoch."""
+
+
+@dataclass(frozen=True)
+class Sample:
+    """A picture and what is known of it.
+
+    Attributes:
+        picture: RGB, upright.
+        label: class number, None where there is none.
+        captions: sentences about it, maybe none.
+    """
+
+    picture: Image.Image
+    label: int | None = None
+    captions: tuple[str, ...] = ()
+
+
+class Views(ABC):
+    """Turns samples into a batch, in worker processes.
+
+    Randomness is taken from the global generators of Python, NumPy and PyTorch, which are seeded for every sample (and
+    again for every `collate`) from the run's seed and the sample's place in the order of the run. So a picture is
+    augmented the same way however many workers, processes and interruptions there are.
+    """
+
+    @abstractmethod
+    def __call__(self, sample: Sample) -> Batch:
+        """The tensors of one picture, without a batch axis."""
+
+    def collate(self, rows: Sequence[Batch]) -> Batch:
+        """The batch of consecutive samples; their number is even and the first one's place in the order is, too."""
+        return {name: torch.stack([row[name] for row in rows]) for name in rows[0]}
+
+
+class Method(nn.Module, ABC):
+    """A model in training with whatever it needs beside it, such as a teacher, heads or a text tower.
+
+    Attributes:
+        vit: the Vision Transformer that learns.
+    """
+
+    vit: VisionTransformer
+
+    @abstractmethod
+    def forward(self, batch: Batch, progress: float) -> dict[str, Tensor]:
+        """Scalars: `loss`, the mean over the batch, and what else is worth logging.
+
+        Args:
+            batch: this process's part of the global batch.
+            progress: the part of the training that is done, 0 to 1, for schedules.
+        """
+
+    def after_step(self, progress: float) -> None:
+        """What follows an optimizer step, such as moving a teacher."""
+
+    @property
+    def product(self) -> VisionTransformer:
+        """The model that a run is for: what is diagnosed and saved. The student, unless there is a teacher."""
+        return self.vit
+
+    def companions(self) -> dict[str, nn.Module]:
+        """Modules that are saved beside the product, by file name, such as CLIP's text tower."""
+        return {}
+
+    def evaluate(self, vit: VisionTransformer, images: ImageSet, batch_size: int) -> dict[str, float]:
+        """Figures of merit on held-out pictures, such as top-1 accuracy in percent; may be none.
+
+        Args:
+            vit: the product as it would be saved, in evaluation mode.
+            images: pictures that were not trained on.
+            batch_size: pictures at a time.
+        """
+        return {}
