@@ -1,5 +1,6 @@
 """The Vision Transformer with registers."""
 
+from vitreg.model.block import Block
 from vitreg.model.config import PositionInterpolation, RopeConfig, ViTConfig
 from vitreg.model.preprocess import Preprocess
 from vitreg.model.tokens import Masked, Tokens
@@ -9,6 +10,7 @@ from vitreg.model.vision_transformer import REGISTER_STD, VisionTransformer
 __all__ = [
     "REGISTER_STD",
     "AttentionRows",
+    "Block",
     "Masked",
     "PositionInterpolation",
     "Preprocess",

@@ -69,6 +69,7 @@ class TrainingConfig:
         num_steps: optimizer steps.
         batch_size: pictures a step, over all processes and micro-batches.
         accumulation: micro-batches that a process splits its part of a batch into.
+        drop_path: rate of stochastic depth, the same in every block.
         ema_decay: of the averaged weights that are diagnosed and saved; 0 keeps no average.
         precision: bfloat16 keeps the weights in float32 and computes in bfloat16.
         sharding: ddp copies the model to every process, fsdp spreads it over them (FSDP2).
@@ -86,6 +87,7 @@ class TrainingConfig:
     num_steps: int
     batch_size: int
     accumulation: int = 1
+    drop_path: float = 0.0
     ema_decay: float = 0.0
     precision: Literal["float32", "bfloat16"] = "float32"
     sharding: Literal["ddp", "fsdp"] = "ddp"

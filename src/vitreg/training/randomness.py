@@ -24,3 +24,8 @@ def fixed_randomness(*key: int) -> Iterator[None]:
         random.setstate(before[0])
         np.random.set_state(before[1])
         torch.set_rng_state(before[2])
+
+
+def seed_step(*key: int) -> None:
+    """PyTorch's generators, of all devices, for one forward pass; the same in every process."""
+    torch.manual_seed(int(np.random.SeedSequence(key).generate_state(1)[0]))

@@ -1,0 +1,40 @@
+"""Weights that follow those of a model in training."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+
+import torch
+from torch import Tensor
+
+from vitreg.model import VisionTransformer
+from vitreg.training.processes import local, whole
+
+
+@torch.no_grad()
+def follow(followers: Iterable[Tensor], leaders: Iterable[Tensor], momentum: float) -> None:
+    """`follower = momentum * follower + (1 - momentum) * leader`, each process on its own parts."""
+    torch._foreach_lerp_([local(t) for t in followers], [local(t.detach()) for t in leaders], 1 - momentum)
+
+
+class Average:
+    """An exponential moving average of a model's weights.
+
+    In the first steps the average forgets faster, `(1 + step) / (10 + step)`, so that the initial weights do not linger
+    (as `tf.train.ExponentialMovingAverage`).
+
+    Attributes:
+        tensors: the averaged weights by name, sharded as the model's are.
+    """
+
+    def __init__(self, vit: VisionTransformer, decay: float) -> None:
+        self.decay = decay
+        self.tensors = {name: parameter.detach().clone() for name, parameter in vit.named_parameters()}
+
+    def update(self, vit: VisionTransformer, step: int) -> None:
+        """After optimizer step `step`, counted from 1."""
+        follow(self.tensors.values(), vit.parameters(), min(self.decay, (1 + step) / (10 + step)))
+
+    def state(self) -> dict[str, Tensor]:
+        """All of it, gathered; every process has to ask."""
+        return {name: whole(tensor) for name, tensor in self.tensors.items()}

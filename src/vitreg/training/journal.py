@@ -1,0 +1,147 @@
+"""What a run writes down while it goes on: losses, speed, diagnoses, the model."""
+
+from __future__ import annotations
+
+import json
+import math
+import os
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from vitreg.checkpoints import save
+from vitreg.model import VisionTransformer
+from vitreg.training.config import TrainingConfig
+from vitreg.training.method import Method
+from vitreg.training.processes import Processes
+from vitreg.training.run_folder import RunFolder, writing
+from vitreg.training.samples import SampleStream
+from vitreg.training.throughput import flops_per_picture, matrix_rate
+
+
+class Journal:
+    """Collects numbers without waiting for the device, and writes them every `log_every` steps.
+
+    Args:
+        config, folder, processes: of the run.
+        method: still on the CPU; the work of a step is counted on it.
+        stream: two pictures are taken from it to count on.
+        on_log: called with every entry, on the first process.
+    """
+
+    def __init__(
+        self,
+        config: TrainingConfig,
+        folder: RunFolder,
+        processes: Processes,
+        method: Method,
+        stream: SampleStream,
+        on_log: Callable[[dict[str, Any]], None] | None,
+    ) -> None:
+        self._config, self._folder, self._processes, self._on_log = config, folder, processes, on_log
+        dtype = torch.bfloat16 if config.precision == "bfloat16" else torch.float32
+        self._floor = flops_per_picture(method, stream[range(2)][0]) / matrix_rate(processes.device, dtype)
+        self._noted: list[tuple[int, float, dict[str, Tensor]]] = []
+        self._skipped: set[str] = set()
+        self._board: Any = None
+        self._clock = time.perf_counter()
+
+    def __enter__(self) -> Journal:
+        if self._processes.first:
+            try:
+                from torch.utils.tensorboard import SummaryWriter
+            except ImportError:
+                pass
+            else:
+                with writing(self._folder.path):
+                    self._board = SummaryWriter(str(self._folder.tensorboard))
+        self._clock = time.perf_counter()
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        if self._board is not None:
+            self._board.close()
+
+    def skip(self, reasons: list[str]) -> None:
+        """Remember pictures that could not be read."""
+        self._skipped.update(reasons)
+
+    def note(self, step: int, rate: float, values: dict[str, Tensor]) -> None:
+        """Keep a step's scalars, where they are."""
+        self._noted.append((step, rate, values))
+
+    def flush(self, stopped: bool) -> bool:
+        """Write what was noted since the last time; returns whether any process has been told to stop.
+
+        Raises:
+            ValueError: a loss is not a number.
+        """
+        names = list(self._noted[0][2])
+        table = torch.stack([torch.stack([values[n].float().reshape(()) for n in names]) for *_, values in self._noted])
+        counts = torch.tensor([float(stopped), float(len(self._skipped))], device=table.device)
+        table, counts = self._processes.mean(table).cpu(), self._processes.mean(counts).cpu() * self._processes.world
+        speed = len(self._noted) * self._config.batch_size / (time.perf_counter() - self._clock)
+        entries = [
+            {"step": at, "images": at * self._config.batch_size, "lr": rate, **dict(zip(names, row, strict=True))}
+            for (at, rate, _), row in zip(self._noted, table.tolist(), strict=True)
+        ]
+        self._noted = []
+        bad = next((entry for entry in entries if not math.isfinite(entry["loss"])), None)
+        entries = entries if bad is None else entries[: entries.index(bad)]
+        if entries and self._processes.first:
+            share = speed / self._processes.world * self._floor
+            entries[-1] |= {"images_per_second": speed, "matrix_rate_share": share, "skipped": int(counts[1])}
+            self._write(self._folder.log, entries)
+        if bad is not None:
+            raise not_finite(f"the loss is {bad['loss']} at step {bad['step']}", self._folder)
+        self._clock = time.perf_counter()
+        return bool(counts[0])
+
+    def _write(self, path: Path, entries: list[dict[str, Any]]) -> None:
+        with writing(self._folder.path):
+            with path.open("a") as file:
+                file.write("".join(json.dumps(entry) + "\n" for entry in entries))
+            if self._board is not None:
+                for entry in entries:
+                    for name, value in entry.items():
+                        if isinstance(value, int | float) and name not in ("step", "images"):
+                            self._board.add_scalar(name, value, entry["step"])
+        if self._on_log is not None:
+            self._on_log(entries[-1])
+
+    def diagnosed(self, step: int, found: dict[str, Any]) -> None:
+        """Write down a diagnosis; the time it took does not count as training."""
+        entry = {"step": step, "images": step * self._config.batch_size, **found}
+        self._write(self._folder.diagnoses, [entry])
+        if self._board is not None:
+            for block in found["blocks"]:
+                for name in ("median", "p99", "max", "outlier_fraction"):
+                    self._board.add_scalar(f"norms/block{block['block']:02d}/{name}", block[name], step)
+            for name, value in found["metrics"].items():
+                self._board.add_scalar(f"held_out/{name}", value, step)
+        self._clock = time.perf_counter()
+
+    def save(self, vit: VisionTransformer, companions: dict[str, dict[str, Tensor]]) -> None:
+        """Write the model, and what is trained beside it, each whole or not at all."""
+        save(vit, self._folder.model)
+        for name, state in companions.items():
+            from safetensors.torch import save_file
+
+            with writing(self._folder.path):
+                temporary = self._folder.path / f".{name}.partial"
+                save_file({key: tensor.cpu().contiguous() for key, tensor in state.items()}, temporary)
+                os.replace(temporary, self._folder.path / f"{name}.safetensors")
+        self._clock = time.perf_counter()
+
+
+def not_finite(what: str, folder: RunFolder) -> ValueError:
+    """The error for losses or weights that are not finite."""
+    from vitreg.training.snapshots import latest_snapshot
+
+    last = latest_snapshot(folder.checkpoints)
+    kept = "there is no checkpoint yet" if last is None else f"the last good checkpoint is kept in {last}"
+    return ValueError(f"{what}; {kept}. Start again with a lower learning rate, a longer warm-up or float32")

@@ -1,0 +1,139 @@
+"""The processes that share a training run: one, or those that `torchrun` started."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Callable
+from dataclasses import dataclass
+from datetime import timedelta
+from typing import Any, Literal
+
+import torch
+import torch.distributed as dist
+from torch import Tensor, nn
+from torch.distributed.tensor import DTensor
+
+from vitreg.model import Block
+from vitreg.training.method import Method
+
+
+@dataclass(frozen=True)
+class Processes:
+    """Who takes part, and where this one computes.
+
+    Attributes:
+        rank: number of this process.
+        world: how many there are.
+        device: where this process computes.
+    """
+
+    rank: int
+    world: int
+    device: torch.device
+
+    @classmethod
+    def join(cls, device: str = "auto") -> Processes:
+        """Meet the processes that `torchrun` started, or be alone.
+
+        Args:
+            device: cpu, cuda, mps; auto takes a GPU where there is one, each process its own.
+
+        Raises:
+            ValueError: the device does not exist.
+        """
+        kind = ("cuda" if torch.cuda.is_available() else "cpu") if device == "auto" else device
+        local = int(os.environ.get("LOCAL_RANK", 0))
+        try:
+            place = torch.device(kind, local) if kind == "cuda" else torch.device(kind)
+            torch.empty(1, device=place)
+        except (RuntimeError, AssertionError) as error:
+            raise ValueError(f"cannot use device {device!r}: {' '.join(str(error).split())}") from error
+        if place.type == "cuda":
+            torch.cuda.set_device(place)
+        if "RANK" not in os.environ:
+            return cls(0, 1, place)
+        if not dist.is_initialized():
+            backend = "cpu:gloo,cuda:nccl" if place.type == "cuda" else "gloo"
+            dist.init_process_group(backend, timeout=timedelta(minutes=10))
+        return cls(dist.get_rank(), dist.get_world_size(), place)
+
+    @property
+    def first(self) -> bool:
+        """Whether this is the one that writes files and talks."""
+        return self.rank == 0
+
+    def leave(self) -> None:
+        """Part from the others."""
+        if dist.is_initialized():
+            dist.destroy_process_group()
+
+    def mean(self, values: Tensor) -> Tensor:
+        """The mean over the processes."""
+        if self.world > 1:
+            dist.all_reduce(values)
+            values /= self.world
+        return values
+
+    def barrier(self) -> None:
+        """Wait for the others."""
+        if self.world > 1:
+            dist.barrier()
+
+    def on_first(self, work: Callable[[], Any]) -> Any:
+        """Do something on the first process only; all return its result, and all fail where it fails.
+
+        Raises:
+            ValueError: what the first process ran into; others raise it too, so that none waits for ever.
+        """
+        outcome: list[Any] = [None, None]
+        error: Exception | None = None
+        if self.first:
+            try:
+                outcome[0] = work()
+            except Exception as caught:
+                error = caught
+                outcome[1] = f"{caught}" or type(caught).__name__
+        if self.world > 1:
+            dist.broadcast_object_list(outcome, src=0)
+        if error is not None:
+            raise error
+        if outcome[1] is not None:
+            raise ValueError(f"the first process stopped: {outcome[1]}")
+        return outcome[0]
+
+
+def distribute(
+    method: Method, processes: Processes, sharding: Literal["ddp", "fsdp"], precision: Literal["float32", "bfloat16"]
+) -> nn.Module:
+    """The method, ready to be trained by all processes together.
+
+    With ddp every process holds everything and gradients are averaged. With fsdp parameters, gradients and optimizer
+    state are spread over the processes (`torch.distributed.fsdp.fully_shard`), gathered block by block.
+    """
+    if sharding == "fsdp":
+        from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
+
+        if not dist.is_initialized():
+            raise ValueError("sharding fsdp needs processes to spread over: start with torchrun")
+        policy = MixedPrecisionPolicy()
+        if precision == "bfloat16":
+            policy = MixedPrecisionPolicy(param_dtype=torch.bfloat16, reduce_dtype=torch.float32)
+        for block in (module for module in method.modules() if isinstance(module, Block)):
+            fully_shard(block, mp_policy=policy)
+        return fully_shard(method, mp_policy=policy)
+    if processes.world == 1:
+        return method
+    from torch.nn.parallel import DistributedDataParallel
+
+    device_ids = [processes.device.index] if processes.device.type == "cuda" else None
+    return DistributedDataParallel(method, device_ids=device_ids, broadcast_buffers=False)
+
+
+def local(tensor: Tensor) -> Tensor:
+    """This process's part of a sharded tensor; any other as it is."""
+    return tensor.to_local() if isinstance(tensor, DTensor) else tensor
+
+
+def whole(tensor: Tensor) -> Tensor:
+    """All parts of a sharded tensor, on every process; any other as it is."""
+    return tensor.full_tensor() if isinstance(tensor, DTensor) else tensor

@@ -1,0 +1,102 @@
+"""Checkpoints to resume from, of any number of processes, which a kill at any moment leaves whole."""
+
+from __future__ import annotations
+
+import os
+import shutil
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.distributed.checkpoint as dcp
+from torch import nn
+from torch.distributed.checkpoint.state_dict import get_state_dict, set_state_dict
+
+from vitreg.training.average import Average
+from vitreg.training.processes import Processes
+from vitreg.training.run_folder import writing
+
+
+def save_snapshot(
+    folder: Path,
+    step: int,
+    method: nn.Module,
+    optimizer: torch.optim.Optimizer,
+    average: Average | None,
+    processes: Processes,
+) -> None:
+    """Write `step-N`: first beside it under another name, then renamed, then the older ones are removed.
+
+    Randomness needs no room in it: it follows from the seed and the step.
+
+    Raises:
+        ValueError: it cannot be written; the one before is still there.
+    """
+    final, temporary = folder / f"step-{step:08d}", folder / f".step-{step:08d}.partial"
+    if final.exists():
+        return
+    state = _state(method, optimizer, average)
+
+    def prepare() -> None:
+        with writing(folder):
+            shutil.rmtree(temporary, ignore_errors=True)
+            temporary.mkdir(parents=True)
+
+    def finish() -> None:
+        with writing(folder):
+            _flush(temporary)
+            os.replace(temporary, final)
+        for old in _snapshots(folder)[:-1]:
+            shutil.rmtree(old, ignore_errors=True)
+
+    processes.on_first(prepare)
+    try:
+        dcp.save(state, checkpoint_id=temporary, no_dist=processes.world == 1)
+    except (OSError, RuntimeError, dcp.api.CheckpointException) as error:
+        if processes.first:
+            shutil.rmtree(temporary, ignore_errors=True)
+        reason = " ".join(str(error).split())[-300:]
+        raise ValueError(f"cannot write a checkpoint into {folder} ({reason}); the one before it is whole") from error
+    processes.on_first(finish)
+
+
+def load_snapshot(
+    path: Path, method: nn.Module, optimizer: torch.optim.Optimizer, average: Average | None, processes: Processes
+) -> int:
+    """Put a snapshot's state into freshly built objects, on any number of processes; returns its step.
+
+    Raises:
+        ValueError: it is damaged, or of a model of another size.
+    """
+    state = _state(method, optimizer, average)
+    try:
+        dcp.load(state, checkpoint_id=path, no_dist=processes.world == 1)
+    except (OSError, RuntimeError, ValueError, KeyError, dcp.api.CheckpointException) as error:
+        reason = " ".join(str(error).split())[-300:]
+        raise ValueError(f"{path} does not fit this run's model, or is damaged ({reason})") from error
+    set_state_dict(method, optimizer, model_state_dict=state["model"], optim_state_dict=state["optimizer"])
+    return int(path.name.removeprefix("step-"))
+
+
+def latest_snapshot(folder: Path) -> Path | None:
+    """The newest whole one."""
+    return next(reversed(_snapshots(folder)), None)
+
+
+def _snapshots(folder: Path) -> list[Path]:
+    return sorted(folder.glob("step-*"))
+
+
+def _state(method: nn.Module, optimizer: torch.optim.Optimizer, average: Average | None) -> dict[str, Any]:
+    model, optim = get_state_dict(method, optimizer)
+    return {"model": model, "optimizer": optim, "average": {} if average is None else average.tensors}
+
+
+def _flush(folder: Path) -> None:
+    """Make sure that what was written is on the disk before the name says so."""
+    for path in [*folder.iterdir(), folder]:
+        handle = os.open(path, os.O_RDONLY)
+        try:
+            os.fsync(handle)
+        finally:
+            os.close(handle)

@@ -1,0 +1,136 @@
+"""Starting a run, and going on with one."""
+
+from __future__ import annotations
+
+import os
+from importlib import metadata
+from pathlib import Path
+from typing import Any
+
+from vitreg.images import ImageSet, open_image_set, open_split
+from vitreg.training.config import TrainingConfig
+from vitreg.training.engine import OnLog, Training
+from vitreg.training.held_out import hold_out
+from vitreg.training.processes import Processes
+from vitreg.training.recipes import config_from_dict
+from vitreg.training.run_folder import RunFolder
+from vitreg.training.samples import default_workers
+
+
+def open_data(data: str | os.PathLike[str], val: str | os.PathLike[str] | None, seed: int) -> tuple[ImageSet, ImageSet]:
+    """Pictures to train on, and others to diagnose and evaluate on.
+
+    Args:
+        data: class folders, Parquet files, WebDataset tars or a `captions.csv`; or a folder with a `train` and a `val`.
+        val: held-out pictures; by default those in `data`, or else a twentieth of it, at most 1000.
+        seed: decides which twentieth.
+
+    Raises:
+        ValueError: there are no such pictures.
+    """
+    if val is not None:
+        return open_image_set(data), open_image_set(val)
+    train, held_out = open_split(data)
+    return (train, held_out) if held_out is not None else hold_out(train, seed)
+
+
+def train(
+    config: TrainingConfig,
+    data: str | os.PathLike[str],
+    out: str | os.PathLike[str],
+    *,
+    val: str | os.PathLike[str] | None = None,
+    device: str = "auto",
+    num_workers: int | None = None,
+    on_log: OnLog | None = None,
+) -> bool:
+    """Train a Vision Transformer; `vitreg.load(out)` gives the model.
+
+    Started by `torchrun`, the processes share each batch. The result depends on the seed, not on their number.
+
+    Args:
+        config: as a recipe gives it.
+        data: as of `open_data`.
+        val: as of `open_data`.
+        out: the run's folder, a new one.
+        device: cpu, cuda, mps; auto takes a GPU where there is one.
+        num_workers: decoding processes for each training process.
+        on_log: called on the first process with every entry of the logs.
+
+    Returns:
+        Whether it came to the end; False after Ctrl-C, and then `resume` goes on.
+
+    Raises:
+        ValueError: bad pictures or settings, a loss that is not a number, full memory or disk.
+    """
+    images, held_out = open_data(data, val, config.seed)
+    source: dict[str, Any] = {
+        "train": str(Path(data).expanduser()),
+        "val": None if val is None else str(Path(val).expanduser()),
+        "num_images": len(images),
+        "classes": list(images.classes),
+    }
+    processes = Processes.join(device)
+    try:
+        folder = RunFolder(out)
+        description = {**config.to_dict(), "data": source, "version": metadata.version("vitreg")}
+        processes.on_first(lambda: folder.create(description))
+        return _run(config, folder, images, held_out, processes, num_workers, on_log)
+    finally:
+        processes.leave()
+
+
+def resume(
+    run: str | os.PathLike[str],
+    *,
+    data: str | os.PathLike[str] | None = None,
+    val: str | os.PathLike[str] | None = None,
+    device: str = "auto",
+    num_workers: int | None = None,
+    on_log: OnLog | None = None,
+) -> bool:
+    """Go on with a run from its last checkpoint, as if it had never stopped, on any number of processes.
+
+    Args:
+        run: its folder.
+        data: where the pictures are now, if they have moved.
+        val: and the held-out ones.
+        device: as of `train`.
+        num_workers: as of `train`.
+        on_log: as of `train`.
+
+    Returns:
+        Whether it came to the end.
+
+    Raises:
+        ValueError: no run's folder, or other pictures than the run began with.
+    """
+    folder = RunFolder(run)
+    description = folder.describe()
+    config, before = config_from_dict(description), description["data"]
+    images, held_out = open_data(data or before["train"], val or before["val"], config.seed)
+    if len(images) != before["num_images"] or list(images.classes) != before["classes"]:
+        raise ValueError(
+            f"{images.source} has {len(images)} pictures of {len(images.classes)} classes; the run began with "
+            f"{before['num_images']} of {len(before['classes'])}; give the same pictures with --data"
+        )
+    processes = Processes.join(device)
+    try:
+        return _run(config, folder, images, held_out, processes, num_workers, on_log)
+    finally:
+        processes.leave()
+
+
+def _run(
+    config: TrainingConfig,
+    folder: RunFolder,
+    images: ImageSet,
+    held_out: ImageSet,
+    processes: Processes,
+    num_workers: int | None,
+    on_log: OnLog | None,
+) -> bool:
+    workers = default_workers(processes) if num_workers is None else num_workers
+    training = Training(config, folder, images, held_out, processes, num_workers=workers, on_log=on_log)
+    training.restore()
+    return training.run()

@@ -1,0 +1,45 @@
+"""Diagnosing a model in training on pictures that it does not train on."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from vitreg.artifacts import diagnose
+from vitreg.images import ImageSet
+from vitreg.model import VisionTransformer
+from vitreg.training.config import TrainingConfig
+from vitreg.training.held_out import stream_pictures
+from vitreg.training.method import Method
+
+BATCH_SIZE = 64
+# What a diagnosis says of its pictures rather than of the model.
+LEFT_OUT = ("skipped", "position_frequency", "interrupted", "format", "version")
+
+
+class Watch:
+    """Records when artifacts appear.
+
+    Args:
+        config: of the run.
+        images: held out; the first diagnosis decides which of them are looked at by all.
+        device: where models are looked at.
+    """
+
+    def __init__(self, config: TrainingConfig, images: ImageSet, device: torch.device) -> None:
+        self._config, self._images, self._device = config, images, device
+        self._kept: list[Tensor] = []
+
+    def look(self, method: Method, vit: VisionTransformer) -> dict[str, Any]:
+        """What `diagnose` says of the model, as JSON types, with the method's `metrics`."""
+        if not self._kept:
+            limit = self._config.num_diagnosed
+            batches = stream_pictures(
+                self._images, vit.preprocess, batch_size=BATCH_SIZE, device=self._device, limit=limit
+            )
+            self._kept = [batch for batch, _ in batches]
+        diagnosis = diagnose(vit, iter(self._kept), max_examples=1).to_dict()
+        found = {key: value for key, value in diagnosis.items() if key not in LEFT_OUT}
+        return {"metrics": method.evaluate(vit, self._images, BATCH_SIZE), **found}
