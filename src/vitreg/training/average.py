@@ -14,7 +14,8 @@ from vitreg.training.processes import local, whole
 @torch.no_grad()
 def follow(followers: Iterable[Tensor], leaders: Iterable[Tensor], momentum: float) -> None:
     """`follower = momentum * follower + (1 - momentum) * leader`, each process on its own parts."""
-    torch._foreach_lerp_([local(t) for t in followers], [local(t.detach()) for t in leaders], 1 - momentum)
+    pairs = [local(t) for t in followers], [local(t.detach()) for t in leaders]
+    torch._foreach_lerp_(*pairs, 1 - momentum)  # pyright: ignore[reportPrivateImportUsage]
 
 
 class Average:

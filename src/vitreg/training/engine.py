@@ -9,6 +9,8 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.distributed.fsdp import FSDPModule
+from torch.nn.parallel import DistributedDataParallel
 
 from vitreg.checkpoints.state import build
 from vitreg.images import ImageSet
@@ -159,9 +161,11 @@ class Training:
         """Forward and backward of a micro-batch; gradients meet those of other processes with the last."""
         config, last = self.config, micro == self.config.accumulation - 1
         seed_step(config.seed, self.step, micro)
-        later = self.model.no_sync() if not last and hasattr(self.model, "no_sync") else contextlib.nullcontext()
-        if config.sharding == "fsdp":
-            self.model.set_requires_gradient_sync(last)  # pyright: ignore[reportCallIssue]
+        later = contextlib.nullcontext()
+        if isinstance(self.model, FSDPModule):
+            self.model.set_requires_gradient_sync(last)
+        elif isinstance(self.model, DistributedDataParallel) and not last:
+            later = self.model.no_sync()
         half = config.precision == "bfloat16"
         with later:
             with torch.autocast(self.processes.device.type, torch.bfloat16, enabled=half):
@@ -175,7 +179,8 @@ class Training:
         Raises:
             ValueError: weights are not finite, or they cannot be written.
         """
-        if not all(bool(torch.isfinite(local(p)).all()) for p in self.method.parameters()):
+        bad = sum((~torch.isfinite(local(p))).any().float() for p in self.method.parameters())
+        if self.processes.mean(torch.as_tensor(bad)):
             raise not_finite(f"weights are not finite after step {self.step}", self.folder)
         save_snapshot(self.folder.checkpoints, self.step, self.method, self.optimizer, self.average, self.processes)
         vit = self.product()

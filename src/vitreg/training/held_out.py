@@ -55,7 +55,7 @@ class Part(ImageSet):
     def __init__(self, images: ImageSet, indices: np.ndarray) -> None:
         self._images, self._indices = images, indices
         self.source, self.classes = images.source, images.classes
-        self.labels = None if images.labels is None else np.asarray(images.labels)[indices]
+        self.labels = None if images.labels is None else np.asarray(images.labels)[indices].tolist()
 
     def __len__(self) -> int:
         return len(self._indices)

@@ -3,10 +3,8 @@
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Sequence
 from dataclasses import dataclass
 
-import torch
 from PIL import Image
 from torch import Tensor, nn
 
@@ -35,18 +33,18 @@ class Sample:
 class Views(ABC):
     """Turns samples into a batch, in worker processes.
 
-    Randomness is taken from the global generators of Python, NumPy and PyTorch, which are seeded for every sample (and
-    again for every `collate`) from the run's seed and the sample's place in the order of the run. So a picture is
-    augmented the same way however many workers, processes and interruptions there are.
+    Randomness is taken from the global generators of Python, NumPy and PyTorch, which are seeded for every sample, and
+    again for every pair, from the run's seed and the place in the order of the run. So a picture is augmented and mixed
+    the same way however many workers, processes, micro-batches and interruptions there are.
     """
 
     @abstractmethod
     def __call__(self, sample: Sample) -> Batch:
         """The tensors of one picture, without a batch axis."""
 
-    def collate(self, rows: Sequence[Batch]) -> Batch:
-        """The batch of consecutive samples; their number is even and the first one's place in the order is, too."""
-        return {name: torch.stack([row[name] for row in rows]) for name in rows[0]}
+    def mix(self, pair: Batch) -> Batch:
+        """The tensors `[2, ...]` of two neighbours, which may be mixed with each other."""
+        return pair
 
 
 class Method(nn.Module, ABC):

@@ -68,7 +68,7 @@ def build_optimizer(method: nn.Module, config: OptimizerConfig) -> torch.optim.O
     betas = (0.9, config.beta2)
     if config.name == "adamw":
         return torch.optim.AdamW(groups, lr=config.lr, betas=betas, weight_decay=config.weight_decay)
-    from timm.optim import Lamb
+    from timm.optim.lamb import Lamb
 
     return Lamb(groups, lr=config.lr, betas=betas, weight_decay=config.weight_decay, max_grad_norm=None)
 

@@ -12,6 +12,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
+from torch.nn.parallel import DistributedDataParallel
 
 from vitreg.model import Block
 from vitreg.training.method import Method
@@ -120,11 +121,10 @@ def distribute(
             policy = MixedPrecisionPolicy(param_dtype=torch.bfloat16, reduce_dtype=torch.float32)
         for block in (module for module in method.modules() if isinstance(module, Block)):
             fully_shard(block, mp_policy=policy)
-        return fully_shard(method, mp_policy=policy)
+        fully_shard(method, mp_policy=policy)
+        return method
     if processes.world == 1:
         return method
-    from torch.nn.parallel import DistributedDataParallel
-
     device_ids = [processes.device.index] if processes.device.type == "cuda" else None
     return DistributedDataParallel(method, device_ids=device_ids, broadcast_buffers=False)
 

@@ -72,7 +72,8 @@ def deit3(
         num_steps=num_steps,
         batch_size=batch_size,
         drop_path=0.0 if smoke else drop_path.get(size, 0.0),
-        **_rhythm(num_steps, steps_per_epoch),
+        checkpoint_every=_checkpoint_every(steps_per_epoch),
+        diagnose_every=_diagnose_every(num_steps),
     )
 
 
@@ -81,12 +82,14 @@ RECIPES: dict[str, Callable[..., TrainingConfig]] = {"deit3": deit3}
 _METHODS = {"deit3": SupervisedConfig}
 
 
-def _rhythm(num_steps: int, steps_per_epoch: float) -> dict[str, int]:
-    """Checkpoints about every epoch, and about twenty diagnoses a run."""
-    return {
-        "checkpoint_every": max(50, min(round(steps_per_epoch), 2000)),
-        "diagnose_every": max(1, num_steps // 20),
-    }
+def _checkpoint_every(steps_per_epoch: float) -> int:
+    """About every epoch, so that little is lost and little time is spent."""
+    return max(50, min(round(steps_per_epoch), 2000))
+
+
+def _diagnose_every(num_steps: int) -> int:
+    """About twenty times a run: enough to see when artifacts appear."""
+    return max(1, num_steps // 20)
 
 
 def config_from_dict(values: dict[str, Any]) -> TrainingConfig:

@@ -37,19 +37,24 @@ class SampleStream(Dataset[Fetched]):
         self._epochs: dict[int, np.ndarray] = {}
 
     def __getitem__(self, positions: range) -> Fetched:
-        """The batch of consecutive positions.
+        """The batch of consecutive positions, an even number of them from an even one.
 
         Raises:
             ValueError: picture after picture cannot be read.
         """
         skipped: list[str] = []
+        pairs = [self._pair(first, skipped) for first in positions[::2]]
+        return {name: torch.cat([pair[name] for pair in pairs]) for name in pairs[0]}, skipped
+
+    def _pair(self, first: int, skipped: list[str]) -> Batch:
+        """Two consecutive positions, the first of them even."""
         rows = []
-        for position in positions:
+        for position in (first, first + 1):
             sample = self._sample(position, skipped)
             with fixed_randomness(self.seed, position):
                 rows.append(self.views(sample))
-        with fixed_randomness(self.seed, positions[0], 1):
-            return self.views.collate(rows), skipped
+        with fixed_randomness(self.seed, first, 1):
+            return self.views.mix({name: torch.stack([row[name] for row in rows]) for name in rows[0]})
 
     def _sample(self, position: int, skipped: list[str]) -> Sample:
         index = self._index(position)

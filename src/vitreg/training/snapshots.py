@@ -2,15 +2,20 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
 import shutil
+import warnings
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import torch
-import torch.distributed.checkpoint as dcp
 from torch import nn
+from torch.distributed.checkpoint.api import CheckpointException
 from torch.distributed.checkpoint.state_dict import get_state_dict, set_state_dict
+from torch.distributed.checkpoint.state_dict_loader import load
+from torch.distributed.checkpoint.state_dict_saver import save
 
 from vitreg.training.average import Average
 from vitreg.training.processes import Processes
@@ -51,8 +56,9 @@ def save_snapshot(
 
     processes.on_first(prepare)
     try:
-        dcp.save(state, checkpoint_id=temporary, no_dist=processes.world == 1)
-    except (OSError, RuntimeError, dcp.api.CheckpointException) as error:
+        with _quiet():
+            save(state, checkpoint_id=temporary, no_dist=processes.world == 1)
+    except (OSError, RuntimeError, CheckpointException) as error:
         if processes.first:
             shutil.rmtree(temporary, ignore_errors=True)
         reason = " ".join(str(error).split())[-300:]
@@ -70,8 +76,9 @@ def load_snapshot(
     """
     state = _state(method, optimizer, average)
     try:
-        dcp.load(state, checkpoint_id=path, no_dist=processes.world == 1)
-    except (OSError, RuntimeError, ValueError, KeyError, dcp.api.CheckpointException) as error:
+        with _quiet():
+            load(state, checkpoint_id=path, no_dist=processes.world == 1)
+    except (OSError, RuntimeError, ValueError, KeyError, CheckpointException) as error:
         reason = " ".join(str(error).split())[-300:]
         raise ValueError(f"{path} does not fit this run's model, or is damaged ({reason})") from error
     set_state_dict(method, optimizer, model_state_dict=state["model"], optim_state_dict=state["optimizer"])
@@ -100,3 +107,11 @@ def _flush(folder: Path) -> None:
             os.fsync(handle)
         finally:
             os.close(handle)
+
+
+@contextlib.contextmanager
+def _quiet() -> Iterator[None]:
+    """Without the remark that there is a single process."""
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", message="torch.distributed is disabled")
+        yield

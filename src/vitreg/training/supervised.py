@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -103,17 +102,14 @@ class SupervisedViews(Views):
         pixels = torch.from_numpy(np.asarray(self._augment(sample.picture)).transpose(2, 0, 1).copy())
         return {"image": self._preprocess.normalize(pixels), "label": torch.tensor(sample.label)}
 
-    def collate(self, rows: Sequence[Batch]) -> Batch:
-        """`image` [B, 3, H, W] and `target` [B, classes]."""
+    def mix(self, pair: Batch) -> Batch:
+        """`image` [2, 3, H, W] and `target` [2, classes]."""
         from timm.data.mixup import mixup_target
 
-        batch = super().collate(rows)
-        images, labels = batch["image"], batch["label"]
+        images, labels = pair["image"], pair["label"]
         if self._mixup is None:
-            target = mixup_target(labels, self._num_classes, smoothing=self._smoothing)
-        else:
-            pairs = [self._mixup(images[i : i + 2], labels[i : i + 2]) for i in range(0, len(rows), 2)]
-            target = torch.cat([target for _, target in pairs])  # images are mixed in place
+            return {"image": images, "target": mixup_target(labels, self._num_classes, smoothing=self._smoothing)}
+        images, target = self._mixup(images, labels)
         return {"image": images, "target": target}
 
 
