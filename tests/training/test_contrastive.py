@@ -7,6 +7,7 @@ import inspect
 import json
 import math
 import random
+import sys
 
 import open_clip
 import pytest
@@ -336,3 +337,9 @@ def test_settings_that_cannot_be(options, message):
 def test_a_model_without_projection_is_refused():
     with pytest.raises(ValueError, match="give it num_classes=32"):
         CONFIG.build(dataclasses.replace(MODEL, num_classes=0))
+
+
+def test_without_open_clip_the_message_says_what_to_install(monkeypatch):
+    monkeypatch.setitem(sys.modules, "open_clip", None)
+    with pytest.raises(ValueError, match=r'pip install "vitreg\[clip\]"'):
+        CONFIG.build(MODEL)

@@ -50,7 +50,7 @@ def recall(similarity: Float[Tensor, "I C"], owners: Int[Tensor, " C"]) -> dict[
     """R@1 and R@5 in percent.
 
     A picture is right at k if any of its captions is among its k most similar ones; a caption, if its picture is among
-    the k most similar pictures (Karpathy and Fei-Fei, arXiv 1412.2306, section 4.2).
+    the k most similar pictures (Karpathy and Fei-Fei, arXiv 1412.2306).
 
     Args:
         similarity: of pictures and captions.
@@ -63,4 +63,4 @@ def recall(similarity: Float[Tensor, "I C"], owners: Int[Tensor, " C"]) -> dict[
         figures[f"image_to_text_r{k}"] = (owners[captions] == pictures[:, None]).any(1)
         best = similarity.topk(min(k, similarity.shape[0]), dim=0).indices
         figures[f"text_to_image_r{k}"] = (best == owners).any(0)
-    return {name: 100 * float(right.float().mean()) for name, right in figures.items()}
+    return {name: 100 * int(right.sum()) / len(right) for name, right in figures.items()}
