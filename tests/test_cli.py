@@ -189,7 +189,7 @@ def test_import_needs_no_command_line_plotting_or_training_package():
     code = (
         "import sys, torch, time\n"
         "blocked = ('tyro', 'rich', 'lightly', 'ray', 'matplotlib', 'jinja2', 'transformers', 'open_clip', 'timm', "
-        "'torchvision', 'sklearn', 'skimage')\n"
+        "'torchvision', 'sklearn', 'skimage', 'pyarrow')\n"
         "class Block:\n"
         "    def find_spec(self, name, path=None, target=None):\n"
         "        if name.split('.')[0] in blocked: raise ImportError(name)\n"

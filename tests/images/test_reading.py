@@ -16,6 +16,7 @@ import pytest
 from PIL import Image, ImageCms, features
 
 from vitreg.images import MAX_PIXELS, ImageError, find_images, read_image
+from vitreg.images.reading import decode_image
 
 
 def array(path: Path) -> np.ndarray:
@@ -264,6 +265,31 @@ def test_large_picture_is_read_without_pillows_warning(tmp_path, noise):
     assert "DecompressionBombWarning" not in done.stderr
     assert done.stdout.strip() == "(53, 37)"
     assert MAX_PIXELS == 178_956_970
+
+
+def test_bytes_are_read_as_files_are(tmp_path, noise):
+    exif = Image.Exif()
+    exif[0x0112] = 6
+    noise.save(tmp_path / "turned.jpg", exif=exif)
+    Image.fromarray(np.full((5, 4), 60000, np.uint16)).save(tmp_path / "deep.png")
+    Image.new("RGBA", (5, 4), (0, 0, 0, 0)).save(tmp_path / "clear.png")
+    for name in ("turned.jpg", "deep.png", "clear.png"):
+        data = (tmp_path / name).read_bytes()
+        for form in (data, memoryview(data)):
+            np.testing.assert_array_equal(np.asarray(decode_image(form, "row 3")), array(tmp_path / name))
+
+
+def test_bytes_that_are_no_picture_are_named(tmp_path, noise):
+    noise.save(tmp_path / "a.jpg")
+    cut = (tmp_path / "a.jpg").read_bytes()[:-500]
+    for data, message in (
+        (b"", r"is empty \(0 bytes\)"),
+        (b"text", "is not a picture that Pillow can read"),
+        (cut, "is damaged"),
+        (png_header(100_000, 100_000), "has more than 179 million pixels"),
+    ):
+        with pytest.raises(ImageError, match=f"^a.tar, row 3 {message}"):
+            decode_image(data, "a.tar, row 3")
 
 
 @pytest.mark.parametrize("kind", [MemoryError, KeyboardInterrupt])

@@ -1,10 +1,11 @@
-"""Pictures in: finding files, reading them, streaming them to a model in batches, and sets with boxes."""
+"""Pictures in: finding files, reading them, streaming them in batches, and sets with labels, captions or boxes."""
 
 from vitreg.images.batches import Batches, Images
 from vitreg.images.boxes import BoxedImage, BoxSet, open_box_set
 from vitreg.images.bundled import bundled_photographs
 from vitreg.images.labelled import ImageSet
 from vitreg.images.reading import EXTENSIONS, MAX_PIXELS, ImageError, find_images, image_size, read_image
+from vitreg.images.sets import open_image_set, open_split
 from vitreg.images.stream import ImageBatch, ImageStream, SkippedImage
 
 __all__ = [
@@ -23,5 +24,7 @@ __all__ = [
     "find_images",
     "image_size",
     "open_box_set",
+    "open_image_set",
+    "open_split",
     "read_image",
 ]

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from collections.abc import Sequence
+from pathlib import Path
 
 from PIL import Image
 
@@ -39,3 +40,8 @@ class ImageSet(ABC):
     def captions(self, index: int) -> tuple[str, ...]:
         """Sentences about a picture."""
         return ()
+
+
+def source_of(files: Sequence[Path]) -> str:
+    """What to call a set that is in several files."""
+    return str(files[0]) if len(files) == 1 else f"{files[0]} and {len(files) - 1} more"

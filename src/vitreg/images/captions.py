@@ -1,0 +1,68 @@
+"""Pictures with sentences about them, listed in a CSV file."""
+
+from __future__ import annotations
+
+import csv
+from array import array
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+
+from vitreg.images.files import ImageFiles
+from vitreg.images.packed import PackedStrings
+
+
+class CaptionedFiles(ImageFiles):
+    """Picture files with one sentence or more about each."""
+
+    def __init__(self, source: str, captions: Mapping[str, Sequence[str]]) -> None:
+        """Takes paths and their sentences.
+
+        Args:
+            source: where they are from, for messages.
+            captions: the sentences about every file, by path.
+        """
+        super().__init__(source, captions)
+        self._captions = PackedStrings(sentence for sentences in captions.values() for sentence in sentences)
+        self._ends = array("q", [0])
+        for sentences in captions.values():
+            self._ends.append(self._ends[-1] + len(sentences))
+
+    def captions(self, index: int) -> tuple[str, ...]:
+        index = range(len(self))[index]
+        return tuple(self._captions[row] for row in range(self._ends[index], self._ends[index + 1]))
+
+
+def open_captions(path: Path) -> CaptionedFiles:
+    """The pictures of a CSV file with columns `image` and `caption`, in the order in which it first names them.
+
+    A picture has as many captions as rows. Paths are relative to the folder `images` beside the file where one of the
+    pictures is there, else to the file. Some pictures may be missing, which reading them reports.
+
+    Raises:
+        ValueError: the file is malformed, empty, or all of its pictures are missing.
+    """
+    captions: dict[str, list[str]] = {}
+    try:
+        with path.open(newline="", encoding="utf-8-sig") as file:
+            rows = csv.DictReader(file)
+            if missing := {"image", "caption"} - set(rows.fieldnames or ()):
+                raise ValueError(f"its header has no {' and no '.join(sorted(missing))}")
+            for row in rows:
+                if None in row:
+                    raise ValueError(f"line {rows.line_num} has too many fields (quote captions that hold commas)")
+                if not row["image"] or not (row["caption"] or "").strip():
+                    raise ValueError(f"line {rows.line_num} has no image or no caption")
+                captions.setdefault(row["image"], []).append(row["caption"].strip())
+    except (ValueError, csv.Error) as error:
+        raise ValueError(f"{path} is malformed: {error}; expected rows of `image,caption` under that header") from error
+    if not captions:
+        raise ValueError(f"{path} has no rows; expected one for each caption of a picture")
+    folders = (path.parent / "images", path.parent)
+    folder = next((folder for folder in folders if any((folder / name).is_file() for name in captions)), None)
+    if folder is None:
+        first = ", ".join(list(captions)[:3])
+        raise ValueError(
+            f"none of the {len(captions)} pictures of {path} exists ({first}, ...); "
+            f"put them into {folders[0]} or beside the file"
+        )
+    return CaptionedFiles(str(path), {str(folder / name): sentences for name, sentences in captions.items()})

@@ -1,0 +1,52 @@
+"""Class numbers, and the names of the classes, of sets that store numbers."""
+
+from __future__ import annotations
+
+import csv
+from array import array
+from pathlib import Path
+
+
+def classes_of(labels: array[int], names: tuple[str, ...], source: str) -> tuple[str, ...]:
+    """Names of the classes that labels are numbers of; the numbers themselves where no names are known.
+
+    Args:
+        labels: class number of every picture.
+        names: those that are known, maybe none.
+        source: for messages.
+
+    Returns:
+        Names in the order of the labels; none where every label is -1, which is how test sets hide them.
+
+    Raises:
+        ValueError: a label is negative or has no name.
+    """
+    lowest, highest = min(labels, default=0), max(labels, default=0)
+    if lowest == highest == -1:
+        return ()
+    if lowest < 0:
+        raise ValueError(f"{source} has the label {lowest}; labels must be class numbers, from 0")
+    if names and highest >= len(names):
+        raise ValueError(
+            f"{source} has the label {highest}, but names only {len(names)} classes; give every label a name"
+        )
+    return names or tuple(str(label) for label in range(highest + 1))
+
+
+def read_class_names(folder: Path) -> tuple[str, ...]:
+    """The names in a folder's `classes.csv`, which has columns `label` and `name`; none where there is no such file.
+
+    Raises:
+        ValueError: the file is malformed, or its labels are not 0, 1, 2 and so on.
+    """
+    path = folder / "classes.csv"
+    if not path.is_file():
+        return ()
+    try:
+        with path.open(newline="", encoding="utf-8-sig") as file:
+            names = {int(row["label"]): row["name"] for row in csv.DictReader(file)}
+    except (KeyError, TypeError, ValueError, csv.Error) as error:
+        raise ValueError(f"{path} is malformed ({error!r}); expected rows of `label,name` under that header") from error
+    if sorted(names) != list(range(len(names))):
+        raise ValueError(f"{path} must name the classes 0 to {len(names) - 1}, each once")
+    return tuple(names[label] for label in range(len(names)))

@@ -1,0 +1,142 @@
+"""Pictures in tar archives, as WebDataset stores them."""
+
+from __future__ import annotations
+
+import json
+import re
+from array import array
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any, BinaryIO
+
+from PIL import Image
+
+from vitreg.images.labelled import ImageSet, source_of
+from vitreg.images.labels import classes_of, read_class_names
+from vitreg.images.packed import PackedStrings
+from vitreg.images.reading import ImageError, decode_image
+from vitreg.images.tar_index import tar_members
+
+# Where a sample has several, the first of these is its picture.
+_PICTURES = ("jpg", "jpeg", "png", "webp")
+# As WebDataset splits names: the key ends at the first dot of the file's own name.
+_KEY = re.compile(r"((?:.*/)?[^./]+)\.([^/]+)")
+
+_Member = tuple[int, int]
+
+
+class TarImages(ImageSet):
+    """Pictures of uncompressed tar archives, in the order of the archives and of the samples in them.
+
+    Files whose names are the same up to the first dot are one sample: the picture (jpg, jpeg, png or webp), and maybe
+    its label (`cls`, a number, or `label` in `json`) and its caption (`txt`, or `caption` in `json`). The first sample
+    decides which of these are used. Class names are taken from a `classes.csv` (`label,name`) beside the archives.
+
+    Archives are scanned once for where everything is; a picture is then one read.
+    """
+
+    def __init__(self, archives: Sequence[Path]) -> None:
+        """Scans the archives.
+
+        Raises:
+            ValueError: an archive is compressed, damaged or holds no picture, or the label of a picture is missing.
+        """
+        self.source = source_of(archives)
+        self._archives = tuple(archives)
+        self._archive, self._picture, self._caption = array("i"), array("q"), array("q")
+        self._label_in = self._caption_in = ""
+        names: list[str] = []
+        labels = array("q")
+        for number, archive in enumerate(archives):
+            before, samples = len(names), _samples(archive)
+            with archive.open("rb") as file:
+                for key, members in samples.items():
+                    picture = next((extension for extension in _PICTURES if extension in members), None)
+                    if picture is None:
+                        continue
+                    where = f"{archive}, {key}"
+                    if not names:
+                        self._label_in, self._caption_in = _extensions(file, members, where)
+                    if self._label_in or "cls" in members:
+                        labels.append(_label(file, members, self._label_in, where))
+                    names.append(f"{key}.{picture}")
+                    self._archive.append(number)
+                    self._picture.extend(members[picture])
+                    self._caption.extend(members.get(self._caption_in, (0, 0)))
+            if len(names) == before:
+                raise ValueError(f"{archive} holds no picture; expected members named KEY.{', KEY.'.join(_PICTURES)}")
+        self._names = PackedStrings(names)
+        self.classes = classes_of(labels, read_class_names(archives[0].parent), self.source) if labels else ()
+        self.labels = labels if self.classes else None
+
+    def __len__(self) -> int:
+        return len(self._names)
+
+    def picture(self, index: int) -> Image.Image:
+        return decode_image(self._read(index, self._picture), self.name(index))
+
+    def name(self, index: int) -> str:
+        return f"{self._archives[self._archive[index]]}, {self._names[index]}"
+
+    def captions(self, index: int) -> tuple[str, ...]:
+        data = self._read(index, self._caption)
+        if not data:
+            return ()
+        is_json = self._caption_in == "json"
+        caption = str(_fields(data, self.name(index)).get("caption", "")) if is_json else data.decode(errors="replace")
+        return (caption.strip(),) if caption.strip() else ()
+
+    def _read(self, index: int, members: array[int]) -> bytes:
+        # A file that is open in several processes shares its position; opening it for each read costs little beside
+        # decoding, and no number of archives runs out of file descriptors.
+        index = range(len(self))[index]
+        try:
+            with self._archives[self._archive[index]].open("rb", buffering=0) as file:
+                return _read(file, (members[2 * index], members[2 * index + 1]))
+        except OSError as error:
+            raise ImageError(f"{self.name(index)} cannot be read ({error.strerror}); check the archive") from None
+
+
+def _samples(archive: Path) -> dict[str, dict[str, _Member]]:
+    """Where the files of each sample are, by key and extension."""
+    samples: dict[str, dict[str, _Member]] = {}
+    for name, offset, size in tar_members(archive):
+        if not (match := _KEY.fullmatch(name)):
+            continue
+        members = samples.setdefault(match[1], {})
+        if (extension := match[2].lower()) in members:
+            raise ValueError(f"{archive} holds {name} twice; give every sample a key of its own")
+        members[extension] = offset, size
+    return samples
+
+
+def _extensions(file: BinaryIO, members: dict[str, _Member], where: str) -> tuple[str, str]:
+    """The extensions of the files that hold labels and captions; "" for neither."""
+    fields = _fields(_read(file, members["json"]), where) if "json" in members else {}
+    label = "cls" if "cls" in members else "json" if "label" in fields else ""
+    caption = "txt" if "txt" in members else "json" if "caption" in fields else ""
+    return label, caption
+
+
+def _label(file: BinaryIO, members: dict[str, _Member], extension: str, where: str) -> int:
+    if extension not in members:
+        raise ValueError(f"{where} and the first picture do not both have a label in a .cls; write one for each")
+    data = _read(file, members[extension])
+    try:
+        return int(data if extension == "cls" else _fields(data, where)["label"])
+    except (KeyError, TypeError, ValueError) as error:
+        raise ValueError(f"{where}.{extension} has no class number ({error!r}); write one") from None
+
+
+def _fields(data: bytes, where: str) -> dict[str, Any]:
+    try:
+        fields = json.loads(data)
+    except ValueError as error:
+        raise ValueError(f"{where} has malformed JSON ({error}); write it again") from None
+    return fields if isinstance(fields, dict) else {}
+
+
+def _read(file: BinaryIO, member: _Member) -> bytes:
+    offset, size = member
+    file.seek(offset)
+    return file.read(size)

@@ -1,0 +1,98 @@
+"""Folders of pictures, with and without classes."""
+
+from __future__ import annotations
+
+import os
+import shutil
+
+import numpy as np
+import pytest
+from PIL import Image
+from torchvision.datasets import ImageFolder
+
+from vitreg.images import ImageError, open_image_set, read_image
+
+
+@pytest.fixture
+def tree(tmp_path, photographs):
+    """Eight ImageNet photographs in ImageNet's layout: four classes, one of them nested deeper."""
+    for number, path in enumerate(photographs[:8]):
+        folder = tmp_path / "tree" / f"n{number % 4:02}" / ("deeper" if number % 4 == 1 else "")
+        folder.mkdir(parents=True, exist_ok=True)
+        shutil.copy(path, folder)
+    (tmp_path / "tree" / "readme.txt").write_text("no picture")
+    return tmp_path / "tree"
+
+
+def test_class_folders_have_torchvisions_labels_and_pictures(tree):
+    found, peer = open_image_set(tree), ImageFolder(str(tree), is_valid_file=lambda path: path.endswith(".jpg"))
+    assert found.classes == ("n00", "n01", "n02", "n03")
+    assert found.labels is not None
+    ours = sorted((found.name(i), found.labels[i]) for i in range(len(found)))
+    assert ours == sorted(peer.samples)
+    for index in (0, 3, 7):
+        expected = Image.open(found.name(index)).convert("RGB")
+        np.testing.assert_array_equal(np.asarray(found.picture(index)), np.asarray(expected))
+
+
+def test_numbered_classes_are_sorted_as_text_like_torchvisions(tree, tmp_path):
+    for number in (2, 10, 1):
+        shutil.copytree(tree / "n00", tmp_path / "numbered" / str(number))
+    found = open_image_set(tmp_path / "numbered")
+    assert list(found.classes) == ImageFolder(str(tmp_path / "numbered")).classes == ["1", "10", "2"]
+
+
+def test_hidden_folders_are_no_classes(tree):
+    (tree / ".cache").mkdir()
+    assert open_image_set(tree).classes == ("n00", "n01", "n02", "n03")
+
+
+def test_linked_class_folders_are_followed(tree):
+    os.symlink(tree / "n00", tree / "n04", target_is_directory=True)
+    found = open_image_set(tree)
+    assert found.classes[-1] == "n04"
+    assert len(found) == 10
+
+
+def test_empty_class_folder_is_named(tree):
+    (tree / "n02b").mkdir()
+    with pytest.raises(ValueError, match=r"class folder .*n02b holds no picture; put some in it or remove the folder"):
+        open_image_set(tree)
+
+
+def test_pictures_without_class_folders_have_no_labels(test_data, photographs, tmp_path):
+    found = open_image_set(test_data / "imagenet-samples")
+    assert (len(found), found.classes, found.labels) == (1000, (), None)
+    assert found.captions(0) == ()
+    np.testing.assert_array_equal(np.asarray(found.picture(999)), np.asarray(read_image(found.name(999))))
+    for folder in ("one", "mixed/a", "mixed/b"):
+        (tmp_path / folder).mkdir(parents=True)
+        shutil.copy(photographs[0], tmp_path / folder)
+    shutil.copy(photographs[0], tmp_path / "mixed")
+    assert open_image_set(tmp_path / "one").labels is None
+    mixed = open_image_set(tmp_path / "mixed")
+    assert (len(mixed), mixed.labels) == (3, None)
+
+
+def test_names_that_are_not_utf_8_are_read(tmp_path, photographs):
+    name = os.fsencode(tmp_path) + b"/\xff\xe9.jpg"
+    shutil.copy(photographs[0], name)
+    found = open_image_set(tmp_path)
+    assert os.fsencode(found.name(0)) == name
+    assert found.picture(0).mode == "RGB"
+
+
+def test_broken_picture_is_named_when_it_is_read(tree):
+    found = open_image_set(tree)
+    with open(found.name(5), "r+b") as file:
+        file.truncate(1000)
+    assert found.picture(4).mode == "RGB"
+    with pytest.raises(ImageError, match=r"n02.*\.jpg is damaged"):
+        found.picture(5)
+    with pytest.raises(IndexError):
+        found.picture(8)
+
+
+def test_folder_without_pictures_says_what_it_could_hold(tmp_path):
+    with pytest.raises(ValueError, match=r"holds no picture; expected class folders, .*captions\.csv"):
+        open_image_set(tmp_path)
