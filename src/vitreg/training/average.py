@@ -6,6 +6,7 @@ from collections.abc import Iterable
 
 import torch
 from torch import Tensor
+from torch.optim.swa_utils import get_ema_multi_avg_fn
 
 from vitreg.model import VisionTransformer
 from vitreg.training.processes import local, whole
@@ -14,8 +15,7 @@ from vitreg.training.processes import local, whole
 @torch.no_grad()
 def follow(followers: Iterable[Tensor], leaders: Iterable[Tensor], momentum: float) -> None:
     """`follower = momentum * follower + (1 - momentum) * leader`, each process on its own parts."""
-    pairs = [local(t) for t in followers], [local(t.detach()) for t in leaders]
-    torch._foreach_lerp_(*pairs, 1 - momentum)  # pyright: ignore[reportPrivateImportUsage]
+    get_ema_multi_avg_fn(momentum)([local(t) for t in followers], [local(t) for t in leaders], 0)
 
 
 class Average:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any, Literal
+from typing import TYPE_CHECKING, Any, Literal, Self
 
 from vitreg.model import ViTConfig
 
@@ -14,7 +14,17 @@ if TYPE_CHECKING:
 
 
 @dataclass(frozen=True)
-class MethodConfig:
+class Settings:
+    """Settings that are kept as JSON."""
+
+    @classmethod
+    def from_dict(cls, values: dict[str, Any]) -> Self:
+        """The inverse of `dataclasses.asdict`, from JSON."""
+        return cls(**{key: tuple(value) if isinstance(value, list) else value for key, value in values.items()})
+
+
+@dataclass(frozen=True)
+class MethodConfig(Settings):
     """What makes one recipe's training signal; each recipe has its own, beside the method it configures."""
 
     def build(self, model: ViTConfig) -> Method:
@@ -44,6 +54,7 @@ class OptimizerConfig:
         layer_decay: factor of the learning rate from one block to the one before it.
         clip_norm: gradients are scaled down to this global norm; None leaves them.
         beta2: of the second moment; DINOv2 and DeiT-III 0.999, CLIP 0.98.
+        eps: added to the root of the second moment.
     """
 
     name: Literal["adamw", "lamb"] = "adamw"
@@ -55,6 +66,7 @@ class OptimizerConfig:
     layer_decay: float = 1.0
     clip_norm: float | None = None
     beta2: float = 0.999
+    eps: float = 1e-8
 
 
 @dataclass(frozen=True)
@@ -105,6 +117,8 @@ class TrainingConfig:
                 raise ValueError(f"{name} is {getattr(self, name)}; it must be at least 1")
         if not 0 <= self.ema_decay < 1:
             raise ValueError(f"ema_decay is {self.ema_decay}; it must be at least 0 and below 1")
+        if self.recipe == "clip" and self.accumulation > 1:
+            raise ValueError("clip compares the pictures of a whole batch; leave accumulation at 1, add processes instead")
 
     def to_dict(self) -> dict[str, Any]:
         """JSON types; `recipes.config_from_dict` is the inverse."""

@@ -10,14 +10,13 @@ import torch
 import torch.distributed as dist
 import torch.nn.functional as F
 from torch import Tensor, nn
-from torch.distributed.tensor import DTensor
 
 from vitreg.checkpoints.text_tower import TextTower
 from vitreg.images import ImageSet
 from vitreg.model import VisionTransformer, ViTConfig
 from vitreg.training.caption_views import CaptionViews, check_captions
 from vitreg.training.config import MethodConfig
-from vitreg.training.method import Batch, Method
+from vitreg.training.method import Batch, Companions, Method
 from vitreg.training.retrieval import retrieval
 from vitreg.training.sizes import Size
 
@@ -147,17 +146,12 @@ class Contrastive(Method):
         self.text.logit_scale.clamp_(0, math.log(100))
 
     def companions(self) -> dict[str, nn.Module]:
-        """The text tower; its `metadata` belongs into the file, for `load_text_tower`."""
+        """The text tower, for `load_text_tower`."""
         return {"text": self.text}
 
-    def evaluate(self, vit: VisionTransformer, images: ImageSet, batch_size: int) -> dict[str, float]:
-        """Retrieval: `image_to_text_r1`, `_r5`, `text_to_image_r1`, `_r5` in percent.
-
-        Where the weights are spread over processes, all of them have to call this, to bring the text tower together.
-        """
-        state = {
-            name: tensor.full_tensor() if isinstance(tensor, DTensor) else tensor
-            for name, tensor in self.text.state_dict().items()
-        }
-        tower = TextTower.from_state(self.text.options, state).to(next(vit.parameters()).device)
+    def evaluate(
+        self, vit: VisionTransformer, companions: Companions, images: ImageSet, batch_size: int
+    ) -> dict[str, float]:
+        """Retrieval: `image_to_text_r1`, `_r5`, `text_to_image_r1`, `_r5` in percent."""
+        tower = TextTower.from_state(self.text.options, companions["text"]).to(next(vit.parameters()).device)
         return retrieval(vit, tower, images, batch_size)

@@ -19,7 +19,7 @@ from vitreg.training.average import Average
 from vitreg.training.config import TrainingConfig
 from vitreg.training.journal import Journal, not_finite
 from vitreg.training.memory import out_of_memory
-from vitreg.training.method import Batch, Method
+from vitreg.training.method import Batch, Companions, Method
 from vitreg.training.optimizer import build_optimizer, set_schedules
 from vitreg.training.processes import Processes, distribute, local, whole
 from vitreg.training.randomness import fixed_randomness, seed_step
@@ -73,6 +73,10 @@ class Training:
         self.stream = SampleStream(images, config.method.views(config.model, images), config.seed)
         with fixed_randomness(config.seed):
             self.method: Method = config.method.build(config.model)
+        if config.ema_decay and (self.method.product is not self.method.vit or self.method.companions()):
+            raise ValueError(
+                f"ema_decay is for models that are saved alone, without a teacher; leave it 0 for {config.recipe}"
+            )
         add_stochastic_depth(self.method.vit, config.drop_path, processes)
         self.method.vit.gradient_checkpointing = config.gradient_checkpointing
         self.journal = Journal(config, folder, processes, self.method, self.stream, on_log)
@@ -183,22 +187,24 @@ class Training:
         if self.processes.mean(torch.as_tensor(bad)):
             raise not_finite(f"weights are not finite after step {self.step}", self.folder)
         save_snapshot(self.folder.checkpoints, self.step, self.method, self.optimizer, self.average, self.processes)
-        vit = self.product()
-        companions = {name: _state(module) for name, module in self.method.companions().items()}
-        self.processes.on_first(lambda: self.journal.save(vit, companions))
+        vit, companions = self.product()
+        self.processes.on_first(lambda: self.journal.save(self.method, vit, companions))
 
     def diagnose(self) -> None:
         """Look at held-out pictures and note what is seen."""
-        vit = self.product()
-        self.processes.on_first(lambda: self.journal.diagnosed(self.step, self.watch.look(self.method, vit)))
+        vit, companions = self.product()
+        self.processes.on_first(
+            lambda: self.journal.diagnosed(self.step, self.watch.look(self.method, vit, companions))
+        )
 
-    def product(self) -> VisionTransformer:
-        """The model as it would be saved, on the first process's device; every process has to ask."""
+    def product(self) -> tuple[VisionTransformer, Companions]:
+        """The model as it would be saved, and what goes with it; every process has to ask."""
         state = _state(self.method.product)
         if self.average is not None:
             state |= self.average.state()
         vit = build(self.config.model, state, "the model in training").to(self.processes.device)
-        return vit.eval().requires_grad_(False)
+        companions = {name: _state(module) for name, module in self.method.companions().items()}
+        return vit.requires_grad_(False), companions
 
     @contextlib.contextmanager
     def _interruptible(self) -> Iterator[None]:

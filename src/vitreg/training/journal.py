@@ -11,12 +11,13 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from safetensors.torch import save_file
 from torch import Tensor
 
 from vitreg.checkpoints import save
 from vitreg.model import VisionTransformer
 from vitreg.training.config import TrainingConfig
-from vitreg.training.method import Method
+from vitreg.training.method import Companions, Method
 from vitreg.training.processes import Processes
 from vitreg.training.run_folder import RunFolder, writing
 from vitreg.training.samples import SampleStream
@@ -125,15 +126,14 @@ class Journal:
                 self._board.add_scalar(f"held_out/{name}", value, step)
         self._clock = time.perf_counter()
 
-    def save(self, vit: VisionTransformer, companions: dict[str, dict[str, Tensor]]) -> None:
+    def save(self, method: Method, vit: VisionTransformer, companions: Companions) -> None:
         """Write the model, and what is trained beside it, each whole or not at all."""
         save(vit, self._folder.model)
-        for name, state in companions.items():
-            from safetensors.torch import save_file
-
+        for name, module in method.companions().items():
             with writing(self._folder.path):
                 temporary = self._folder.path / f".{name}.partial"
-                save_file({key: tensor.cpu().contiguous() for key, tensor in state.items()}, temporary)
+                tensors = {key: tensor.cpu().contiguous() for key, tensor in companions[name].items()}
+                save_file(tensors, temporary, module.metadata)  # pyright: ignore[reportArgumentType]
                 os.replace(temporary, self._folder.path / f"{name}.safetensors")
         self._clock = time.perf_counter()
 

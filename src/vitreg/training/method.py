@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
+from collections.abc import Mapping
 from dataclasses import dataclass
 
 from PIL import Image
@@ -13,6 +14,10 @@ from vitreg.model import VisionTransformer
 
 Batch = dict[str, Tensor]
 """What one step trains on, by name; every tensor's first axis is the pictures, in the order of the epoch."""
+
+
+Companions = Mapping[str, dict[str, Tensor]]
+"""The weights of modules that are saved beside a model, by file name."""
 
 
 @dataclass(frozen=True)
@@ -74,14 +79,20 @@ class Method(nn.Module, ABC):
         return self.vit
 
     def companions(self) -> dict[str, nn.Module]:
-        """Modules that are saved beside the product, by file name, such as CLIP's text tower."""
+        """Modules that are saved beside the product, by file name, such as CLIP's text tower.
+
+        Their attribute `metadata`, texts by name, goes into the file.
+        """
         return {}
 
-    def evaluate(self, vit: VisionTransformer, images: ImageSet, batch_size: int) -> dict[str, float]:
+    def evaluate(
+        self, vit: VisionTransformer, companions: Companions, images: ImageSet, batch_size: int
+    ) -> dict[str, float]:
         """Figures of merit on held-out pictures, such as top-1 accuracy in percent; may be none.
 
         Args:
             vit: the product as it would be saved, in evaluation mode.
+            companions: and the weights of what would be saved beside it, all on this process.
             images: pictures that were not trained on.
             batch_size: pictures at a time.
         """

@@ -13,11 +13,12 @@ from torch import Tensor
 from torchvision import transforms
 
 from vitreg.model import ViTConfig
+from vitreg.training.config import Settings
 from vitreg.training.method import Batch, Sample, Views
 
 
 @dataclass(frozen=True)
-class MultiCropConfig:
+class MultiCropConfig(Settings):
     """DINOv2's crops (`dinov2/configs/ssl_default_config.yaml`).
 
     Attributes:

@@ -13,7 +13,7 @@ from vitreg.model import VisionTransformer
 from vitreg.training.config import OptimizerConfig
 
 # Tokens, positions and pooling queries are two- or three-dimensional, yet no matrices that a decay would regularise.
-NEVER_DECAYED = ("cls_token", "registers", "positions", "latent", "positional_embedding", "token_embedding.weight")
+NEVER_DECAYED = ("cls_token", "registers", "positions", "latent", "positional_embedding")
 
 
 def parameter_groups(method: nn.Module, config: OptimizerConfig) -> list[dict]:
@@ -67,10 +67,10 @@ def build_optimizer(method: nn.Module, config: OptimizerConfig) -> torch.optim.O
     groups = parameter_groups(method, config)
     betas = (0.9, config.beta2)
     if config.name == "adamw":
-        return torch.optim.AdamW(groups, lr=config.lr, betas=betas, weight_decay=config.weight_decay)
+        return torch.optim.AdamW(groups, lr=config.lr, betas=betas, eps=config.eps, weight_decay=config.weight_decay)
     from timm.optim.lamb import Lamb
 
-    return Lamb(groups, lr=config.lr, betas=betas, weight_decay=config.weight_decay, max_grad_norm=None)
+    return Lamb(groups, lr=config.lr, betas=betas, eps=config.eps, weight_decay=config.weight_decay, max_grad_norm=None)
 
 
 def learning_rate(config: OptimizerConfig, step: int, num_steps: int) -> float:

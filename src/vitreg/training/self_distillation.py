@@ -5,15 +5,14 @@ from __future__ import annotations
 import copy
 import math
 from dataclasses import dataclass, field
-from typing import Literal
+from typing import Any, Literal, Self
 
 import torch
 from torch import Tensor, nn
-from torch.distributed.tensor import DTensor
-from torch.optim.swa_utils import get_ema_multi_avg_fn
 
 from vitreg.images import ImageSet
 from vitreg.model import Masked, Tokens, VisionTransformer, ViTConfig
+from vitreg.training.average import follow
 from vitreg.training.config import MethodConfig
 from vitreg.training.distillation_losses import (
     MeanCentering,
@@ -65,6 +64,11 @@ class SelfDistillationConfig(MethodConfig):
     def __post_init__(self) -> None:
         if min(self.teacher_temperature) < 0.025:
             raise ValueError(f"teacher_temperature is {self.teacher_temperature}; below 0.025 float32 does not reach")
+
+    @classmethod
+    def from_dict(cls, values: dict[str, Any]) -> Self:
+        """The inverse of `dataclasses.asdict`, from JSON."""
+        return super().from_dict(values | {"crops": MultiCropConfig.from_dict(values["crops"])})
 
     def build(self, model: ViTConfig) -> SelfDistillation:
         """Student and teacher, equal at the start.
@@ -178,7 +182,7 @@ class SelfDistillation(Method):
         """Move the teacher towards the student."""
         teacher = [*self.teacher_vit.parameters(), *self.teacher_heads.parameters()]
         student = [*self.vit.parameters(), *self.heads.parameters()]
-        get_ema_multi_avg_fn(self.teacher_momentum(progress))(_local(teacher), _local(student), 0)
+        follow(teacher, student, self.teacher_momentum(progress))
 
     @property
     def product(self) -> VisionTransformer:
@@ -194,8 +198,3 @@ def _cls(tokens: Tokens) -> Tensor:
 def _float32(like: Tensor) -> torch.autocast:
     """Losses are computed in float32, whatever the networks are."""
     return torch.autocast(like.device.type, enabled=False)
-
-
-def _local(parameters: list[nn.Parameter]) -> list[Tensor]:
-    """What this process has of sharded parameters."""
-    return [p.to_local() if isinstance(p, DTensor) else p for p in parameters]

@@ -17,7 +17,7 @@ from vitreg.training.run_folder import RunFolder
 from vitreg.training.samples import default_workers
 
 
-def open_data(data: str | os.PathLike[str], val: str | os.PathLike[str] | None, seed: int) -> tuple[ImageSet, ImageSet]:
+def open_data(data: str | Path, val: str | Path | None, seed: int) -> tuple[ImageSet, ImageSet]:
     """Pictures to train on, and others to diagnose and evaluate on.
 
     Args:
@@ -36,10 +36,10 @@ def open_data(data: str | os.PathLike[str], val: str | os.PathLike[str] | None, 
 
 def train(
     config: TrainingConfig,
-    data: str | os.PathLike[str],
+    data: str | Path,
     out: str | os.PathLike[str],
     *,
-    val: str | os.PathLike[str] | None = None,
+    val: str | Path | None = None,
     device: str = "auto",
     num_workers: int | None = None,
     on_log: OnLog | None = None,
@@ -83,8 +83,8 @@ def train(
 def resume(
     run: str | os.PathLike[str],
     *,
-    data: str | os.PathLike[str] | None = None,
-    val: str | os.PathLike[str] | None = None,
+    data: str | Path | None = None,
+    val: str | Path | None = None,
     device: str = "auto",
     num_workers: int | None = None,
     on_log: OnLog | None = None,

@@ -14,7 +14,7 @@ from vitreg.images import ImageSet
 from vitreg.model import Preprocess, VisionTransformer, ViTConfig
 from vitreg.training.config import MethodConfig
 from vitreg.training.held_out import stream_pictures
-from vitreg.training.method import Batch, Method, Sample, Views
+from vitreg.training.method import Batch, Companions, Method, Sample, Views
 
 
 @dataclass(frozen=True)
@@ -130,7 +130,9 @@ class Supervised(Method):
         return {"loss": self.loss(self.vit.classify(batch["image"]).float(), batch["target"])}
 
     @torch.inference_mode()
-    def evaluate(self, vit: VisionTransformer, images: ImageSet, batch_size: int) -> dict[str, float]:
+    def evaluate(
+        self, vit: VisionTransformer, companions: Companions, images: ImageSet, batch_size: int
+    ) -> dict[str, float]:
         """`top1`: per cent of the pictures whose class has the largest logit."""
         if images.labels is None:
             return {}

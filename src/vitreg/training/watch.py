@@ -12,7 +12,7 @@ from vitreg.images import ImageSet
 from vitreg.model import VisionTransformer
 from vitreg.training.config import TrainingConfig
 from vitreg.training.held_out import stream_pictures
-from vitreg.training.method import Method
+from vitreg.training.method import Companions, Method
 
 BATCH_SIZE = 64
 # What a diagnosis says of its pictures rather than of the model.
@@ -32,7 +32,7 @@ class Watch:
         self._config, self._images, self._device = config, images, device
         self._kept: list[Tensor] = []
 
-    def look(self, method: Method, vit: VisionTransformer) -> dict[str, Any]:
+    def look(self, method: Method, vit: VisionTransformer, companions: Companions) -> dict[str, Any]:
         """What `diagnose` says of the model, as JSON types, with the method's `metrics`."""
         if not self._kept:
             limit = self._config.num_diagnosed
@@ -42,4 +42,4 @@ class Watch:
             self._kept = [batch for batch, _ in batches]
         diagnosis = diagnose(vit, iter(self._kept), max_examples=1).to_dict()
         found = {key: value for key, value in diagnosis.items() if key not in LEFT_OUT}
-        return {"metrics": method.evaluate(vit, self._images, BATCH_SIZE), **found}
+        return {"metrics": method.evaluate(vit, companions, self._images, BATCH_SIZE), **found}
