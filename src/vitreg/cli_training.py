@@ -183,7 +183,7 @@ def _telling(folder: RunFolder, *, quiet: bool) -> Iterator[Callable[[dict[str, 
         def tell(entry: dict[str, Any]) -> None:
             if "blocks" in entry:
                 if not quiet:
-                    progress.console.print(_sentence(entry), highlight=False)
+                    progress.console.print(_sentence(entry), highlight=False, soft_wrap=True)
                 return
             speed = f"loss {entry['loss']:.4g}   {entry['images_per_second']:.4g} images/s"
             speed += f"   {entry['matrix_rate_share']:.0%} of the matrix rate"

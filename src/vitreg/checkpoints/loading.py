@@ -15,7 +15,7 @@ import torch
 
 from vitreg.checkpoints import registry
 from vitreg.checkpoints.export import config_from_metadata
-from vitreg.checkpoints.files import read_weights
+from vitreg.checkpoints.files import is_vitreg_file, read_weights
 from vitreg.checkpoints.names import unknown_name
 from vitreg.checkpoints.open_clip import from_open_clip
 from vitreg.checkpoints.state import CheckpointError, build
@@ -40,8 +40,8 @@ def load(
     Args:
         source: a short name (`dinov2_vitl14_reg`; `vitreg models` lists them), a timm name
             (`vit_large_patch14_dinov2.lvd142m`), a hub repository (`facebook/dinov2-large`, `timm/...`),
-            `open_clip:ARCH/PRETRAINED`, a file (`.safetensors`, `.pth`, a saved vitreg model) or a folder
-            with transformers' `config.json`. The folder named by the environment variable
+            `open_clip:ARCH/PRETRAINED`, a file (`.safetensors`, `.pth`, a saved vitreg model), the folder of a
+            training run, or one with transformers' `config.json`. The folder named by the environment variable
             `VITREG_CHECKPOINTS` is searched first, for `<source>.safetensors`, so that a machine without a
             network needs nothing else.
         architecture: timm's name, for a file that does not say what it is.
@@ -59,6 +59,8 @@ def _load(source: str, architecture: str | None) -> VisionTransformer:
     path = Path(source).expanduser()
     if path.suffix in WEIGHT_FILES or path.is_file():
         return _from_file(path, architecture, name=path.stem)
+    if is_vitreg_file(path / "model.safetensors"):  # the folder of a training run
+        return _from_file(path / "model.safetensors", architecture, name=path.name)
     if (path / "config.json").is_file():
         return _from_hub(str(path))
     if (stored := _in_checkpoint_folder(source)) is not None:

@@ -118,7 +118,9 @@ class TrainingConfig:
         if not 0 <= self.ema_decay < 1:
             raise ValueError(f"ema_decay is {self.ema_decay}; it must be at least 0 and below 1")
         if self.recipe == "clip" and self.accumulation > 1:
-            raise ValueError("clip compares the pictures of a whole batch; leave accumulation at 1, add processes instead")
+            raise ValueError(
+                "clip compares the pictures of a whole batch; leave accumulation at 1, add processes instead"
+            )
 
     def to_dict(self) -> dict[str, Any]:
         """JSON types; `recipes.config_from_dict` is the inverse."""

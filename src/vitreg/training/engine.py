@@ -194,7 +194,10 @@ class Training:
         """Look at held-out pictures and note what is seen."""
         vit, companions = self.product()
         self.processes.on_first(
-            lambda: self.journal.diagnosed(self.step, self.watch.look(self.method, vit, companions))
+            lambda: self.journal.diagnosed(
+                self.step,
+                self.watch.look(self.method, vit, companions, final=self.step == self.config.num_steps),
+            )
         )
 
     def product(self) -> tuple[VisionTransformer, Companions]:

@@ -7,6 +7,7 @@ from concurrent.futures import ThreadPoolExecutor
 
 import numpy as np
 import torch
+from numpy.typing import NDArray
 from PIL import Image
 from torch import Tensor
 
@@ -33,8 +34,7 @@ def stream_pictures(
         except ImageError:
             return None
 
-    total = len(images)
-    chosen = np.linspace(0, total - 1, min(limit or total, total)).round().astype(int).tolist()
+    chosen = evenly(len(images), limit or len(images)).tolist()
     with ThreadPoolExecutor(2) as pool:
         for start in range(0, len(chosen), batch_size):
             part = chosen[start : start + batch_size]
@@ -42,6 +42,11 @@ def stream_pictures(
             if found:
                 batch = torch.stack([pixels for _, pixels in found])
                 yield preprocess.normalize(batch.to(device)), [i for i, _ in found]
+
+
+def evenly(total: int, count: int) -> NDArray[np.int64]:
+    """`count` of `total` numbers, at equal distances; all where there are fewer."""
+    return np.linspace(0, total - 1, min(count, total)).round().astype(np.int64)
 
 
 class Part(ImageSet):
@@ -52,7 +57,7 @@ class Part(ImageSet):
         indices: which of its pictures.
     """
 
-    def __init__(self, images: ImageSet, indices: np.ndarray) -> None:
+    def __init__(self, images: ImageSet, indices: NDArray[np.int64]) -> None:
         self._images, self._indices = images, indices
         self.source, self.classes = images.source, images.classes
         self.labels = None if images.labels is None else np.asarray(images.labels)[indices].tolist()

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import os
 from importlib import metadata
 from pathlib import Path
@@ -63,6 +64,8 @@ def train(
     Raises:
         ValueError: bad pictures or settings, a loss that is not a number, full memory or disk.
     """
+    if not config.model.name:
+        config = dataclasses.replace(config, model=dataclasses.replace(config.model, name=Path(out).name))
     images, held_out = open_data(data, val, config.seed)
     source: dict[str, Any] = {
         "train": str(Path(data).expanduser()),

@@ -11,10 +11,11 @@ from vitreg.artifacts import diagnose
 from vitreg.images import ImageSet
 from vitreg.model import VisionTransformer
 from vitreg.training.config import TrainingConfig
-from vitreg.training.held_out import stream_pictures
+from vitreg.training.held_out import Part, evenly, stream_pictures
 from vitreg.training.method import Companions, Method
 
 BATCH_SIZE = 64
+NUM_EVALUATED = 1000
 # What a diagnosis says of its pictures rather than of the model.
 LEFT_OUT = ("skipped", "position_frequency", "interrupted", "format", "version")
 
@@ -30,10 +31,18 @@ class Watch:
 
     def __init__(self, config: TrainingConfig, images: ImageSet, device: torch.device) -> None:
         self._config, self._images, self._device = config, images, device
+        self._some = Part(images, evenly(len(images), NUM_EVALUATED))
         self._kept: list[Tensor] = []
 
-    def look(self, method: Method, vit: VisionTransformer, companions: Companions) -> dict[str, Any]:
-        """What `diagnose` says of the model, as JSON types, with the method's `metrics`."""
+    def look(self, method: Method, vit: VisionTransformer, companions: Companions, *, final: bool) -> dict[str, Any]:
+        """What `diagnose` says of the model, as JSON types, with the method's `metrics`.
+
+        Args:
+            method: of the run.
+            vit: the model as it would be saved.
+            companions: and what goes with it.
+            final: evaluate on all pictures, instead of `NUM_EVALUATED` of them.
+        """
         if not self._kept:
             limit = self._config.num_diagnosed
             batches = stream_pictures(
@@ -42,4 +51,5 @@ class Watch:
             self._kept = [batch for batch, _ in batches]
         diagnosis = diagnose(vit, iter(self._kept), max_examples=1).to_dict()
         found = {key: value for key, value in diagnosis.items() if key not in LEFT_OUT}
-        return {"metrics": method.evaluate(vit, companions, self._images, BATCH_SIZE), **found}
+        images = self._images if final else self._some
+        return {"metrics": method.evaluate(vit, companions, images, BATCH_SIZE), **found}
