@@ -44,6 +44,7 @@ def deit3(
     - Command: `torchrun --nproc-per-node 8 -m vitreg train deit3 --data imagenet/ --size small --out RUN`
     - Smoke: `vitreg train deit3 --smoke --data tiny-imagenet-100/ --out RUN`
     """
+    _above_zero(image_size=image_size, patch_size=patch_size, batch_size=batch_size, epochs=epochs)
     if smoke:
         size, image_size, patch_size = size or "micro", image_size or 64, patch_size or 8
         batch_size, epochs = batch_size or 128, epochs or 360 * 128 / num_images
@@ -103,6 +104,7 @@ def dinov2(
     - Command: `torchrun --nproc-per-node 8 -m vitreg train dinov2 --data imagenet/ --size large --out RUN`
     - Smoke: `vitreg train dinov2 --smoke --data tiny-imagenet-100/ --out RUN`
     """
+    _above_zero(image_size=image_size, patch_size=patch_size, batch_size=batch_size, epochs=epochs)
     if smoke:
         size, image_size, patch_size = size or "micro", image_size or 64, patch_size or 8
         batch_size, epochs = batch_size or 32, epochs or 150 * 32 / num_images
@@ -167,6 +169,7 @@ def clip(
     - Command: `torchrun --nproc-per-node 8 -m vitreg train clip --data "pairs-{00000..00999}.tar" --out RUN`
     - Smoke: `vitreg train clip --smoke --data flickr8k-1k/ --out RUN`
     """
+    _above_zero(image_size=image_size, patch_size=patch_size, batch_size=batch_size, epochs=epochs)
     if smoke:
         size, image_size, batch_size = size or "micro", image_size or 64, batch_size or 64
         epochs = epochs or 300 * batch_size / num_images
@@ -206,6 +209,12 @@ def clip(
 RECIPES: dict[str, Callable[..., TrainingConfig]] = {"deit3": deit3, "dinov2": dinov2, "clip": clip}
 
 _METHODS = {"deit3": SupervisedConfig, "dinov2": SelfDistillationConfig, "clip": ContrastiveConfig}
+
+
+def _above_zero(**given: float | None) -> None:
+    for name, value in given.items():
+        if value is not None and value <= 0:
+            raise ValueError(f"{name} is {value}; it must be above 0")
 
 
 def _checkpoint_every(steps_per_epoch: float) -> int:
