@@ -62,6 +62,8 @@ def _load(source: str, architecture: str | None) -> VisionTransformer:
     if is_vitreg_file(path / "model.safetensors"):  # the folder of a training run
         return _from_file(path / "model.safetensors", architecture, name=path.name)
     if (path / "config.json").is_file():
+        if (path / "checkpoints").is_dir() and '"vitreg-run/' in (path / "config.json").read_text():
+            raise CheckpointError(f"{path} is a training run without a model yet; the first checkpoint brings one")
         return _from_hub(str(path))
     if (stored := _in_checkpoint_folder(source)) is not None:
         if stored.is_dir():

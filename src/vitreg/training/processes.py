@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
-from collections.abc import Callable
+import warnings
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from datetime import timedelta
 from typing import Any, Literal
@@ -55,7 +57,8 @@ class Processes:
             return cls(0, 1, place)
         if not dist.is_initialized():
             backend = "cpu:gloo,cuda:nccl" if place.type == "cuda" else "gloo"
-            dist.init_process_group(backend, timeout=timedelta(minutes=10))
+            # Long, because all wait while the first evaluates; of a process that dies torchrun tells the others.
+            dist.init_process_group(backend, timeout=timedelta(hours=2))
         return cls(dist.get_rank(), dist.get_world_size(), place)
 
     @property
@@ -67,6 +70,20 @@ class Processes:
         """Part from the others."""
         if dist.is_initialized():
             dist.destroy_process_group()
+
+    @contextlib.contextmanager
+    def together(self) -> Iterator[None]:
+        """Turns the end of another process, which is noticed in any exchange with it, into a sentence.
+
+        Raises:
+            ValueError: another process is gone.
+        """
+        try:
+            yield
+        except RuntimeError as error:
+            if self.world == 1 or not (isinstance(error, dist.DistError) or "gloo" in str(error)):
+                raise
+            raise ValueError(f"process {self.rank} stops, because another one is gone; go on with --resume") from error
 
     def mean(self, values: Tensor) -> Tensor:
         """The mean over the processes."""
@@ -126,7 +143,9 @@ def distribute(
     if processes.world == 1:
         return method
     device_ids = [processes.device.index] if processes.device.type == "cuda" else None
-    return DistributedDataParallel(method, device_ids=device_ids, broadcast_buffers=False)
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", "`broadcast_buffers` is deprecated")  # PyTorch 2.6 does not know its successor
+        return DistributedDataParallel(method, device_ids=device_ids, broadcast_buffers=False)
 
 
 def local(tensor: Tensor) -> Tensor:
