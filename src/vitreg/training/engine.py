@@ -24,8 +24,8 @@ from vitreg.training.optimizer import build_optimizer, set_schedules
 from vitreg.training.processes import Processes, distribute, local, whole
 from vitreg.training.randomness import fixed_randomness, seed_step
 from vitreg.training.run_folder import RunFolder
-from vitreg.training.samples import SampleStream, fetch
-from vitreg.training.snapshots import latest_snapshot, load_snapshot, save_snapshot
+from vitreg.training.samples import SampleStream, fetch, worker_deaths
+from vitreg.training.snapshots import last_good, latest_snapshot, load_snapshot, save_snapshot
 from vitreg.training.stochastic_depth import add_stochastic_depth
 from vitreg.training.watch import Watch
 
@@ -88,6 +88,7 @@ class Training:
         self.optimizer = build_optimizer(self.method, config.optimizer)
         self.average = Average(self.method.vit, config.ema_decay) if config.ema_decay else None
         self.watch = Watch(config, held_out, processes.device)
+        processes.on_first(lambda: self.watch.read(config.model.preprocess))
         self.step = 0
         self._stopped = False
 
@@ -116,7 +117,7 @@ class Training:
             steps=range(self.step, config.num_steps),
             num_workers=self._num_workers,
         )
-        with self._interruptible(), self.journal:
+        with self._interruptible(), worker_deaths(), contextlib.closing(batches), self.journal.open(self.step):
             while self.step < config.num_steps:
                 self._advance(batches)
                 done = self.step == config.num_steps
@@ -125,6 +126,8 @@ class Training:
                 stop = False
                 if saved or watched or self.step % config.log_every == 0 or (self._stopped and self._alone):
                     stop = self.journal.flush(self._stopped)
+                if watched or saved or stop:
+                    self._check_weights()
                 if watched:
                     self.diagnose()
                 if saved or stop:
@@ -143,17 +146,19 @@ class Training:
         progress = self.step / config.num_steps
         rate = set_schedules(self.optimizer, config.optimizer, self.step, config.num_steps)
         logged: dict[str, Tensor] = {}
+        batch: Batch = {}
         for micro in range(config.accumulation):
             batch, skipped = next(batches)
             self.journal.skip(skipped)
             batch = {name: rows.to(self.processes.device, non_blocking=True) for name, rows in batch.items()}
-            with out_of_memory(self.method, batch, config, self.processes):
+            with self._out_of_memory(batch):
                 for name, value in self._backward(batch, micro, progress).items():
                     logged[name] = logged.get(name, 0) + value / config.accumulation
         if config.optimizer.clip_norm is not None:
             trained = [p for p in self.method.parameters() if p.grad is not None]
             logged["gradient_norm"] = whole(torch.nn.utils.clip_grad_norm_(trained, config.optimizer.clip_norm))
-        self.optimizer.step()
+        with self._out_of_memory(batch):
+            self.optimizer.step()
         self.optimizer.zero_grad(set_to_none=True)
         self.step += 1
         self.method.after_step(self.step / config.num_steps)
@@ -177,28 +182,45 @@ class Training:
             (values["loss"] / config.accumulation).backward()
         return {name: value.detach() for name, value in values.items()}
 
-    def checkpoint(self) -> None:
-        """Write what resuming needs, and the model as it is.
+    def _out_of_memory(self, batch: Batch) -> contextlib.AbstractContextManager[None]:
+        return out_of_memory(self.method, self.optimizer, batch, self.config, self.processes)
 
-        Raises:
-            ValueError: weights are not finite, or they cannot be written.
-        """
+    def _check_weights(self) -> None:
         bad = sum((~torch.isfinite(local(p))).any().float() for p in self.method.parameters())
         if self.processes.mean(torch.as_tensor(bad)):
             raise not_finite(f"weights are not finite after step {self.step}", self.folder)
-        save_snapshot(self.folder.checkpoints, self.step, self.method, self.optimizer, self.average, self.processes)
+
+    def checkpoint(self) -> None:
+        """Write the model as it is, and what resuming needs.
+
+        In this order, so that a run that is killed in between goes on from before: after the last checkpoint nothing
+        would write the model.
+
+        Raises:
+            ValueError: they cannot be written.
+        """
         vit, companions = self.product()
         self.processes.on_first(lambda: self.journal.save(self.method, vit, companions))
+        save_snapshot(self.folder.checkpoints, self.step, self.method, self.optimizer, self.average, self.processes)
 
     def diagnose(self) -> None:
-        """Look at held-out pictures and note what is seen."""
+        """Look at held-out pictures and note what is seen.
+
+        Raises:
+            ValueError: the model's tokens are not finite, or what is seen cannot be written.
+        """
         vit, companions = self.product()
-        self.processes.on_first(
-            lambda: self.journal.diagnosed(
-                self.step,
-                self.watch.look(self.method, vit, companions, final=self.step == self.config.num_steps),
-            )
-        )
+        final = self.step == self.config.num_steps
+
+        def look() -> None:
+            try:
+                found = self.watch.look(self.method, vit, companions, final=final)
+            except ValueError as error:
+                kept = last_good(self.folder.checkpoints)
+                raise ValueError(f"cannot diagnose step {self.step}: {error}; {kept}") from error
+            self.journal.diagnosed(self.step, found)
+
+        self.processes.on_first(look)
 
     def product(self) -> tuple[VisionTransformer, Companions]:
         """The model as it would be saved, and what goes with it; every process has to ask."""
