@@ -74,6 +74,7 @@ def deit3(
         ),
         num_steps=num_steps,
         batch_size=batch_size,
+        layer_scale=0.1 if smoke else 1e-4,
         drop_path=0.0 if smoke else drop_path.get(size, 0.0),
         checkpoint_every=_checkpoint_every(steps_per_epoch),
         diagnose_every=_diagnose_every(num_steps),
@@ -111,18 +112,18 @@ def dinov2(
     steps_per_epoch = num_images / batch_size
     num_steps = math.ceil(epochs * steps_per_epoch) if epochs else 625_000
     large = size in ("large", "huge", "giant")
-    crops = MultiCropConfig(
-        num_local=4 if smoke else 8, local_size=round(image_size * 98 / 224 / patch_size) * patch_size
-    )
+    local_size = round(image_size * 98 / 224 / patch_size) * patch_size
+    crops = MultiCropConfig(local_size=local_size)
+    if smoke:
+        crops = MultiCropConfig(num_local=4, local_size=local_size, global_scale=(0.5, 1.0), local_scale=(0.15, 0.5))
     return TrainingConfig(
         recipe="dinov2",
         model=sized(size, patch_size=patch_size, image_size=image_size, num_registers=num_registers, layer_scale=True),
         method=SelfDistillationConfig(
             crops=crops,
-            temperature_warmup=0.3 if smoke else 0.06,
-            frozen_prototypes=0.0 if smoke else 0.002,
-            teacher_momentum=0.99 if smoke else 0.994,
-            num_prototypes=1024 if smoke else 131072 if large else 65536,
+            teacher_temperature=(0.03, 0.03) if smoke else (0.04, 0.07),
+            teacher_momentum=0.98 if smoke else 0.994,
+            num_prototypes=256 if smoke else 131072 if large else 65536,
             hidden_dim=256 if smoke else 2048,
             bottleneck_dim=64 if smoke else 256,
         ),
@@ -136,6 +137,7 @@ def dinov2(
         ),
         num_steps=num_steps,
         batch_size=batch_size,
+        layer_scale=0.1 if smoke else 1e-5,
         drop_path=0.0 if smoke else 0.4 if large else 0.1,
         checkpoint_every=_checkpoint_every(steps_per_epoch),
         diagnose_every=_diagnose_every(num_steps),
