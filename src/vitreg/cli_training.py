@@ -223,5 +223,5 @@ def _conclude(folder: RunFolder, done: bool, *, as_json: bool) -> int:
         else:
             print(f"stopped after {last['step']} steps; go on with: vitreg train --resume {folder.path}")
         if last.get("skipped") and not as_json:
-            print(f"{last['skipped']} pictures could not be read and were replaced by others")
+            print(f"{last['skipped']} pictures could not be read and were replaced by others; see {folder.skipped}")
     return 0 if done else INTERRUPTED

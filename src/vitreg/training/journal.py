@@ -66,8 +66,11 @@ class Journal:
             self._board.close()
 
     def skip(self, reasons: list[str]) -> None:
-        """Remember pictures that could not be read."""
-        self._skipped.update(reasons)
+        """Remember pictures that could not be read; each process adds those that it met to the run's list."""
+        if new := [reason for reason in dict.fromkeys(reasons) if reason not in self._skipped]:
+            self._skipped.update(new)
+            with writing(self._folder.path), self._folder.skipped.open("a") as file:
+                file.write("".join(f"{' '.join(reason.split())}\n" for reason in new))
 
     def note(self, step: int, values: dict[str, Tensor | float]) -> None:
         """Keep a step's scalars, where they are."""
