@@ -92,8 +92,8 @@ class Journal:
         stops, skipped = (self._processes.mean(counts) * self._processes.world).tolist()
         speed = len(self._noted) * self._config.batch_size / (time.perf_counter() - self._clock)
         entries = [
-            {"step": step, "images": step * self._config.batch_size, **dict(zip(names, row, strict=True))}
-            for (step, _), row in zip(self._noted, table, strict=True)
+            {"step": step, "images": step * self._config.batch_size, **values, **dict(zip(names, row, strict=True))}
+            for (step, values), row in zip(self._noted, table, strict=True)
         ]
         self._noted = []
         bad = next((entry for entry in entries if not math.isfinite(entry["loss"])), None)

@@ -119,7 +119,7 @@ def distribute(
 
         policy = MixedPrecisionPolicy()
         if precision == "bfloat16":
-            policy = MixedPrecisionPolicy(param_dtype=torch.bfloat16, reduce_dtype=torch.float32)
+            policy = MixedPrecisionPolicy(torch.bfloat16, torch.float32, cast_forward_inputs=False)
         for block in (module for module in method.modules() if isinstance(module, Block)):
             fully_shard(block, mp_policy=policy)
         fully_shard(method, mp_policy=policy)
