@@ -16,6 +16,7 @@ from tyro.conf import FlagCreatePairsOff, OmitArgPrefixes
 
 from vitreg.cli_discovery import discover, evaluate_discovery
 from vitreg.cli_registers import compare, fix
+from vitreg.cli_training import timeline
 from vitreg.terminal import (
     INTERRUPTED,
     Images,
@@ -232,6 +233,7 @@ COMMANDS: dict[str, Callable[..., int]] = {
     "evaluate discovery": evaluate_discovery,
     "fix": fix,
     "compare": compare,
+    "timeline": timeline,
     "models": models,
     "demo": demo,
 }
