@@ -69,7 +69,7 @@ def draw_column(axes: Axes, left: float, right: float, block: Block, scale: Norm
     axes.plot([left, right], [block["quantiles"][median]] * 2, color=MEDIAN, linewidth=1.2, solid_capstyle="butt")
 
 
-def draw_registers(axes: Axes, places: Sequence[float], blocks: Sequence[Block]) -> None:
+def draw_registers(axes: Axes, places: Sequence[int], blocks: Sequence[Block]) -> None:
     """The norm of every register, joined from column to column."""
     norms = [block["register_norms"] or () for block in blocks]
     for row in zip(*norms, strict=True):
@@ -103,7 +103,7 @@ def log_ticks(low: float, high: float) -> list[float]:
         ticks = sorted(t for t in np.outer(digits, powers).flatten().tolist() if low <= t <= high)
         if len(ticks) >= 3:
             return ticks
-    return [t for t in MaxNLocator(4).tick_values(low, high).tolist() if low <= t <= high]
+    return [float(t) for t in MaxNLocator(4).tick_values(low, high) if low <= t <= high]
 
 
 def norm_axis(axes: Axes, limits: tuple[float, float], labelled: bool) -> None:

@@ -78,7 +78,9 @@ def _read_diagnoses(folder: Path) -> list[dict[str, Any]]:
         try:
             diagnosis = json.loads(line)
         except ValueError:
-            continue  # a run that was killed while it wrote leaves half a line, which a resumed one may continue after
+            continue  # a run that was killed while it wrote leaves half a line, after which a resumed one goes on
+        if not isinstance(diagnosis, dict) or diagnosis.get("format") != "vitreg-diagnosis/1":
+            raise ValueError(f"{path} holds a line that is no diagnosis (format vitreg-diagnosis/1); give another run")
         by_step[diagnosis["step"]] = diagnosis
     if not by_step:
         raise ValueError(f"{folder} has no diagnosis yet; wait for the run's first one, or for its end")
@@ -133,7 +135,10 @@ def _run(
 
 def _first_of_the_last_stretch(flags: Sequence[bool]) -> int | None:
     """Where the unbroken run of true flags begins that reaches the end: one diagnosis may err, a trend does not."""
-    return None if not flags[-1] else len(flags) - next((i for i, f in enumerate(reversed(flags)) if not f), len(flags))
+    first = len(flags)
+    while first and flags[first - 1]:
+        first -= 1
+    return first if first < len(flags) else None
 
 
 def _block(diagnosis: Mapping[str, Any], number: int, *, whole: bool) -> dict[str, Any]:
