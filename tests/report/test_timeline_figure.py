@@ -130,7 +130,12 @@ def test_every_run_and_its_verdict_is_named(draw, drawn):
             "(c)  by model size and registers",
             ["0.4 M\n0 reg.", "5.7 M\n0 reg.", "5.7 M\n4 reg."],
         ),
-        ([("b", ["clean"]), ("a", ["artifacts"])], "(c)  by run", ["b", "a"]),
+        ([(f"{LONG}-b", ["clean"]), ("a", ["artifacts"])], "(c)  by run", ["a-name-tha…icture-b", "a"]),
+        (
+            [(name, [name[:5]]) for name in ("clean", "clean-again", "small")],
+            "(c)  by model size",
+            ["0.4 M", *["5.7 M"] * 2],
+        ),
     ],
 )
 def test_the_last_panel_is_by_what_the_runs_differ_in(runs, title, labels, draw, drawn):
@@ -146,11 +151,13 @@ def test_one_run_has_no_last_panel(draw, drawn):
 
 
 def test_cells_share_their_axes(draw, drawn):
-    draw(("none", COURSE), ("four", ["registers"] * 4))
+    draw(("none", COURSE), ("four", ["registers"] * 3), num_steps=10000)
     blocks, steps, shares, blocks2, steps2, shares2, _, last = drawn[0].axes
     assert blocks.get_ylim() == blocks2.get_ylim()
     assert steps.get_ylim() == steps2.get_ylim() == last.get_ylim()
+    # The first ends at step 2000, the second was stopped before.
     assert steps.get_xlim() == steps2.get_xlim() == shares.get_xlim()
+    assert 2000 < steps.get_xlim()[1] < 2100
     assert shares.get_ylim() == shares2.get_ylim()
 
 

@@ -148,7 +148,7 @@ def timeline_figure(timeline: Mapping[str, Any], path: Path) -> Path:
         strip = sheet.plot(x, lower + layout.names + HEIGHT + APART, layout.width, STRIP)
         norm_axis(axes, norm_limits(over_time), labelled=first)
         share_axis(strip, most, labelled=first)
-        _draw_steps(axes, strip, run, by_step[i], scale, median)
+        _draw_steps(axes, strip, run, by_step[i], _latest_step(runs, run), scale, median)
     legend = {
         "registers": any(run["model"]["num_registers"] for run in runs),
         "outliers": any(block["outlier_fraction"] for block in everywhere + over_time),
@@ -200,21 +200,22 @@ def _draw_blocks(axes: Axes, run: Run, blocks: Sequence[Block], scale: Normalize
         mark(axes, run["onset_block"] - 0.5, f"from block {run['onset_block']}")
 
 
-def _draw_steps(axes: Axes, strip: Axes, run: Run, blocks: Sequence[Block], scale: Normalize, median: int) -> None:
+def _draw_steps(
+    axes: Axes, strip: Axes, run: Run, blocks: Sequence[Block], end: int, scale: Normalize, median: int
+) -> None:
     """Norms by training step, and below them the share of the patches that are outliers."""
     from matplotlib.ticker import FuncFormatter, MaxNLocator
 
     steps = [diagnosis["step"] for diagnosis in run["diagnoses"]]
-    spans = _spans(steps, run["num_steps"])
+    spans = _spans(steps, end)
     for (left, right), block in zip(spans, blocks, strict=True):
         draw_column(axes, left, right, block, scale, median)
     draw_registers(axes, steps, blocks)
     strip.plot(
         steps, [block["outlier_fraction"] for block in blocks], color=OUTLIER, linewidth=1.3, marker=".", clip_on=False
     )
-    end = max(run["num_steps"], steps[-1])
     for each in (axes, strip):
-        each.set_xlim(min(spans[0][0], 0) - 0.01 * end, max(spans[-1][1], end) + 0.01 * end)
+        each.set_xlim(-0.03 * end, 1.03 * end)
         each.xaxis.set_major_locator(MaxNLocator(5, integer=True, steps=[1, 2, 5, 10]))
     axes.tick_params(labelbottom=False)
     strip.xaxis.set_major_formatter(
@@ -222,15 +223,21 @@ def _draw_steps(axes: Axes, strip: Axes, run: Run, blocks: Sequence[Block], scal
     )
     strip.set_xlabel("training step", labelpad=2, fontsize=8.5, color=QUIET)
     if run["first_step"] is not None:
-        begin = spans[steps.index(run["first_step"])][0]
+        begin = max(spans[steps.index(run["first_step"])][0], -0.03 * end)
         mark(axes, begin, f"from step {run['first_step']}")
         mark(strip, begin)
 
 
-def _spans(steps: Sequence[int], num_steps: int) -> list[tuple[float, float]]:
+def _latest_step(runs: Sequence[Run], run: Run) -> int:
+    """Of the runs that are as long as this one, so that their axes agree, and have no empty part to come."""
+    alike = [other for other in runs if other["num_steps"] == run["num_steps"]]
+    return max(1, *(other["diagnoses"][-1]["step"] for other in alike))
+
+
+def _spans(steps: Sequence[int], end: int) -> list[tuple[float, float]]:
     """Columns around the steps: as wide as steps usually are apart, and never into the next."""
     apart = np.diff(steps)
-    usual = max(float(np.median(apart)) if len(apart) else 0.0, 0.02 * max(num_steps, steps[-1]))
+    usual = max(float(np.median(apart)), 0.01 * end) if len(apart) else 0.1 * end
     before = [usual, *apart]
     after = [*apart, usual]
     return [
@@ -245,11 +252,10 @@ def _sorted_by_model(runs: Sequence[Run]) -> tuple[str, list[int], list[str]]:
     sizes = [run["model"]["parameters"] - r * run["model"]["embed_dim"] for run, r in zip(runs, registers, strict=True)]
     order = sorted(range(len(runs)), key=lambda i: (sizes[i], registers[i]))
     differ = [word for word, values in (("model size", sizes), ("registers", registers)) if len(set(values)) > 1]
+    if not differ:
+        return "by run", order, [shorten(runs[i]["name"], 19) for i in order]
     write = {"model size": _size, "registers": lambda run: f"{run['model']['num_registers']} reg."}
-    labels = ["\n".join(write[word](runs[i]) for word in differ) for i in order]
-    if len(set(labels)) < len(labels):
-        return "by run", order, [shorten(runs[i]["name"], 16) for i in order]
-    return f"by {' and '.join(differ)}", order, labels
+    return f"by {' and '.join(differ)}", order, ["\n".join(write[word](runs[i]) for word in differ) for i in order]
 
 
 def _draw_models(
