@@ -17,7 +17,7 @@ from vitreg.training.method import Companions, Method
 BATCH_SIZE = 64
 NUM_EVALUATED = 1000
 # What a diagnosis says of its pictures rather than of the model.
-LEFT_OUT = ("skipped", "position_frequency", "interrupted", "format", "version")
+LEFT_OUT = ("skipped", "position_frequency", "interrupted", "version")
 
 
 class Watch:
