@@ -82,12 +82,12 @@ class Journal:
         Raises:
             ValueError: a loss is not a number.
         """
-        names = list(self._noted[0][1])
+        names = [name for name, value in self._noted[0][1].items() if isinstance(value, Tensor)]
         device = self._processes.device
         rows = [
-            [torch.as_tensor(values[n], device=device).float().reshape(()) for n in names] for _, values in self._noted
+            torch.stack([torch.as_tensor(values[n]).float().reshape(()) for n in names]) for _, values in self._noted
         ]
-        table = self._processes.mean(torch.stack([torch.stack(row) for row in rows])).tolist()
+        table = self._processes.mean(torch.stack(rows)).tolist()
         counts = torch.tensor([float(stopped), float(len(self._skipped))], device=device)
         stops, skipped = (self._processes.mean(counts) * self._processes.world).tolist()
         speed = len(self._noted) * self._config.batch_size / (time.perf_counter() - self._clock)

@@ -109,8 +109,8 @@ def distribute(
     """The method, ready to be trained by all processes together.
 
     With ddp every process holds everything and gradients are averaged. With fsdp parameters, gradients and optimizer
-    state are spread over the processes (`torch.distributed.fsdp.fully_shard`), gathered block by block. A process that is
-    alone does neither.
+    state are spread over the processes (`torch.distributed.fsdp.fully_shard`), gathered block by block.
+    A process that is alone does neither.
     """
     if processes.world == 1:
         return method

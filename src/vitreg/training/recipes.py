@@ -46,7 +46,7 @@ def deit3(
     """
     if smoke:
         size, image_size, patch_size = size or "micro", image_size or 64, patch_size or 8
-        batch_size, epochs = batch_size or 128, epochs or 360 * 128 / num_images
+        batch_size, epochs = batch_size or 128, epochs or 150 * 128 / num_images
     size, image_size, patch_size = size or "small", image_size or 224, patch_size or 16
     batch_size = batch_size or 2048
     steps_per_epoch = num_images / batch_size
@@ -77,7 +77,7 @@ def deit3(
         layer_scale=0.1 if smoke else 1e-4,
         drop_path=0.0 if smoke else drop_path.get(size, 0.0),
         checkpoint_every=_checkpoint_every(steps_per_epoch),
-        diagnose_every=_diagnose_every(num_steps),
+        diagnose_every=_diagnose_every(num_steps, smoke),
     )
 
 
@@ -106,7 +106,7 @@ def dinov2(
     """
     if smoke:
         size, image_size, patch_size = size or "micro", image_size or 64, patch_size or 8
-        batch_size, epochs = batch_size or 32, epochs or 150 * 32 / num_images
+        batch_size, epochs = batch_size or 32, epochs or 120 * 32 / num_images
     size, image_size, patch_size = size or "large", image_size or 224, patch_size or 14
     batch_size = batch_size or 1024
     steps_per_epoch = num_images / batch_size
@@ -140,7 +140,7 @@ def dinov2(
         layer_scale=0.1 if smoke else 1e-5,
         drop_path=0.0 if smoke else 0.4 if large else 0.1,
         checkpoint_every=_checkpoint_every(steps_per_epoch),
-        diagnose_every=_diagnose_every(num_steps),
+        diagnose_every=_diagnose_every(num_steps, smoke),
     )
 
 
@@ -201,7 +201,7 @@ def clip(
         num_steps=num_steps,
         batch_size=batch_size,
         checkpoint_every=_checkpoint_every(steps_per_epoch),
-        diagnose_every=_diagnose_every(num_steps),
+        diagnose_every=_diagnose_every(num_steps, smoke),
     )
 
 
@@ -215,9 +215,9 @@ def _checkpoint_every(steps_per_epoch: float) -> int:
     return max(50, min(round(steps_per_epoch), 2000))
 
 
-def _diagnose_every(num_steps: int) -> int:
-    """About twenty times a run: enough to see when artifacts appear."""
-    return max(1, num_steps // 20)
+def _diagnose_every(num_steps: int, smoke: bool) -> int:
+    """Often enough to see when artifacts appear."""
+    return max(1, num_steps // (3 if smoke else 20))
 
 
 def config_from_dict(values: dict[str, Any]) -> TrainingConfig:
