@@ -42,8 +42,8 @@ def deit3(
     - Expected: DeiT-III reports 81.4 % (S) and 83.8 % (B) top-1 on ImageNet-1k after 800 epochs; with 4 registers a
       later study has 80.81 against 81.05 without (S, Bach et al.).
     - Command: `torchrun --nproc-per-node 8 -m vitreg train deit3 --data imagenet/ --size small --out RUN`
-    - Smoke: `vitreg train deit3 --smoke --data tiny-imagenet-100/ --out RUN`; gentler augmentation and cross-entropy. The
-      loss falls by at least 0.15, from 4.65, in 150 steps; 1 min 47 s on two cores.
+    - Smoke: `vitreg train deit3 --smoke --data tiny-imagenet-100/ --out RUN`; gentler augmentation and cross-entropy.
+      The loss falls by at least 0.15, from 4.65, in 150 steps; 1 min 47 s on two cores.
     """
     if smoke:
         size, image_size, patch_size = size or "micro", image_size or 64, patch_size or 8
@@ -103,8 +103,8 @@ def dinov2(
     - Hardware and time: not measured beyond the smoke form; the published run of ViT-L/14 takes 625 000 steps.
     - Expected: the paper reports 84.3 % linear top-1 on ImageNet without and 84.8 % with 4 registers (ViT-L).
     - Command: `torchrun --nproc-per-node 8 -m vitreg train dinov2 --data imagenet/ --size large --out RUN`
-    - Smoke: `vitreg train dinov2 --smoke --data tiny-imagenet-100/ --out RUN`; larger crops, 256 prototypes. `dino` falls
-      below 5.5 (log 256 is 5.55) with a `teacher_entropy` below 0.95, in 120 steps; 1 min 36 s on two cores.
+    - Smoke: `vitreg train dinov2 --smoke --data tiny-imagenet-100/ --out RUN`; larger crops, 256 prototypes. `dino`
+      falls below 5.5 (log 256 is 5.55) with a `teacher_entropy` below 0.95, in 120 steps; 1 min 36 s on two cores.
     """
     if smoke:
         size, image_size, patch_size = size or "micro", image_size or 64, patch_size or 8
@@ -169,8 +169,8 @@ def clip(
     - Expected: the paper reports 59.9 % zero-shot on ImageNet without and 60.1 % with 4 registers, from pairs that are
       not public.
     - Command: `torchrun --nproc-per-node 8 -m vitreg train clip --data "pairs-{00000..00999}.tar" --out RUN`
-    - Smoke: `vitreg train clip --smoke --data flickr8k-1k/ --out RUN`. The loss falls from 4.65 to below 3.3 in 300 steps;
-      about 80 s on two cores.
+    - Smoke: `vitreg train clip --smoke --data flickr8k-1k/ --out RUN`. The loss falls from 4.65 to below 3.3 in 300
+      steps; about 80 s on two cores.
     """
     if smoke:
         size, image_size, batch_size = size or "micro", image_size or 64, batch_size or 64
