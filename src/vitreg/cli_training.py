@@ -163,7 +163,7 @@ def _check_resumed(folder: RunFolder, recipe: str | None, changed: list[str]) ->
     if recipe not in (None, stored):
         raise ValueError(f"{folder.path} is a run of {stored}, not of {recipe}; leave the recipe out, or start anew")
     if changed:
-        flags = ", ".join(f"--{name.replace('_', '-')}" for name in changed)
+        flags = ", ".join(f"--{name.removeprefix('num_').replace('_', '-')}" for name in changed)
         raise ValueError(f"a resumed run keeps its settings; leave out {flags}, or start anew with another --out")
 
 

@@ -5,7 +5,7 @@ from vitreg.images.boxes import BoxedImage, BoxSet, open_box_set
 from vitreg.images.bundled import bundled_photographs
 from vitreg.images.labelled import ImageSet
 from vitreg.images.reading import EXTENSIONS, MAX_PIXELS, ImageError, find_images, image_size, read_image
-from vitreg.images.sets import open_image_set, open_split
+from vitreg.images.sets import check_classes, open_image_set, open_split
 from vitreg.images.stream import ImageBatch, ImageStream, SkippedImage
 
 __all__ = [
@@ -21,6 +21,7 @@ __all__ = [
     "Images",
     "SkippedImage",
     "bundled_photographs",
+    "check_classes",
     "find_images",
     "image_size",
     "open_box_set",

@@ -50,7 +50,7 @@ def open_split(path: str | Path) -> tuple[ImageSet, ImageSet | None]:
     if len(parts) < 2:
         return open_image_set(path), None
     train, held_out = (_open(files) for files in list(parts.values())[:2])
-    _check_classes(train, held_out)
+    check_classes(train, held_out)
     return train, held_out
 
 
@@ -138,7 +138,12 @@ def _open_folder(folder: Path) -> ImageSet:
     return open_folder(folder)
 
 
-def _check_classes(train: ImageSet, held_out: ImageSet) -> None:
+def check_classes(train: ImageSet, held_out: ImageSet) -> None:
+    """Refuses labels that mean different classes.
+
+    Raises:
+        ValueError: the two sets have different classes.
+    """
     if not train.classes or not held_out.classes or train.classes == held_out.classes:
         return
     numbers = tuple(str(label) for label in range(len(train.classes)))

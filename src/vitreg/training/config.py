@@ -117,8 +117,12 @@ class TrainingConfig:
         for name in ("num_steps", "batch_size", "accumulation", "log_every", "checkpoint_every", "num_diagnosed"):
             if getattr(self, name) < 1:
                 raise ValueError(f"{name} is {getattr(self, name)}; it must be at least 1")
-        if not 0 <= self.ema_decay < 1:
-            raise ValueError(f"ema_decay is {self.ema_decay}; it must be at least 0 and below 1")
+        for name in ("diagnose_every", "seed"):
+            if getattr(self, name) < 0:
+                raise ValueError(f"{name} is {getattr(self, name)}; it must be at least 0")
+        for name in ("ema_decay", "drop_path"):
+            if not 0 <= getattr(self, name) < 1:
+                raise ValueError(f"{name} is {getattr(self, name)}; it must be at least 0 and below 1")
         if self.recipe == "clip" and self.accumulation > 1:
             raise ValueError(
                 "clip compares the pictures of a whole batch; leave accumulation at 1, add processes instead"

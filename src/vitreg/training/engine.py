@@ -13,8 +13,8 @@ from vitreg.training.journal import Journal, not_finite
 from vitreg.training.learner import Learner
 from vitreg.training.processes import Processes
 from vitreg.training.run_folder import RunFolder
-from vitreg.training.samples import SampleStream, fetch
-from vitreg.training.snapshots import latest_snapshot, load_snapshot, save_snapshot
+from vitreg.training.samples import SampleStream, fetch, worker_deaths
+from vitreg.training.snapshots import last_good, latest_snapshot, load_snapshot, save_snapshot
 from vitreg.training.watch import Watch
 
 OnLog = Callable[[dict[str, Any]], None]
@@ -62,6 +62,7 @@ class Training:
         self.journal = Journal(config, folder, processes, self.stream, on_log)
         self.learner = Learner(config, processes)
         self.watch = Watch(config, held_out, processes.device)
+        processes.on_first(lambda: self.watch.read(config.model.preprocess))
         self._stopped = False
 
     def restore(self) -> None:
@@ -89,7 +90,7 @@ class Training:
             steps=range(learner.step, config.num_steps),
             num_workers=self._num_workers,
         )
-        with self._interruptible(), self.journal:
+        with self._interruptible(), worker_deaths(), self.journal.open(learner.step):
             while learner.step < config.num_steps:
                 batches = []
                 for _ in range(config.accumulation):
@@ -112,6 +113,8 @@ class Training:
         # Processes have to agree on stopping, so several of them do it where they meet anyway.
         if saved or watched or step % config.log_every == 0 or (self._stopped and self.processes.world == 1):
             stop = self.journal.flush(self._stopped)
+        if (watched or saved or stop) and not self.learner.is_finite():
+            raise not_finite(f"weights are not finite after step {step}", self.folder)
         if watched:
             self.diagnose()
         if saved or stop:
@@ -119,25 +122,38 @@ class Training:
         return stop and not done
 
     def checkpoint(self) -> None:
-        """Write what resuming needs, and the model as it is.
+        """Write the model as it is, and what resuming needs.
+
+        In this order, so that a run that is killed in between goes on from before: after the last checkpoint nothing
+        would write the model.
 
         Raises:
-            ValueError: weights are not finite, or they cannot be written.
+            ValueError: they cannot be written.
         """
-        if not self.learner.is_finite():
-            raise not_finite(f"weights are not finite after step {self.learner.step}", self.folder)
-        save_snapshot(self.folder.checkpoints, self.learner)
         vit, companions = self.learner.product()
         self.processes.on_first(lambda: self.journal.save(self.learner.method, vit, companions))
+        save_snapshot(self.folder.checkpoints, self.learner)
 
     def diagnose(self) -> None:
-        """Look at held-out pictures and note what is seen."""
+        """Look at held-out pictures and note what is seen.
+
+        Raises:
+            ValueError: the model's tokens are not finite, or what is seen cannot be written.
+        """
         step, method = self.learner.step, self.learner.method
         vit, companions = self.learner.product()
         final = step == self.config.num_steps
-        self.processes.on_first(
-            lambda: self.journal.diagnosed(step, self.watch.look(method, vit, companions, final=final))
-        )
+
+        def look() -> None:
+            try:
+                found = self.watch.look(method, vit, companions, final=final)
+            except ValueError as error:
+                raise ValueError(
+                    f"cannot diagnose step {step}: {error}; {last_good(self.folder.checkpoints)}"
+                ) from error
+            self.journal.diagnosed(step, found)
+
+        self.processes.on_first(look)
 
     @contextlib.contextmanager
     def _interruptible(self) -> Iterator[None]:

@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import math
 import os
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -21,6 +22,7 @@ from vitreg.training.method import Companions, Method
 from vitreg.training.processes import Processes
 from vitreg.training.run_folder import RunFolder, writing
 from vitreg.training.samples import SampleStream
+from vitreg.training.snapshots import last_good
 from vitreg.training.throughput import flops_per_picture, matrix_rate
 
 
@@ -49,7 +51,9 @@ class Journal:
         self._board: Any = None
         self._clock = time.perf_counter()
 
-    def __enter__(self) -> Journal:
+    @contextlib.contextmanager
+    def open(self, step: int) -> Iterator[None]:
+        """Around the steps after `step`; TensorBoard hides what it was given of them before the run was resumed."""
         if self._processes.first:
             try:
                 from torch.utils.tensorboard import SummaryWriter
@@ -57,13 +61,13 @@ class Journal:
                 pass
             else:
                 with writing(self._folder.path):
-                    self._board = SummaryWriter(str(self._folder.tensorboard))
+                    self._board = SummaryWriter(str(self._folder.tensorboard), purge_step=step + 1 if step else None)
         self._clock = time.perf_counter()
-        return self
-
-    def __exit__(self, *_: object) -> None:
-        if self._board is not None:
-            self._board.close()
+        try:
+            yield
+        finally:
+            if self._board is not None:
+                self._board.close()
 
     def skip(self, reasons: list[str]) -> None:
         """Remember pictures that could not be read; each process adds those that it met to the run's list."""
@@ -80,7 +84,7 @@ class Journal:
         """Write what was noted since the last time; returns whether any process has been told to stop.
 
         Raises:
-            ValueError: a loss is not a number.
+            ValueError: a loss, or the norm of the gradients, is not a number.
         """
         names = [name for name, value in self._noted[0][1].items() if isinstance(value, Tensor)]
         device = self._processes.device
@@ -96,14 +100,15 @@ class Journal:
             for (step, values), row in zip(self._noted, table, strict=True)
         ]
         self._noted = []
-        bad = next((entry for entry in entries if not math.isfinite(entry["loss"])), None)
+        bad = next((entry for entry in entries if not all(map(math.isfinite, entry.values()))), None)
         entries = entries if bad is None else entries[: entries.index(bad)]
         if entries and self._processes.first:
             share = speed / self._processes.world * self._floor
             entries[-1] |= {"images_per_second": speed, "matrix_rate_share": share, "skipped": round(skipped)}
             self._write(self._folder.log, entries)
         if bad is not None:
-            raise not_finite(f"the loss is {bad['loss']} at step {bad['step']}", self._folder)
+            name = next(name for name in ("loss", *bad) if not math.isfinite(bad[name]))
+            raise not_finite(f"the {name.replace('_', ' ')} is {bad[name]} at step {bad['step']}", self._folder)
         self._clock = time.perf_counter()
         return stops > 0
 
@@ -145,8 +150,5 @@ class Journal:
 
 def not_finite(what: str, folder: RunFolder) -> ValueError:
     """The error for losses or weights that are not finite."""
-    from vitreg.training.snapshots import latest_snapshot
-
-    last = latest_snapshot(folder.checkpoints)
-    kept = "there is no checkpoint yet" if last is None else f"the last good checkpoint is kept in {last}"
-    return ValueError(f"{what}; {kept}. Start again with a lower learning rate, a longer warm-up or float32")
+    advice = "Start again with a lower learning rate, a longer warm-up or float32"
+    return ValueError(f"{what}; {last_good(folder.checkpoints)}. {advice}")

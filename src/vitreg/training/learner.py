@@ -72,15 +72,17 @@ class Learner:
         progress = self.step / config.num_steps
         rate = set_schedules(self.optimizer, config.optimizer, self.step, config.num_steps)
         logged: dict[str, Tensor | float] = {"lr": rate}
+        batch: Batch = {}
         for micro, batch in enumerate(batches):
             batch = {name: rows.to(self.processes.device, non_blocking=True) for name, rows in batch.items()}
-            with out_of_memory(self.method, batch, config, self.processes):
+            with self._out_of_memory(batch):
                 for name, value in self._backward(batch, micro, progress).items():
                     logged[name] = logged.get(name, 0) + value / config.accumulation
         if config.optimizer.clip_norm is not None:
             trained = [p for p in self.method.parameters() if p.grad is not None]
             logged["gradient_norm"] = whole(torch.nn.utils.clip_grad_norm_(trained, config.optimizer.clip_norm))
-        self.optimizer.step()
+        with self._out_of_memory(batch):
+            self.optimizer.step()
         self.optimizer.zero_grad(set_to_none=True)
         self.step += 1
         self.method.after_step(self.step / config.num_steps)
@@ -103,6 +105,9 @@ class Learner:
                 values = self.model(batch, progress)
             (values["loss"] / config.accumulation).backward()
         return {name: value.detach() for name, value in values.items()}
+
+    def _out_of_memory(self, batch: Batch) -> contextlib.AbstractContextManager[None]:
+        return out_of_memory(self.method, self.optimizer, batch, self.config, self.processes)
 
     def is_finite(self) -> bool:
         """Whether all weights are numbers; every process has to ask."""

@@ -55,7 +55,8 @@ class Processes:
             return cls(0, 1, place)
         if not dist.is_initialized():
             backend = "cpu:gloo,cuda:nccl" if place.type == "cuda" else "gloo"
-            dist.init_process_group(backend, timeout=timedelta(minutes=10))
+            # Long, because all wait while the first evaluates; of a process that dies torchrun tells the others.
+            dist.init_process_group(backend, timeout=timedelta(hours=2))
         return cls(dist.get_rank(), dist.get_world_size(), place)
 
     @property

@@ -45,6 +45,7 @@ def deit3(
     - Smoke: `vitreg train deit3 --smoke --data tiny-imagenet-100/ --out RUN`; gentler augmentation and cross-entropy.
       The loss falls by at least 0.15, from 4.65, in 150 steps; 1 min 47 s on two cores.
     """
+    _above_zero(image_size=image_size, patch_size=patch_size, batch_size=batch_size, epochs=epochs)
     if smoke:
         size, image_size, patch_size = size or "micro", image_size or 64, patch_size or 8
         batch_size, epochs = batch_size or 128, epochs or 150 * 128 / num_images
@@ -106,6 +107,7 @@ def dinov2(
     - Smoke: `vitreg train dinov2 --smoke --data tiny-imagenet-100/ --out RUN`; larger crops, 256 prototypes. `dino`
       falls below 5.5 (log 256 is 5.55) with a `teacher_entropy` below 0.95, in 120 steps; 1 min 36 s on two cores.
     """
+    _above_zero(image_size=image_size, patch_size=patch_size, batch_size=batch_size, epochs=epochs)
     if smoke:
         size, image_size, patch_size = size or "micro", image_size or 64, patch_size or 8
         batch_size, epochs = batch_size or 32, epochs or 120 * 32 / num_images
@@ -172,6 +174,7 @@ def clip(
     - Smoke: `vitreg train clip --smoke --data flickr8k-1k/ --out RUN`. The loss falls from 4.65 to below 3.3 in 300
       steps; about 80 s on two cores.
     """
+    _above_zero(image_size=image_size, patch_size=patch_size, batch_size=batch_size, epochs=epochs)
     if smoke:
         size, image_size, batch_size = size or "micro", image_size or 64, batch_size or 64
         epochs = epochs or 300 * batch_size / num_images
@@ -211,6 +214,12 @@ def clip(
 RECIPES: dict[str, Callable[..., TrainingConfig]] = {"deit3": deit3, "dinov2": dinov2, "clip": clip}
 
 _METHODS = {"deit3": SupervisedConfig, "dinov2": SelfDistillationConfig, "clip": ContrastiveConfig}
+
+
+def _above_zero(**given: float | None) -> None:
+    for name, value in given.items():
+        if value is not None and value <= 0:
+            raise ValueError(f"{name} is {value}; it must be above 0")
 
 
 def _checkpoint_every(steps_per_epoch: float) -> int:

@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 import contextlib
+import errno
 import json
 import os
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Any
+from typing import Any, TextIO
 
 FORMAT = "vitreg-run/1"
 
@@ -34,21 +35,48 @@ class RunFolder:
         )
         self.checkpoints, self.model = self.path / "checkpoints", self.path / "model.safetensors"
         self.tensorboard, self.skipped = self.path / "tensorboard", self.path / "skipped.txt"
+        self._lock: TextIO | None = None
 
     def create(self, description: dict[str, Any]) -> None:
-        """Make the folder of a new run.
+        """Make the folder of a new run, and claim it.
 
         Raises:
-            ValueError: it holds a run already, or cannot be written.
+            ValueError: it holds a run that did something already, or cannot be written.
         """
-        if self.config.exists():
+        # A run that failed in its first steps, for a batch that is too large for example, may be started again.
+        if self.config.exists() and (self.log.exists() or any(self.checkpoints.glob("step-*"))):
             recipe = self.describe().get("recipe")
             raise ValueError(
                 f"{self.path} holds a run of {recipe} already; go on with --resume {self.path}, or choose another --out"
             )
         with writing(self.path):
             self.checkpoints.mkdir(parents=True, exist_ok=True)
+        self.claim()
+        with writing(self.path):
             replace_text(self.config, json.dumps({"format": FORMAT, **description}, indent=1))
+
+    def claim(self) -> None:
+        """Keep other processes from training in this folder, until this one releases it or ends.
+
+        Raises:
+            ValueError: another one trains in it, or it cannot be written.
+        """
+        with contextlib.suppress(ImportError):  # Windows has no such locks
+            import fcntl
+
+            with writing(self.path):
+                self._lock = (self.path / ".lock").open("w")
+            try:
+                # Not flock: workers would inherit it, and hold it for a while after a kill.
+                fcntl.lockf(self._lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            except OSError as error:
+                if error.errno in (errno.EACCES, errno.EAGAIN):
+                    raise ValueError(f"another process trains in {self.path}; wait for it, or stop it") from None
+
+    def release(self) -> None:
+        """The opposite of `claim`."""
+        if self._lock is not None:
+            self._lock.close()
 
     def describe(self) -> dict[str, Any]:
         """What `create` was given.

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
+import signal
 from collections.abc import Iterator
 
 import numpy as np
@@ -96,7 +98,7 @@ def fetch(
         step * batch_size + (processes.rank * accumulation + k) * size for step in steps for k in range(accumulation)
     ]
     loader = DataLoader(
-        stream,
+        _Told(stream),
         batch_size=None,
         sampler=_Ranges(starts, size),
         num_workers=num_workers,
@@ -104,7 +106,27 @@ def fetch(
         pin_memory=processes.device.type == "cuda",
         worker_init_fn=_start_worker,
     )
-    return iter(loader)
+    return _given(iter(loader))
+
+
+def _given(found: Iterator[Fetched | ValueError]) -> Iterator[Fetched]:
+    for batch in found:
+        if isinstance(batch, ValueError):
+            raise batch
+        yield batch
+
+
+class _Told(Dataset[Fetched | ValueError]):
+    """Hands errors on as values: raised in a worker, they would come with its traceback as their message."""
+
+    def __init__(self, stream: SampleStream) -> None:
+        self._stream = stream
+
+    def __getitem__(self, positions: range) -> Fetched | ValueError:
+        try:
+            return self._stream[positions]
+        except ValueError as error:
+            return error
 
 
 class _Ranges:
@@ -121,11 +143,27 @@ class _Ranges:
 
 
 def _start_worker(worker: int) -> None:
-    """One thread for each worker; and Ctrl-C is for the process that trains, which ends its workers itself."""
-    import signal
-
+    """One thread for each worker; and the process that trains, when it is told to stop, ends its workers itself."""
     torch.set_num_threads(1)
-    signal.signal(signal.SIGINT, signal.SIG_IGN)
+    for kind in (signal.SIGINT, signal.SIGTERM):
+        signal.signal(kind, signal.SIG_IGN)
+
+
+@contextlib.contextmanager
+def worker_deaths() -> Iterator[None]:
+    """Turns the death of a worker, which is noticed anywhere, into a sentence.
+
+    Raises:
+        ValueError: a worker died.
+    """
+    try:
+        yield
+    except RuntimeError as error:
+        if "DataLoader worker (pid" not in str(error):
+            raise
+        raise ValueError(
+            f"a process that decodes pictures died ({str(error).split('. ')[0]}); resume the run with fewer --workers"
+        ) from error
 
 
 def default_workers(processes: Processes) -> int:

@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from torch.distributed.checkpoint.api import CheckpointException
+from torch.distributed.checkpoint.filesystem import FileSystemReader
 from torch.distributed.checkpoint.state_dict import get_state_dict, set_state_dict
 from torch.distributed.checkpoint.state_dict_loader import load
 from torch.distributed.checkpoint.state_dict_saver import save
@@ -51,8 +52,7 @@ def save_snapshot(folder: Path, learner: Learner) -> None:
     except (OSError, RuntimeError, CheckpointException) as error:
         if processes.first:
             shutil.rmtree(temporary, ignore_errors=True)
-        reason = " ".join(str(error).split())[-300:]
-        raise ValueError(f"cannot write a checkpoint into {folder} ({reason}); the one before it is whole") from error
+        raise ValueError(f"cannot write a checkpoint into {folder}: {_reason(error)}; {last_good(folder)}") from error
     processes.on_first(finish)
 
 
@@ -63,20 +63,49 @@ def load_snapshot(path: Path, learner: Learner) -> None:
         ValueError: it is damaged, or of a model of another size.
     """
     state = _state(learner)
+    _check_names(path, state)
     try:
         with _quiet():
             load(state, checkpoint_id=path, no_dist=learner.processes.world == 1)
     except (OSError, RuntimeError, ValueError, KeyError, CheckpointException) as error:
-        reason = " ".join(str(error).split())[-300:]
-        raise ValueError(f"{path} does not fit this run's model, or is damaged ({reason})") from error
+        raise ValueError(f"{path} does not fit this run's model, or is damaged ({_reason(error)})") from error
     model, optimizer = state["model"], state["optimizer"]
     set_state_dict(learner.method, learner.optimizer, model_state_dict=model, optim_state_dict=optimizer)
     learner.step = int(path.name.removeprefix("step-"))
 
 
+def _check_names(path: Path, state: dict[str, Any]) -> None:
+    """Refuses what would be loaded in part: a model of fewer blocks or registers than the snapshot's."""
+    try:
+        stored = FileSystemReader(path).read_metadata().state_dict_metadata
+    except Exception as error:  # a pickle, damaged, raises whatever it trips over
+        raise ValueError(f"{path} is damaged: its list of tensors cannot be read ({error})") from error
+    wanted = {f"{part}.{name}" for part in ("model", "average") for name in state[part]}
+    if more := sorted(name for name in stored if name.startswith(("model.", "average.")) and name not in wanted):
+        raise ValueError(f"{path} does not fit this run's model, which has no {more[0]}; restore the run's config.json")
+
+
 def latest_snapshot(folder: Path) -> Path | None:
     """The newest whole one."""
     return next(reversed(_snapshots(folder)), None)
+
+
+def last_good(folder: Path) -> str:
+    """What is left of a run that failed."""
+    last = latest_snapshot(folder)
+    return "there is no checkpoint yet" if last is None else f"the last good checkpoint is kept in {last}"
+
+
+def _reason(error: BaseException) -> str:
+    """What went wrong first, without the tracebacks that PyTorch puts into its messages."""
+    if isinstance(error, CheckpointException):
+        error = next(iter(error.failures.values()))[0]
+    first = error
+    while first.__context__ is not None and not isinstance(first, OSError):
+        first = first.__context__
+    if isinstance(first, OSError) and first.strerror:
+        return first.strerror
+    return " ".join(str(error).split())[:300]
 
 
 def _snapshots(folder: Path) -> list[Path]:

@@ -8,10 +8,11 @@ from importlib import metadata
 from pathlib import Path
 from typing import Any
 
-from vitreg.images import ImageSet, open_image_set, open_split
+from vitreg.images import ImageSet, check_classes, open_image_set, open_split
 from vitreg.training.config import TrainingConfig
 from vitreg.training.engine import OnLog, Training
 from vitreg.training.held_out import hold_out
+from vitreg.training.memory import out_of_memory_elsewhere
 from vitreg.training.processes import Processes
 from vitreg.training.recipes import config_from_dict
 from vitreg.training.run_folder import RunFolder
@@ -27,10 +28,12 @@ def open_data(data: str | Path, val: str | Path | None, seed: int) -> tuple[Imag
         seed: decides which twentieth.
 
     Raises:
-        ValueError: there are no such pictures.
+        ValueError: there are no such pictures, or they have different classes.
     """
     if val is not None:
-        return open_image_set(data), open_image_set(val)
+        train, held_out = open_image_set(data), open_image_set(val)
+        check_classes(train, held_out)
+        return train, held_out
     train, held_out = open_split(data)
     return (train, held_out) if held_out is not None else hold_out(train, seed)
 
@@ -68,18 +71,19 @@ def train(
         config = dataclasses.replace(config, model=dataclasses.replace(config.model, name=Path(out).name))
     images, held_out = open_data(data, val, config.seed)
     source: dict[str, Any] = {
-        "train": str(Path(data).expanduser()),
-        "val": None if val is None else str(Path(val).expanduser()),
+        "train": _place(data),
+        "val": None if val is None else _place(val),
         "num_images": len(images),
         "classes": list(images.classes),
     }
     processes = Processes.join(device)
+    folder = RunFolder(out)
     try:
-        folder = RunFolder(out)
         description = {**config.to_dict(), "data": source, "version": metadata.version("vitreg")}
         processes.on_first(lambda: folder.create(description))
         return _run(config, folder, images, held_out, processes, num_workers, on_log)
     finally:
+        folder.release()
         processes.leave()
 
 
@@ -110,7 +114,10 @@ def resume(
     """
     folder = RunFolder(run)
     description = folder.describe()
-    config, before = config_from_dict(description), description["data"]
+    try:
+        config, before = config_from_dict(description), description["data"]
+    except (KeyError, TypeError) as error:
+        raise ValueError(f"{folder.config} was changed ({error}); restore it from a copy") from error
     images, held_out = open_data(data or before["train"], val or before["val"], config.seed)
     if len(images) != before["num_images"] or list(images.classes) != before["classes"]:
         raise ValueError(
@@ -119,9 +126,16 @@ def resume(
         )
     processes = Processes.join(device)
     try:
+        processes.on_first(folder.claim)
         return _run(config, folder, images, held_out, processes, num_workers, on_log)
     finally:
+        folder.release()
         processes.leave()
+
+
+def _place(data: str | Path) -> str:
+    """Where pictures are, wherever the run is resumed from; a pattern stays one."""
+    return os.path.abspath(Path(data).expanduser())
 
 
 def _run(
@@ -134,6 +148,7 @@ def _run(
     on_log: OnLog | None,
 ) -> bool:
     workers = default_workers(processes) if num_workers is None else num_workers
-    training = Training(config, folder, images, held_out, processes, num_workers=workers, on_log=on_log)
-    training.restore()
-    return training.run()
+    with out_of_memory_elsewhere():
+        training = Training(config, folder, images, held_out, processes, num_workers=workers, on_log=on_log)
+        training.restore()
+        return training.run()

@@ -142,4 +142,4 @@ class Supervised(Method):
             labels = torch.tensor([images.labels[i] for i in indices], device=device)
             right += int((vit.classify(batch).argmax(-1) == labels).sum())
             total += len(indices)
-        return {"top1": 100 * right / total}
+        return {"top1": 100 * right / total} if total else {}

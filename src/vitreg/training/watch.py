@@ -9,7 +9,7 @@ from torch import Tensor
 
 from vitreg.artifacts import diagnose
 from vitreg.images import ImageSet
-from vitreg.model import VisionTransformer
+from vitreg.model import Preprocess, VisionTransformer
 from vitreg.training.config import TrainingConfig
 from vitreg.training.held_out import Part, evenly, stream_pictures
 from vitreg.training.method import Companions, Method
@@ -25,7 +25,7 @@ class Watch:
 
     Args:
         config: of the run.
-        images: held out; the first diagnosis decides which of them are looked at by all.
+        images: held out; all diagnoses look at the same of them.
         device: where models are looked at.
     """
 
@@ -34,8 +34,22 @@ class Watch:
         self._some = Part(images, evenly(len(images), NUM_EVALUATED))
         self._kept: list[Tensor] = []
 
+    def read(self, preprocess: Preprocess) -> None:
+        """Read the pictures that are diagnosed, before any work is done.
+
+        Raises:
+            ValueError: none of them can be read.
+        """
+        limit = self._config.num_diagnosed
+        batches = stream_pictures(self._images, preprocess, batch_size=BATCH_SIZE, device=self._device, limit=limit)
+        self._kept = [batch for batch, _ in batches]
+        if not self._kept:
+            raise ValueError(
+                f"none of the held-out pictures of {self._images.source} can be read; give others by --val"
+            )
+
     def look(self, method: Method, vit: VisionTransformer, companions: Companions, *, final: bool) -> dict[str, Any]:
-        """What `diagnose` says of the model, as JSON types, with the method's `metrics`.
+        """What `diagnose` says of the model, as JSON types, with the method's `metrics`; after `read`.
 
         Args:
             method: of the run.
@@ -43,12 +57,6 @@ class Watch:
             companions: and what goes with it.
             final: evaluate on all pictures, instead of `NUM_EVALUATED` of them.
         """
-        if not self._kept:
-            limit = self._config.num_diagnosed
-            batches = stream_pictures(
-                self._images, vit.preprocess, batch_size=BATCH_SIZE, device=self._device, limit=limit
-            )
-            self._kept = [batch for batch, _ in batches]
         diagnosis = diagnose(vit, iter(self._kept), max_examples=1).to_dict()
         found = {key: value for key, value in diagnosis.items() if key not in LEFT_OUT}
         images = self._images if final else self._some
