@@ -232,6 +232,7 @@ def test_the_command_line_is_frozen():
         ],
         "evaluate discovery": ["batch_size", "data", "device", "dtype", "json", "models", "out", "sweep"],
         "models": ["filter", "json"],
+        "timeline": ["json", "out", "runs"],
     }  # fmt: skip
     assert list(cli.ModelOptions.__dataclass_fields__) == ["model", "architecture", "device", "dtype", "size"]
 

@@ -16,7 +16,7 @@ from tyro.conf import FlagCreatePairsOff, OmitArgPrefixes
 
 from vitreg.cli_discovery import discover, evaluate_discovery
 from vitreg.cli_registers import compare, fix
-from vitreg.cli_training import train
+from vitreg.cli_training import timeline, train
 from vitreg.terminal import (
     INTERRUPTED,
     Images,
@@ -234,6 +234,7 @@ COMMANDS: dict[str, Callable[..., int]] = {
     "fix": fix,
     "compare": compare,
     "train": train,
+    "timeline": timeline,
     "models": models,
     "demo": demo,
 }

@@ -6,6 +6,7 @@ from vitreg.report.diagnosis import write_report
 from vitreg.report.discovery import discovery_overlay, sweep_figure
 from vitreg.report.examples import ExampleMaps
 from vitreg.report.figures import comparison_figure, diagnosis_figure
+from vitreg.report.timeline import timeline_figure
 
 __all__ = [
     "ExampleMaps",
@@ -15,6 +16,7 @@ __all__ = [
     "discovery_overlay",
     "overlay",
     "sweep_figure",
+    "timeline_figure",
     "write_attention",
     "write_comparison",
     "write_report",

@@ -13,7 +13,7 @@ from jaxtyping import Bool, Float
 
 from vitreg.report.examples import ExampleMaps, check_examples, check_pairs
 from vitreg.report.sheet import GAP, MARGIN, QUIET, TITLE, Sheet, root_scale
-from vitreg.report.words import number, percent
+from vitreg.report.words import number, percent, shorten
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -162,7 +162,7 @@ def _draw(
         sheet.text(label, left - 0.22, top + i * step + height / 2, **style | {"va": "center"})
     columns = [left + i * (width + GAP) for i in range(len(shown))]
     for example, x in zip(shown, columns, strict=True):
-        sheet.picture(example.photo, x, top, width, height, _shorten(example.name))
+        sheet.picture(example.photo, x, top, width, height, shorten(example.name))
     y = top + step
     for group in groups:
         place = right, y, height + (len(group.rows) - 1) * step
@@ -199,7 +199,7 @@ def _comparison_headline(summary: dict) -> tuple[str, list[str]]:
     norms = f"After block {block} the largest patch norm was {number(at['max_before'])}, now {number(at['max_after'])}."
     if at["threshold"] is not None:
         norms += f" Outlined: {number(at['threshold'])} or more."
-    names = (_shorten(summary[which]["model"]["name"], 42) for which in ("before", "after"))
+    names = (shorten(summary[which]["model"]["name"], 42) for which in ("before", "after"))
     return title, ["Before: {}. After: {}.".format(*names), norms]
 
 
@@ -209,7 +209,3 @@ def _outline(axes: Axes, outliers: np.ndarray) -> None:
 
     boxes = [Rectangle((column - 0.5, row - 0.5), 1, 1) for row, column in np.argwhere(outliers)]
     axes.add_collection(PatchCollection(boxes, facecolor="none", edgecolor=OUTLIER, linewidth=1.3, clip_on=False))
-
-
-def _shorten(name: str, most: int = 28) -> str:
-    return name if len(name) <= most else f"{name[: most - 9]}…{name[-8:]}"

@@ -10,9 +10,10 @@ import numpy as np
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
-    from matplotlib.colors import Normalize
+    from matplotlib.colors import Colormap, Normalize
 
 QUIET = "#59616b"
+FAINT = "#b4bac1"
 TITLE = {"fontsize": 12, "fontweight": "bold"}
 # Inches.
 GAP = 0.09
@@ -38,6 +39,13 @@ class Sheet:
         axes.spines[:].set_visible(False)
         return axes
 
+    def plot(self, x: float, y: float, width: float, height: float) -> Axes:
+        """Axes for curves: quiet lines at the left and the bottom."""
+        axes = self._axes(x, y, width, height)
+        axes.spines[["left", "bottom"]].set(visible=True, color=FAINT)
+        axes.tick_params(labelsize=8, labelcolor=QUIET, color=FAINT, length=3)
+        return axes
+
     def picture(
         self,
         picture: np.ndarray,
@@ -61,7 +69,7 @@ class Sheet:
         y: float,
         height: float,
         scale: Normalize,
-        colours: str,
+        colours: str | Colormap,
         ticks: Sequence[float],
         label: str,
         percent: bool,

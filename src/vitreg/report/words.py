@@ -1,4 +1,4 @@
-"""Numbers as readers want them."""
+"""Numbers and names as readers want them."""
 
 
 def percent(share: float | None) -> str:
@@ -16,3 +16,8 @@ def number(value: float | None) -> str:
     if value is None:
         return "–"
     return f"{value:.0f}" if abs(value) >= 100 else f"{value:.1f}" if abs(value) >= 10 else f"{value:.2f}"
+
+
+def shorten(name: str, most: int = 28) -> str:
+    """At most so many characters; the middle is left out."""
+    return name if len(name) <= most else f"{name[: most - 9]}…{name[-8:]}"

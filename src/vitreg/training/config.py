@@ -81,6 +81,7 @@ class TrainingConfig:
         num_steps: optimizer steps.
         batch_size: pictures a step, over all processes and micro-batches.
         accumulation: micro-batches that a process splits its part of a batch into.
+        layer_scale: what LayerScale starts from, where the model has it.
         drop_path: rate of stochastic depth, the same in every block.
         ema_decay: of the averaged weights that are diagnosed and saved; 0 keeps no average.
         precision: bfloat16 keeps the weights in float32 and computes in bfloat16.
@@ -99,6 +100,7 @@ class TrainingConfig:
     num_steps: int
     batch_size: int
     accumulation: int = 1
+    layer_scale: float = 1e-5
     drop_path: float = 0.0
     ema_decay: float = 0.0
     precision: Literal["float32", "bfloat16"] = "float32"

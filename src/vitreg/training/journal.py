@@ -31,8 +31,7 @@ class Journal:
 
     Args:
         config, folder, processes: of the run.
-        method: still on the CPU; the work of a step is counted on it.
-        stream: two pictures are taken from it to count on.
+        stream: two pictures are taken from it, to count the work of a step.
         on_log: called with every entry, on the first process.
     """
 
@@ -41,14 +40,13 @@ class Journal:
         config: TrainingConfig,
         folder: RunFolder,
         processes: Processes,
-        method: Method,
         stream: SampleStream,
         on_log: Callable[[dict[str, Any]], None] | None,
     ) -> None:
         self._config, self._folder, self._processes, self._on_log = config, folder, processes, on_log
         dtype = torch.bfloat16 if config.precision == "bfloat16" else torch.float32
-        self._floor = flops_per_picture(method, stream[range(2)][0]) / matrix_rate(processes.device, dtype)
-        self._noted: list[tuple[int, float, dict[str, Tensor]]] = []
+        self._floor = flops_per_picture(config, stream[range(2)][0]) / matrix_rate(processes.device, dtype)
+        self._noted: list[tuple[int, dict[str, Tensor | float]]] = []
         self._skipped: set[str] = set()
         self._board: Any = None
         self._clock = time.perf_counter()
@@ -72,12 +70,15 @@ class Journal:
                 self._board.close()
 
     def skip(self, reasons: list[str]) -> None:
-        """Remember pictures that could not be read."""
-        self._skipped.update(reasons)
+        """Remember pictures that could not be read; each process adds those that it met to the run's list."""
+        if new := [reason for reason in dict.fromkeys(reasons) if reason not in self._skipped]:
+            self._skipped.update(new)
+            with writing(self._folder.path), self._folder.skipped.open("a") as file:
+                file.write("".join(f"{' '.join(reason.split())}\n" for reason in new))
 
-    def note(self, step: int, rate: float, values: dict[str, Tensor]) -> None:
+    def note(self, step: int, values: dict[str, Tensor | float]) -> None:
         """Keep a step's scalars, where they are."""
-        self._noted.append((step, rate, values))
+        self._noted.append((step, values))
 
     def flush(self, stopped: bool) -> bool:
         """Write what was noted since the last time; returns whether any process has been told to stop.
@@ -85,27 +86,31 @@ class Journal:
         Raises:
             ValueError: a loss, or the norm of the gradients, is not a number.
         """
-        names = list(self._noted[0][2])
-        table = torch.stack([torch.stack([values[n].float().reshape(()) for n in names]) for *_, values in self._noted])
-        counts = torch.tensor([float(stopped), float(len(self._skipped))], device=table.device)
-        table, counts = self._processes.mean(table).cpu(), self._processes.mean(counts).cpu() * self._processes.world
+        names = [name for name, value in self._noted[0][1].items() if isinstance(value, Tensor)]
+        device = self._processes.device
+        rows = [
+            torch.stack([torch.as_tensor(values[n]).float().reshape(()) for n in names]) for _, values in self._noted
+        ]
+        table = self._processes.mean(torch.stack(rows)).tolist()
+        counts = torch.tensor([float(stopped), float(len(self._skipped))], device=device)
+        stops, skipped = (self._processes.mean(counts) * self._processes.world).tolist()
         speed = len(self._noted) * self._config.batch_size / (time.perf_counter() - self._clock)
         entries = [
-            {"step": at, "images": at * self._config.batch_size, "lr": rate, **dict(zip(names, row, strict=True))}
-            for (at, rate, _), row in zip(self._noted, table.tolist(), strict=True)
+            {"step": step, "images": step * self._config.batch_size, **values, **dict(zip(names, row, strict=True))}
+            for (step, values), row in zip(self._noted, table, strict=True)
         ]
         self._noted = []
         bad = next((entry for entry in entries if not all(map(math.isfinite, entry.values()))), None)
         entries = entries if bad is None else entries[: entries.index(bad)]
         if entries and self._processes.first:
             share = speed / self._processes.world * self._floor
-            entries[-1] |= {"images_per_second": speed, "matrix_rate_share": share, "skipped": int(counts[1])}
+            entries[-1] |= {"images_per_second": speed, "matrix_rate_share": share, "skipped": round(skipped)}
             self._write(self._folder.log, entries)
         if bad is not None:
             name = next(name for name in ("loss", *bad) if not math.isfinite(bad[name]))
             raise not_finite(f"the {name.replace('_', ' ')} is {bad[name]} at step {bad['step']}", self._folder)
         self._clock = time.perf_counter()
-        return bool(counts[0])
+        return stops > 0
 
     def _write(self, path: Path, entries: list[dict[str, Any]]) -> None:
         with writing(self._folder.path):

@@ -67,7 +67,9 @@ def build_optimizer(method: nn.Module, config: OptimizerConfig) -> torch.optim.O
     groups = parameter_groups(method, config)
     betas = (0.9, config.beta2)
     if config.name == "adamw":
-        return torch.optim.AdamW(groups, lr=config.lr, betas=betas, eps=config.eps, weight_decay=config.weight_decay)
+        return torch.optim.AdamW(
+            groups, lr=config.lr, betas=betas, eps=config.eps, weight_decay=config.weight_decay, fused=True
+        )
     from timm.optim.lamb import Lamb
 
     return Lamb(groups, lr=config.lr, betas=betas, eps=config.eps, weight_decay=config.weight_decay, max_grad_norm=None)

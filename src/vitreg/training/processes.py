@@ -127,24 +127,23 @@ def distribute(
 
     With ddp every process holds everything and gradients are averaged. With fsdp parameters, gradients and optimizer
     state are spread over the processes (`torch.distributed.fsdp.fully_shard`), gathered block by block.
+    A process that is alone does neither.
     """
+    if processes.world == 1:
+        return method
     if sharding == "fsdp":
         from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
 
-        if not dist.is_initialized():
-            raise ValueError("sharding fsdp needs processes to spread over: start with torchrun")
         policy = MixedPrecisionPolicy()
         if precision == "bfloat16":
-            policy = MixedPrecisionPolicy(param_dtype=torch.bfloat16, reduce_dtype=torch.float32)
+            policy = MixedPrecisionPolicy(torch.bfloat16, torch.float32, cast_forward_inputs=False)
         for block in (module for module in method.modules() if isinstance(module, Block)):
             fully_shard(block, mp_policy=policy)
         fully_shard(method, mp_policy=policy)
         return method
-    if processes.world == 1:
-        return method
     device_ids = [processes.device.index] if processes.device.type == "cuda" else None
-    with warnings.catch_warnings():
-        warnings.filterwarnings("ignore", "`broadcast_buffers` is deprecated")  # PyTorch 2.6 does not know its successor
+    with warnings.catch_warnings():  # PyTorch 2.6 does not know what took its place
+        warnings.filterwarnings("ignore", "`broadcast_buffers` is deprecated")
         return DistributedDataParallel(method, device_ids=device_ids, broadcast_buffers=False)
 
 

@@ -42,12 +42,13 @@ def deit3(
     - Expected: DeiT-III reports 81.4 % (S) and 83.8 % (B) top-1 on ImageNet-1k after 800 epochs; with 4 registers a
       later study has 80.81 against 81.05 without (S, Bach et al.).
     - Command: `torchrun --nproc-per-node 8 -m vitreg train deit3 --data imagenet/ --size small --out RUN`
-    - Smoke: `vitreg train deit3 --smoke --data tiny-imagenet-100/ --out RUN`
+    - Smoke: `vitreg train deit3 --smoke --data tiny-imagenet-100/ --out RUN`; gentler augmentation and cross-entropy.
+      The loss falls by at least 0.15, from 4.65, in 150 steps; 1 min 47 s on two cores.
     """
     _above_zero(image_size=image_size, patch_size=patch_size, batch_size=batch_size, epochs=epochs)
     if smoke:
         size, image_size, patch_size = size or "micro", image_size or 64, patch_size or 8
-        batch_size, epochs = batch_size or 128, epochs or 360 * 128 / num_images
+        batch_size, epochs = batch_size or 128, epochs or 150 * 128 / num_images
     size, image_size, patch_size = size or "small", image_size or 224, patch_size or 16
     batch_size = batch_size or 2048
     steps_per_epoch = num_images / batch_size
@@ -75,9 +76,10 @@ def deit3(
         ),
         num_steps=num_steps,
         batch_size=batch_size,
+        layer_scale=0.1 if smoke else 1e-4,
         drop_path=0.0 if smoke else drop_path.get(size, 0.0),
         checkpoint_every=_checkpoint_every(steps_per_epoch),
-        diagnose_every=_diagnose_every(num_steps),
+        diagnose_every=_diagnose_every(num_steps, smoke),
     )
 
 
@@ -102,29 +104,30 @@ def dinov2(
     - Hardware and time: not measured beyond the smoke form; the published run of ViT-L/14 takes 625 000 steps.
     - Expected: the paper reports 84.3 % linear top-1 on ImageNet without and 84.8 % with 4 registers (ViT-L).
     - Command: `torchrun --nproc-per-node 8 -m vitreg train dinov2 --data imagenet/ --size large --out RUN`
-    - Smoke: `vitreg train dinov2 --smoke --data tiny-imagenet-100/ --out RUN`
+    - Smoke: `vitreg train dinov2 --smoke --data tiny-imagenet-100/ --out RUN`; larger crops, 256 prototypes. `dino`
+      falls below 5.5 (log 256 is 5.55) with a `teacher_entropy` below 0.95, in 120 steps; 1 min 36 s on two cores.
     """
     _above_zero(image_size=image_size, patch_size=patch_size, batch_size=batch_size, epochs=epochs)
     if smoke:
         size, image_size, patch_size = size or "micro", image_size or 64, patch_size or 8
-        batch_size, epochs = batch_size or 32, epochs or 150 * 32 / num_images
+        batch_size, epochs = batch_size or 32, epochs or 120 * 32 / num_images
     size, image_size, patch_size = size or "large", image_size or 224, patch_size or 14
     batch_size = batch_size or 1024
     steps_per_epoch = num_images / batch_size
     num_steps = math.ceil(epochs * steps_per_epoch) if epochs else 625_000
     large = size in ("large", "huge", "giant")
-    crops = MultiCropConfig(
-        num_local=4 if smoke else 8, local_size=round(image_size * 98 / 224 / patch_size) * patch_size
-    )
+    local_size = round(image_size * 98 / 224 / patch_size) * patch_size
+    crops = MultiCropConfig(local_size=local_size)
+    if smoke:
+        crops = MultiCropConfig(num_local=4, local_size=local_size, global_scale=(0.5, 1.0), local_scale=(0.15, 0.5))
     return TrainingConfig(
         recipe="dinov2",
         model=sized(size, patch_size=patch_size, image_size=image_size, num_registers=num_registers, layer_scale=True),
         method=SelfDistillationConfig(
             crops=crops,
-            temperature_warmup=0.3 if smoke else 0.06,
-            frozen_prototypes=0.0 if smoke else 0.002,
-            teacher_momentum=0.99 if smoke else 0.994,
-            num_prototypes=1024 if smoke else 131072 if large else 65536,
+            teacher_temperature=(0.03, 0.03) if smoke else (0.04, 0.07),
+            teacher_momentum=0.98 if smoke else 0.994,
+            num_prototypes=256 if smoke else 131072 if large else 65536,
             hidden_dim=256 if smoke else 2048,
             bottleneck_dim=64 if smoke else 256,
         ),
@@ -138,9 +141,10 @@ def dinov2(
         ),
         num_steps=num_steps,
         batch_size=batch_size,
+        layer_scale=0.1 if smoke else 1e-5,
         drop_path=0.0 if smoke else 0.4 if large else 0.1,
         checkpoint_every=_checkpoint_every(steps_per_epoch),
-        diagnose_every=_diagnose_every(num_steps),
+        diagnose_every=_diagnose_every(num_steps, smoke),
     )
 
 
@@ -167,7 +171,8 @@ def clip(
     - Expected: the paper reports 59.9 % zero-shot on ImageNet without and 60.1 % with 4 registers, from pairs that are
       not public.
     - Command: `torchrun --nproc-per-node 8 -m vitreg train clip --data "pairs-{00000..00999}.tar" --out RUN`
-    - Smoke: `vitreg train clip --smoke --data flickr8k-1k/ --out RUN`
+    - Smoke: `vitreg train clip --smoke --data flickr8k-1k/ --out RUN`. The loss falls from 4.65 to below 3.3 in 300
+      steps; about 80 s on two cores.
     """
     _above_zero(image_size=image_size, patch_size=patch_size, batch_size=batch_size, epochs=epochs)
     if smoke:
@@ -202,7 +207,7 @@ def clip(
         num_steps=num_steps,
         batch_size=batch_size,
         checkpoint_every=_checkpoint_every(steps_per_epoch),
-        diagnose_every=_diagnose_every(num_steps),
+        diagnose_every=_diagnose_every(num_steps, smoke),
     )
 
 
@@ -222,9 +227,9 @@ def _checkpoint_every(steps_per_epoch: float) -> int:
     return max(50, min(round(steps_per_epoch), 2000))
 
 
-def _diagnose_every(num_steps: int) -> int:
-    """About twenty times a run: enough to see when artifacts appear."""
-    return max(1, num_steps // 20)
+def _diagnose_every(num_steps: int, smoke: bool) -> int:
+    """Often enough to see when artifacts appear."""
+    return max(1, num_steps // (3 if smoke else 20))
 
 
 def config_from_dict(values: dict[str, Any]) -> TrainingConfig:

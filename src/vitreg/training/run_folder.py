@@ -19,6 +19,7 @@ class RunFolder:
     - `config.json`: everything that decides what the run does, and its data.
     - `log.jsonl`: a line for every step.
     - `diagnosis.jsonl`: a line for every diagnosis on held-out pictures.
+    - `skipped.txt`: pictures that could not be read, and why.
     - `tensorboard/`: the same curves for TensorBoard, where it is installed.
     - `checkpoints/step-N/`: what resuming needs.
     - `model.safetensors`: the model, for `vitreg.load`; written anew with every checkpoint.
@@ -33,7 +34,7 @@ class RunFolder:
             self.path / name for name in ("config.json", "log.jsonl", "diagnosis.jsonl")
         )
         self.checkpoints, self.model = self.path / "checkpoints", self.path / "model.safetensors"
-        self.tensorboard = self.path / "tensorboard"
+        self.tensorboard, self.skipped = self.path / "tensorboard", self.path / "skipped.txt"
         self._lock: TextIO | None = None
 
     def create(self, description: dict[str, Any]) -> None:
@@ -52,6 +53,7 @@ class RunFolder:
             self.checkpoints.mkdir(parents=True, exist_ok=True)
         self.claim()
         with writing(self.path):
+            self.skipped.unlink(missing_ok=True)
             replace_text(self.config, json.dumps({"format": FORMAT, **description}, indent=1))
 
     def claim(self) -> None:

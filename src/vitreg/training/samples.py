@@ -80,7 +80,7 @@ class SampleStream(Dataset[Fetched]):
 
 def fetch(
     stream: SampleStream, processes: Processes, *, batch_size: int, accumulation: int, steps: range, num_workers: int
-) -> Generator[Fetched]:
+) -> Generator[Fetched, None, None]:
     """This process's micro-batches, step by step; closing it ends the workers.
 
     Each process has a contiguous part of a step's positions, and its micro-batches are contiguous parts of that.
@@ -109,7 +109,7 @@ def fetch(
     return _given(iter(loader))
 
 
-def _given(found: Iterator[Fetched | ValueError]) -> Generator[Fetched]:
+def _given(found: Iterator[Fetched | ValueError]) -> Generator[Fetched, None, None]:
     try:
         for batch in found:
             if isinstance(batch, ValueError):

@@ -10,27 +10,17 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-import torch
-from torch import nn
 from torch.distributed.checkpoint.api import CheckpointException
 from torch.distributed.checkpoint.filesystem import FileSystemReader
 from torch.distributed.checkpoint.state_dict import get_state_dict, set_state_dict
 from torch.distributed.checkpoint.state_dict_loader import load
 from torch.distributed.checkpoint.state_dict_saver import save
 
-from vitreg.training.average import Average
-from vitreg.training.processes import Processes
+from vitreg.training.learner import Learner
 from vitreg.training.run_folder import writing
 
 
-def save_snapshot(
-    folder: Path,
-    step: int,
-    method: nn.Module,
-    optimizer: torch.optim.Optimizer,
-    average: Average | None,
-    processes: Processes,
-) -> None:
+def save_snapshot(folder: Path, learner: Learner) -> None:
     """Write `step-N`: first beside it under another name, then renamed, then the older ones are removed.
 
     Randomness needs no room in it: it follows from the seed and the step.
@@ -38,10 +28,10 @@ def save_snapshot(
     Raises:
         ValueError: it cannot be written; the one before is still there.
     """
-    final, temporary = folder / f"step-{step:08d}", folder / f".step-{step:08d}.partial"
+    final, temporary = folder / f"step-{learner.step:08d}", folder / f".step-{learner.step:08d}.partial"
     if final.exists():
         return
-    state = _state(method, optimizer, average)
+    state, processes = _state(learner), learner.processes
 
     def prepare() -> None:
         with writing(folder):
@@ -66,23 +56,22 @@ def save_snapshot(
     processes.on_first(finish)
 
 
-def load_snapshot(
-    path: Path, method: nn.Module, optimizer: torch.optim.Optimizer, average: Average | None, processes: Processes
-) -> int:
-    """Put a snapshot's state into freshly built objects, on any number of processes; returns its step.
+def load_snapshot(path: Path, learner: Learner) -> None:
+    """Put a snapshot's state into a new learner, on any number of processes.
 
     Raises:
         ValueError: it is damaged, or of a model of another size.
     """
-    state = _state(method, optimizer, average)
+    state = _state(learner)
     _check_names(path, state)
     try:
         with _quiet():
-            load(state, checkpoint_id=path, no_dist=processes.world == 1)
+            load(state, checkpoint_id=path, no_dist=learner.processes.world == 1)
     except (OSError, RuntimeError, ValueError, KeyError, CheckpointException) as error:
         raise ValueError(f"{path} does not fit this run's model, or is damaged ({_reason(error)})") from error
-    set_state_dict(method, optimizer, model_state_dict=state["model"], optim_state_dict=state["optimizer"])
-    return int(path.name.removeprefix("step-"))
+    model, optimizer = state["model"], state["optimizer"]
+    set_state_dict(learner.method, learner.optimizer, model_state_dict=model, optim_state_dict=optimizer)
+    learner.step = int(path.name.removeprefix("step-"))
 
 
 def _check_names(path: Path, state: dict[str, Any]) -> None:
@@ -123,9 +112,10 @@ def _snapshots(folder: Path) -> list[Path]:
     return sorted(folder.glob("step-*"))
 
 
-def _state(method: nn.Module, optimizer: torch.optim.Optimizer, average: Average | None) -> dict[str, Any]:
-    model, optim = get_state_dict(method, optimizer)
-    return {"model": model, "optimizer": optim, "average": {} if average is None else average.tensors}
+def _state(learner: Learner) -> dict[str, Any]:
+    model, optimizer = get_state_dict(learner.method, learner.optimizer)
+    average = {} if learner.average is None else learner.average.tensors
+    return {"model": model, "optimizer": optimizer, "average": average}
 
 
 def _flush(folder: Path) -> None:

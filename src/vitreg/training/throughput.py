@@ -2,23 +2,31 @@
 
 from __future__ import annotations
 
-import copy
 import time
 
 import torch
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.flop_counter import FlopCounterMode
 
-from vitreg.training.method import Batch, Method
+from vitreg.training.config import TrainingConfig
+from vitreg.training.method import Batch
+from vitreg.training.randomness import fixed_randomness
 
 
-def flops_per_picture(method: Method, batch: Batch) -> float:
-    """Floating-point operations of forward and backward for one picture, counted on two of a batch (on the CPU)."""
-    pair = {name: rows[:2].cpu() for name, rows in batch.items()}
-    trial = copy.deepcopy(method).cpu()
-    # The counter does not know the CPU's fused attention; the plain one has the same operations.
-    with FlopCounterMode(display=False) as counter, sdpa_kernel(SDPBackend.MATH):
-        trial(pair, 0.0)["loss"].backward()
+def flops_per_picture(config: TrainingConfig, batch: Batch) -> float:
+    """Floating-point operations of forward and backward for one picture.
+
+    Counted on a method of its own, on the CPU.
+
+    Args:
+        config: of the run.
+        batch: two pictures.
+    """
+    with fixed_randomness(config.seed):
+        method = config.method.build(config.model)
+        # The counter does not know the CPU's fused attention; the plain one has the same operations.
+        with FlopCounterMode(display=False) as counter, sdpa_kernel(SDPBackend.MATH):
+            method(batch, 0.0)["loss"].backward()
     return counter.get_total_flops() / 2
 
 

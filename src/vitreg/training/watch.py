@@ -17,7 +17,7 @@ from vitreg.training.method import Companions, Method
 BATCH_SIZE = 64
 NUM_EVALUATED = 1000
 # What a diagnosis says of its pictures rather than of the model.
-LEFT_OUT = ("skipped", "position_frequency", "interrupted", "format", "version")
+LEFT_OUT = ("skipped", "position_frequency", "interrupted", "version")
 
 
 class Watch:
@@ -44,7 +44,9 @@ class Watch:
         batches = stream_pictures(self._images, preprocess, batch_size=BATCH_SIZE, device=self._device, limit=limit)
         self._kept = [batch for batch, _ in batches]
         if not self._kept:
-            raise ValueError(f"no held-out picture of {self._images.source} can be read; give others by --val")
+            raise ValueError(
+                f"none of the held-out pictures of {self._images.source} can be read; give others by --val"
+            )
 
     def look(self, method: Method, vit: VisionTransformer, companions: Companions, *, final: bool) -> dict[str, Any]:
         """What `diagnose` says of the model, as JSON types, with the method's `metrics`; after `read`.
