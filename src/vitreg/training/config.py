@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any, Literal, Self
+from typing import TYPE_CHECKING, Any, Literal, TypeVar
 
 from vitreg.model import ViTConfig
 
@@ -13,12 +13,16 @@ if TYPE_CHECKING:
     from vitreg.training.method import Method, Views
 
 
+# Not `Self`, which beartype knows in classes only that it decorates itself.
+AnySettings = TypeVar("AnySettings", bound="Settings")
+
+
 @dataclass(frozen=True)
 class Settings:
     """Settings that are kept as JSON."""
 
     @classmethod
-    def from_dict(cls, values: dict[str, Any]) -> Self:
+    def from_dict(cls: type[AnySettings], values: dict[str, Any]) -> AnySettings:
         """The inverse of `dataclasses.asdict`, from JSON."""
         return cls(**{key: tuple(value) if isinstance(value, list) else value for key, value in values.items()})
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import copy
 import math
 from dataclasses import dataclass, field
-from typing import Any, Literal, Self
+from typing import Any, Literal
 
 import torch
 from torch import Tensor, nn
@@ -66,7 +66,7 @@ class SelfDistillationConfig(MethodConfig):
             raise ValueError(f"teacher_temperature is {self.teacher_temperature}; below 0.025 float32 does not reach")
 
     @classmethod
-    def from_dict(cls, values: dict[str, Any]) -> Self:
+    def from_dict(cls, values: dict[str, Any]) -> SelfDistillationConfig:
         """The inverse of `dataclasses.asdict`, from JSON."""
         return super().from_dict(values | {"crops": MultiCropConfig.from_dict(values["crops"])})
 
