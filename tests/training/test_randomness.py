@@ -39,7 +39,7 @@ def test_a_key_decides_and_nothing_is_left_behind():
 
 def test_keys_differ():
     found = set()
-    for key in ((0,), (1,), (0, 1), (1, 0), (0, 0, 1), (2**40,)):
+    for key in ((0, 1), (1, 1), (1, 2), (0, 0, 1), (0, 1, 1), (2**40, 1)):
         with fixed_randomness(*key):
             found |= set(draw())
     assert len(found) == 18
