@@ -216,7 +216,7 @@ RECIPES: dict[str, Callable[..., TrainingConfig]] = {"deit3": deit3, "dinov2": d
 _METHODS = {"deit3": SupervisedConfig, "dinov2": SelfDistillationConfig, "clip": ContrastiveConfig}
 
 
-def _above_zero(**given: float | None) -> None:
+def _above_zero(**given: int | float | None) -> None:
     for name, value in given.items():
         if value is not None and value <= 0:
             raise ValueError(f"{name} is {value}; it must be above 0")
