@@ -15,7 +15,16 @@ from typing import Any
 from vitreg import cli
 
 _CONTEXT = mp.get_context("forkserver")
-_CONTEXT.set_forkserver_preload(["vitreg.cli", "vitreg.training", "vitreg.artifacts", "timm.optim", "timm.data.mixup"])
+_CONTEXT.set_forkserver_preload(
+    [
+        "vitreg.cli",
+        "vitreg.training",
+        "timm.optim",
+        "timm.data.mixup",
+        "torch.utils.tensorboard",
+        "torch.distributed.fsdp",
+    ]
+)
 
 
 def _child(argv: list[str], told: Path, env: dict[str, str], limits: dict[int, int]) -> None:
