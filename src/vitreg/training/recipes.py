@@ -29,7 +29,7 @@ def deit3(
     image_size: int | None = None,
     patch_size: int | None = None,
     batch_size: int | None = None,
-    epochs: float | None = None,
+    epochs: int | float | None = None,
     smoke: bool = False,
 ) -> TrainingConfig:
     """Supervised, as DeiT-III (arXiv 2204.07118, table 1, ImageNet-1k column; github.com/facebookresearch/deit).
@@ -91,7 +91,7 @@ def dinov2(
     image_size: int | None = None,
     patch_size: int | None = None,
     batch_size: int | None = None,
-    epochs: float | None = None,
+    epochs: int | float | None = None,
     smoke: bool = False,
     num_classes: int = 0,
 ) -> TrainingConfig:
@@ -156,7 +156,7 @@ def clip(
     image_size: int | None = None,
     patch_size: int | None = None,
     batch_size: int | None = None,
-    epochs: float | None = None,
+    epochs: int | float | None = None,
     smoke: bool = False,
     num_classes: int = 0,
 ) -> TrainingConfig:
