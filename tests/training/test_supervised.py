@@ -78,7 +78,7 @@ def test_gradients_are_timms(loss, tmp_path):
 
 
 def test_transformers_zero_initialised_registers_stay_identical(class_folders):
-    """transformers starts registers at zero; equal ones have equal gradients for ever (timm PR #2229 too)."""
+    """transformers starts registers at zero, and equal ones have equal gradients for ever."""
     method = small_method()
     stream = SampleStream(
         open_image_set(class_folders / "train"),
