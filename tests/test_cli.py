@@ -233,6 +233,12 @@ def test_the_command_line_is_frozen():
         "evaluate discovery": ["batch_size", "data", "device", "dtype", "json", "models", "out", "sweep"],
         "models": ["filter", "json"],
         "timeline": ["json", "out", "runs"],
+        "train": [
+            "accumulation", "batch_size", "checkpoint_every", "compile", "data", "device", "diagnose_every",
+            "drop_path", "ema_decay", "epochs", "gradient_checkpointing", "image_size", "json", "log_every", "lr",
+            "out", "patch_size", "precision", "recipe", "registers", "resume", "seed", "sharding", "size", "smoke",
+            "steps", "val", "warmup_steps", "weight_decay", "workers",
+        ],
     }  # fmt: skip
     assert list(cli.ModelOptions.__dataclass_fields__) == ["model", "architecture", "device", "dtype", "size"]
 

@@ -9,13 +9,13 @@ import torch
 import torch.distributed as dist
 from PIL import Image
 from torch.distributed.fsdp import fully_shard
-from torch.distributed.tensor import DTensor
 from torch.nn.parallel import DistributedDataParallel
 
 from training.captioned import tiny_method
 from vitreg.images import ImageSet
 from vitreg.training.contrastive import Contrastive
 from vitreg.training.method import Batch
+from vitreg.training.processes import whole
 
 
 def random_batch(num: int) -> Batch:
@@ -64,10 +64,11 @@ def two_steps(rank: int, world_size: int, folder: Path) -> None:
             outcome[name] = mean = scalar.detach().clone()
             dist.all_reduce(mean)
             mean /= world_size
-        outcome["figures"] = method.evaluate(seeded_method().vit, Noise(), 4)
+        text = {name: whole(tensor).detach() for name, tensor in method.text.state_dict().items()}
+        outcome["figures"] = method.evaluate(seeded_method().vit, {"text": text}, Noise(), 4)
         for name, parameter in method.named_parameters():
             gradient = parameter.grad
-            outcome[name] = gradient.full_tensor() if isinstance(gradient, DTensor) else gradient
+            outcome[name] = whole(gradient)
         torch.optim.AdamW(method.parameters()).step()
         method.after_step(0.0)
         if rank == 0:

@@ -110,7 +110,7 @@ def test_text_tower_is_open_clips(method):
 def test_two_processes_equal_one(tmp_path):
     mp.spawn(two_steps, (2, tmp_path), nprocs=2)
     method = seeded_method()
-    figures = method.evaluate(method.vit, Noise(), 4)
+    figures = method.evaluate(method.vit, {"text": method.text.state_dict()}, Noise(), 4)
     scalars = method(random_batch(8), 0.0)
     scalars["loss"].backward()
     expected = scalars | {name: parameter.grad for name, parameter in method.named_parameters()}
@@ -132,7 +132,7 @@ def test_two_processes_equal_one(tmp_path):
 def views_batch(photographs: Photographs, **options) -> dict[str, torch.Tensor]:
     views = dataclasses.replace(CONFIG, **options).views(MODEL, photographs)
     samples = [Sample(photographs.picture(i), None, photographs.captions(i)) for i in range(len(photographs))]
-    return views.collate([views(sample) for sample in samples])
+    return torch.utils.data.default_collate([views(sample) for sample in samples])
 
 
 def test_a_few_steps_on_photographs(method, photographs):
@@ -247,11 +247,12 @@ def test_evaluate_takes_what_there_is(method, test_data):
     similarity = similarity @ F.normalize(method.text(texts), dim=-1).T
     owners = [row for row, i in enumerate(kept) for _ in images.captions(i)]
     expected = literal_recall(similarity, owners)
-    assert method.evaluate(method.vit, images, 4) == pytest.approx(expected)
+    companions = {"text": method.text.state_dict()}
+    assert method.evaluate(method.vit, companions, images, 4) == pytest.approx(expected)
     assert expected["text_to_image_r5"] > 0
     images.files = images.files[2:3]
     images.sentences = {0: ()}
-    assert method.evaluate(method.vit, images, 4) == {}
+    assert method.evaluate(method.vit, companions, images, 4) == {}
 
 
 @pytest.mark.parametrize("num_registers", [0, 4])

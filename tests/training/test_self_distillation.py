@@ -173,7 +173,7 @@ def test_learning_on_real_pictures(test_data):
     for number in range(30):
         with fixed_randomness(number):
             first = number % 2 * 32
-            batch = views.collate([views(sample) for sample in samples[first : first + 32]])
+            batch = torch.utils.data.default_collate([views(sample) for sample in samples[first : first + 32]])
         scalars = method(batch, number / 30)
         optimizer.zero_grad()
         scalars["loss"].backward()
