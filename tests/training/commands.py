@@ -40,6 +40,9 @@ def _child(argv: list[str], told: Path, env: dict[str, str], limits: dict[int, i
     sys.stderr = os.fdopen(2, "w", buffering=1)
     os.environ.update(env)
     for kind, limit in limits.items():
+        # Of the address space, what is taken already are libraries.
+        used = int(Path("/proc/self/statm").read_text().split()[0]) * resource.getpagesize()
+        limit += used if kind == resource.RLIMIT_AS else 0
         resource.setrlimit(kind, (limit, limit))
     cli.main(argv)
 
@@ -51,7 +54,7 @@ class Run:
         args: of `vitreg`.
         told: file for what it prints.
         env: variables beside those that are there.
-        limits: of `resource.setrlimit`.
+        limits: of `resource.setrlimit`; that of the address space counts from what a new process has.
     """
 
     def __init__(
