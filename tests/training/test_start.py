@@ -309,8 +309,10 @@ def test_held_out_pictures_are_not_trained_on(class_folders):
 def test_the_val_part_is_held_out_and_others_may_be_given(class_folders, folders):
     train_part, held_out = open_data(class_folders, None, 0)
     assert (len(train_part), len(held_out)) == (60, 12)
-    given = open_data(class_folders / "train", class_folders / "val", 0)
-    assert [len(part) for part in given] == [60, 12]
+    for data in (class_folders / "train", class_folders):
+        given = open_data(data, folders / "val", 0)
+        assert [len(part) for part in given] == [60, 12]
+        assert given[1].source == str(folders / "val")
     shutil.rmtree(folders / "val" / "class0")
     with pytest.raises(ValueError, match="must have the same classes"):
         open_data(class_folders / "train", folders / "val", 0)
