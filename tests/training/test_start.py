@@ -20,7 +20,9 @@ from training.commands import Run, log
 from training.small import small_config
 from vitreg.images import open_split
 from vitreg.training import open_data, resume, train
+from vitreg.training.learner import Learner
 from vitreg.training.run_folder import RunFolder
+from vitreg.training.supervised import Supervised
 
 pytestmark = pytest.mark.usefixtures("_quick")
 
@@ -254,6 +256,28 @@ def test_logs_are_cut_to_the_checkpoint_and_a_torn_last_line_is_dropped(run):
     assert log(run)[6]["loss"] != 1.0
 
 
+def test_steps_that_are_done_again_are_in_the_curves_once(class_folders, tmp_path, monkeypatch):
+    from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+    advance, out = Learner.advance, tmp_path / "run"
+
+    def killed(self, batches):
+        if self.step == 6:
+            raise KeyboardInterrupt
+        return advance(self, batches)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(Learner, "advance", killed)
+        with pytest.raises(KeyboardInterrupt):
+            go(small_config(8, checkpoint_every=4), class_folders, out)
+    assert len(log(out)) == 6
+    assert go_on(out)
+    assert [line["step"] for line in log(out)] == list(range(1, 9))
+    events = EventAccumulator(str(out / "tensorboard"))
+    events.Reload()
+    assert [event.step for event in events.Scalars("loss")] == list(range(1, 9))
+
+
 def test_a_folder_that_holds_a_run_is_refused(run, class_folders):
     before = (run / "config.json").read_text()
     with pytest.raises(ValueError, match="holds a run of deit3 already; go on with --resume"):
@@ -359,19 +383,27 @@ def test_weights_that_explode_stop_the_run_and_keep_the_last_good_ones(watched, 
     assert [line["step"] for line in log(out)] == [1, 2, 3, 4]
 
 
-def test_a_loss_that_is_not_a_number_is_found_at_its_step(class_folders, tmp_path, monkeypatch):
-    from vitreg.training.supervised import Supervised
+def infinite(method: Supervised, loss: torch.Tensor) -> torch.Tensor:
+    return loss / 0
 
+
+def steep(method: Supervised, loss: torch.Tensor) -> torch.Tensor:
+    """A finite loss whose gradient is not a number."""
+    return loss + (0 * method.vit.registers).sum().sqrt()
+
+
+@pytest.mark.parametrize(("harm", "what"), [(infinite, "the loss is inf"), (steep, "the gradient norm is nan")])
+def test_what_is_not_a_number_is_found_at_its_step(harm, what, class_folders, tmp_path, monkeypatch):
     forward, calls = Supervised.forward, []
 
     def infected(self, batch, progress):
         calls.append(progress)
-        values = forward(self, batch, progress)
-        return {"loss": values["loss"] * (float("nan") if progress == 0.5 else 1.0)}
+        loss = forward(self, batch, progress)["loss"]
+        return {"loss": harm(self, loss) if progress == 0.5 else loss}
 
     monkeypatch.setattr(Supervised, "forward", infected)
     config = small_config(12, log_every=4, checkpoint_every=4)
-    with pytest.raises(ValueError, match=r"the loss is nan at step 7; the last good .*step-00000004. Start again"):
+    with pytest.raises(ValueError, match=rf"{what} at step 7; the last good .*step-00000004. Start again"):
         go(config, class_folders, tmp_path / "run")
     assert [line["step"] for line in log(tmp_path / "run")] == [1, 2, 3, 4, 5, 6]
     assert len(calls) >= 8
