@@ -1,14 +1,24 @@
-"""`vitreg timeline` as a user runs it."""
+"""`vitreg train` and `vitreg timeline` as a user runs them."""
 
 from __future__ import annotations
 
+import inspect
 import json
+import os
+import re
+import shutil
+from pathlib import Path
+from typing import get_args, get_type_hints
 
 import pytest
 from PIL import Image
 
+import vitreg
 from training.runs import real_diagnoses, write_run
-from vitreg import cli
+from vitreg import cli, cli_training
+from vitreg.training.sizes import SIZES
+
+SMALL = (*("--image-size", "32", "--patch-size", "16", "--batch-size", "8"), "--workers", "0", "--device", "cpu")
 
 
 def run(*args: object) -> int:
@@ -56,3 +66,115 @@ def test_bad_input_is_one_sentence_and_status_2(folders, message, tmp_path, caps
     assert message in error
     assert len(error.strip().splitlines()) == 1
     assert not (tmp_path / "vitreg-out").exists()
+
+
+@pytest.fixture
+def classes(test_data, tmp_path) -> Path:
+    """Two classes, each of 16 photographs, and a val part of 4."""
+    photographs = sorted((test_data / "imagenet-samples").glob("*.jpg"))
+    for label in range(2):
+        for part, first, last in (("train", 0, 16), ("val", 16, 20)):
+            folder = tmp_path / "data" / part / f"class{label}"
+            folder.mkdir(parents=True)
+            for path in photographs[40 * label + first : 40 * label + last]:
+                Image.open(path).convert("RGB").resize((48, 40)).save(folder / path.name)
+    return tmp_path / "data"
+
+
+@pytest.fixture
+def _quick(monkeypatch):
+    monkeypatch.setattr("vitreg.training.journal.matrix_rate", lambda device, dtype: 1e9)
+
+
+def sentence(capsys) -> str:
+    """What was printed, one line on stderr and nothing else."""
+    told = capsys.readouterr()
+    assert told.out == ""
+    assert told.err.startswith("vitreg: ")
+    assert len(told.err.strip().splitlines()) == 1
+    return told.err
+
+
+@pytest.mark.usefixtures("_quick")
+def test_train_tells_what_it_did_and_its_model_can_be_used(classes, tmp_path, capsys):
+    out = tmp_path / "run"
+    broken = classes / "train" / "class0" / sorted(os.listdir(classes / "train" / "class0"))[0]
+    broken.write_bytes(b"no picture")
+    args = ("deit3", "--data", classes, "--smoke", *SMALL, "--registers", "2", "--steps", "5", "--diagnose-every", "3")
+    assert run("train", *args, "--out", out) == 0
+    told = capsys.readouterr()
+    assert [line.split(":")[0] for line in told.err.splitlines()] == ["step 3", "step 5"]
+    assert "top1" in told.err
+    lines = told.out.splitlines()
+    assert lines[0].startswith("finished after 5 steps, loss ")
+    assert lines[1] == f"  vitreg diagnose PICTURES --model {out}"
+    assert lines[2] == f"1 pictures could not be read and were replaced by others; see {out / 'skipped.txt'}"
+    assert vitreg.load(out).num_registers == 2
+    assert run("diagnose", classes / "val", "--model", out, "--out", tmp_path / "report") == 0
+    capsys.readouterr()
+    # A run that is finished, and its state as JSON.
+    assert run("train", "--resume", out, *SMALL[-4:], "--json") == 0
+    told = json.loads(capsys.readouterr().out)
+    assert (told["finished"], told["log"]["step"], told["diagnosis"]["step"]) == (True, 5, 5)
+    # Another recipe, other settings, another run in its place.
+    assert run("train", "clip", "--resume", out) == 2
+    assert "is a run of deit3, not of clip" in sentence(capsys)
+    assert run("train", "--resume", out, "--steps", "9", "--registers", "0") == 2
+    assert "leave out --registers, --steps," in sentence(capsys)
+    assert run("train", *args, "--out", out) == 2
+    assert "holds a run of deit3 already; go on with --resume" in sentence(capsys)
+    assert run("train", "dinov2", *args[1:], "--out", out) == 2
+    assert "holds a run of deit3 already" in sentence(capsys)
+
+
+@pytest.mark.usefixtures("_quick")
+@pytest.mark.parametrize(
+    ("args", "message"),
+    [
+        (["deit3"], "give a recipe and --data"),
+        (["--data", "DATA"], "give a recipe and --data"),
+        (["deit3", "--data", "nowhere"], "nowhere does not exist"),
+        (["deit3", "--data", "DATA", "--val", "nowhere"], "nowhere does not exist"),
+        (["deit3", "--data", "FLAT"], "has no labels, from which deit3 learns; give one folder for each class"),
+        (["clip", "--data", "DATA"], "has no captions, which clip learns from"),
+        (["deit3", "--data", "EMPTY"], "class folder .*class2 holds no picture"),
+        (["deit3", "--data", "DATA", "--batch-size", "64"], "32 pictures, fewer than a batch of 64"),
+        (["deit3", "--data", "DATA", "--batch-size", "7"], "choose a multiple of 2"),
+        (["deit3", "--data", "DATA", "--batch-size", "0"], "batch_size is 0"),
+        (["deit3", "--data", "DATA", "--epochs", "0"], "epochs is 0"),
+        (["deit3", "--data", "DATA", "--steps", "0"], "num_steps is 0"),
+        (["deit3", "--data", "DATA", "--image-size", "40"], "image size 40 is not a multiple"),
+        (["deit3", "--data", "DATA", "--registers", "-1"], "num_registers is -1"),
+        (["deit3", "--data", "DATA", "--drop-path", "1"], "drop_path is 1"),
+        (["deit3", "--data", "DATA", "--device", "tpu9"], "cannot use device 'tpu9'"),
+        (["deit3", "--data", "DATA", "--out", "/proc/nothing"], "cannot write"),
+        (["clip", "--data", "DATA", "--accumulation", "2"], "leave accumulation at 1"),
+        (["dinov2", "--data", "DATA", "--ema-decay", "0.9"], "leave it 0 for dinov2"),
+        (["--resume", "nowhere"], "holds no run"),
+        (["--resume", "DATA"], "holds no run"),
+        (["moco", "--data", "DATA"], "deit3"),
+    ],
+)
+def test_bad_training_input_is_one_sentence_and_status_2(args, message, classes, tmp_path, capsys, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    places = {"DATA": classes, "FLAT": tmp_path / "flat", "EMPTY": tmp_path / "empty"}
+    shutil.copytree(classes / "train" / "class0", places["FLAT"])
+    shutil.copytree(classes, places["EMPTY"])
+    (places["EMPTY"] / "train" / "class2").mkdir()
+    options = () if "--resume" in args else ("--smoke", *SMALL)
+    assert run("train", *options, *[places.get(a, a) for a in args]) == 2
+    error = capsys.readouterr().err
+    assert re.search(message, error), error
+    assert error.startswith("vitreg: ") or "moco" in args
+    assert len(error.strip().splitlines()) == 1 or "moco" in args
+
+
+def test_sizes_on_the_command_line_are_all_sizes():
+    hints = get_type_hints(cli_training.train, include_extras=False)
+    assert {value for part in get_args(hints["size"]) for value in get_args(part)} == set(SIZES)
+
+
+def test_every_flag_of_training_is_explained():
+    explained = inspect.getdoc(cli_training.train) or ""
+    for name in inspect.signature(cli_training.train).parameters:
+        assert f"\n    {name}: " in explained, name

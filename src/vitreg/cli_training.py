@@ -77,7 +77,7 @@ def train(
         data: class folders, Parquet files, WebDataset tars or captions.csv; or a folder with train and val parts.
         val: held-out pictures; by default those in --data, or a twentieth of it, at most 1000.
         registers: 4 by default, as in the paper.
-        size: small by default.
+        size: of the model; deit3 takes small by default, clip base, dinov2 large.
         out: the run's folder, a new one.
         resume: folder of a run to go on with.
         smoke: a small form of the recipe that takes two minutes on two CPU cores.

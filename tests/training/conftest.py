@@ -30,3 +30,9 @@ def class_folders(test_data: Path, tmp_path_factory) -> Path:
 def folders(class_folders: Path, tmp_path: Path) -> Path:
     """A copy of them, to be damaged; a file is replaced rather than written into."""
     return Path(shutil.copytree(class_folders, tmp_path / "data", copy_function=os.link))
+
+
+@pytest.fixture
+def _quick(monkeypatch):
+    """Runs inside the tests do without the half second in which the machine is measured."""
+    monkeypatch.setattr("vitreg.training.journal.matrix_rate", lambda device, dtype: 1e9)

@@ -102,8 +102,6 @@ def test_sharded_processes_train_as_one_and_one_goes_on_with_what_they_began(alo
     shutil.copytree(alone, whole)
     for folder in (run, whole):
         prolong(folder, 26)
-        config = json.loads((folder / "config.json").read_text())
-        (folder / "config.json").write_text(json.dumps(config | {"sharding": "ddp"}))
         finish(ranks(1, "--resume", folder, "--workers", "0", "--device", "cpu", told=tmp_path / "again"))
     assert_equal_runs(run, whole, 26)
 

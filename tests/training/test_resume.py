@@ -54,13 +54,14 @@ def assert_equal_weights(one: Path, other: Path) -> None:
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("kind", [signal.SIGINT, signal.SIGTERM])
-def test_interrupted_leaves_a_checkpoint_and_says_how_to_go_on(kind, class_folders, tmp_path):
+@pytest.mark.parametrize(("kind", "group"), [(signal.SIGINT, False), (signal.SIGTERM, True)])
+def test_interrupted_leaves_a_checkpoint_and_says_how_to_go_on(kind, group, class_folders, tmp_path):
+    """Schedulers send the signal to all processes of a group, workers too."""
     out = tmp_path / "run"
     args = ("train", "deit3", "--data", class_folders, *SETTINGS, "--checkpoint-every", "1000", "--out", out)
     run = Run(*args, told=tmp_path / "told.txt")
     run.wait_for(lambda: steps_in_log(out) >= 6, 120)
-    run.send(kind)
+    run.send(kind, group=group)
     assert run.wait() == 130
     assert f"--resume {out}" in run.told
     (checkpoint,) = (out / "checkpoints").glob("step-*")

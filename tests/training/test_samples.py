@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import pickle
 import random
 
 import numpy as np
@@ -102,6 +103,15 @@ def test_batches_do_not_depend_on_who_fetches_them(class_folders, world, accumul
         assert ours.keys() == {"image", "target"}
         assert all(torch.equal(ours[name], theirs[name]) for name in ours)
     assert not torch.equal(expected[0]["image"], expected[1]["image"])
+
+
+def test_workers_may_be_spawned(class_folders):
+    """Where processes are not forked, they are sent a copy."""
+    images = open_image_set(class_folders / "train")
+    stream = SampleStream(images, CONFIG.method.views(CONFIG.model, images), seed=3)
+    copy = pickle.loads(pickle.dumps(stream))
+    for name, rows in stream[range(8)][0].items():
+        assert torch.equal(copy[range(8)][0][name], rows)
 
 
 def test_going_on_from_the_middle_gives_the_same_batches():

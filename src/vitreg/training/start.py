@@ -30,11 +30,10 @@ def open_data(data: str | Path, val: str | Path | None, seed: int) -> tuple[Imag
     Raises:
         ValueError: there are no such pictures, or they have different classes.
     """
-    if val is not None:
-        train, held_out = open_image_set(data), open_image_set(val)
-        check_classes(train, held_out)
-        return train, held_out
     train, held_out = open_split(data)
+    if val is not None:
+        held_out = open_image_set(val)
+        check_classes(train, held_out)
     return (train, held_out) if held_out is not None else hold_out(train, seed)
 
 

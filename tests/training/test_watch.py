@@ -1,0 +1,69 @@
+"""What a run records of itself: the diagnosis of held-out pictures."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+
+import numpy as np
+import pytest
+import torch
+
+import vitreg
+from peers import perturb
+from training.small import small_config
+from vitreg.images import open_image_set
+from vitreg.training.held_out import Part, evenly, stream_pictures
+from vitreg.training.watch import Watch
+
+CPU = torch.device("cpu")
+
+
+def test_a_diagnosis_is_that_of_diagnose(class_folders):
+    images = open_image_set(class_folders / "val")
+    config = dataclasses.replace(small_config(), num_diagnosed=7)
+    method = perturb(config.method.build(config.model))
+    watch = Watch(config, images, CPU)
+    watch.read(config.model.preprocess)
+    seen = watch.look(method, method.vit, {}, final=True)
+    chosen = [images.picture(i) for i in evenly(12, 7).tolist()]
+    batch = torch.stack([method.vit.preprocess(picture) for picture in chosen])
+    expected = vitreg.diagnose(method.vit, batch).to_dict()
+    assert seen["num_images"] == 7
+    for key in ("outlier_fraction", "has_artifacts", "threshold", "register_norms", "onset_block"):
+        assert seen[key] == expected[key], key
+    assert [block["median"] for block in seen["blocks"]] == pytest.approx([b["median"] for b in expected["blocks"]])
+    assert seen["metrics"] == method.evaluate(method.vit, {}, images, 4)
+    json.dumps(seen, allow_nan=False)
+    # The same pictures every time.
+    assert watch.look(method, method.vit, {}, final=False)["blocks"] == seen["blocks"]
+
+
+def test_evenly_spread():
+    assert evenly(10, 4).tolist() == [0, 3, 6, 9]
+    assert evenly(3, 8).tolist() == [0, 1, 2]
+    assert len(set(evenly(1000, 256).tolist())) == 256
+    assert evenly(5, 1).tolist() == [0]
+
+
+def test_a_part_has_the_names_and_labels_of_the_set(class_folders):
+    images = open_image_set(class_folders / "val")
+    part = Part(images, np.array([1, 5, 11]))
+    assert len(part) == 3
+    assert images.labels is not None
+    assert part.labels == [images.labels[i] for i in (1, 5, 11)]
+    assert [part.name(i) for i in range(3)] == [images.name(i) for i in (1, 5, 11)]
+    assert part.picture(2).tobytes() == images.picture(11).tobytes()
+    assert (part.classes, part.captions(0)) == (images.classes, ())
+
+
+def test_pictures_that_cannot_be_read_are_left_out(folders):
+    (folders / "val" / "class0" / "0.jpg").unlink()
+    (folders / "val" / "class0" / "0.jpg").write_text("no picture")
+    images = open_image_set(folders / "val")
+    preprocess = small_config().model.preprocess
+    batches = list(stream_pictures(images, preprocess, batch_size=5, device=CPU))
+    assert [indices for _, indices in batches] == [[1, 2, 3, 4], [5, 6, 7, 8, 9], [10, 11]]
+    torch.testing.assert_close(batches[1][0][0], preprocess(images.picture(5)))
+    few = stream_pictures(images, preprocess, batch_size=5, device=CPU, limit=3)
+    assert [i for _, indices in few for i in indices] == [6, 11]
