@@ -48,7 +48,7 @@ def save_snapshot(folder: Path, learner: Learner) -> None:
     processes.on_first(prepare)
     try:
         with _quiet():
-            save(state, checkpoint_id=temporary, no_dist=processes.world == 1)
+            save(state, checkpoint_id=temporary)
     except (OSError, RuntimeError, CheckpointException) as error:
         if processes.first:
             shutil.rmtree(temporary, ignore_errors=True)
@@ -66,7 +66,7 @@ def load_snapshot(path: Path, learner: Learner) -> None:
     _check_names(path, state)
     try:
         with _quiet():
-            load(state, checkpoint_id=path, no_dist=learner.processes.world == 1)
+            load(state, checkpoint_id=path)
     except (OSError, RuntimeError, ValueError, KeyError, CheckpointException) as error:
         raise ValueError(f"{path} does not fit this run's model, or is damaged ({_reason(error)})") from error
     model, optimizer = state["model"], state["optimizer"]
