@@ -76,13 +76,10 @@ def test_an_empty_class_folder_is_named(folders, tmp_path, told):
     assert "class1" in error
 
 
-@pytest.mark.parametrize("lr", ["1e30", "1e6"])
-def test_a_loss_that_is_no_number_keeps_the_last_good_checkpoint(lr, class_folders, tmp_path, told):
+def test_a_loss_that_is_no_number_keeps_the_last_good_checkpoint(class_folders, tmp_path, told):
     out = tmp_path / "run"
-    args = ("--steps", 40, "--lr", lr, "--warmup-steps", 20, "--checkpoint-every", 1, "--out", out)
+    args = ("--steps", 40, "--lr", "1e30", "--warmup-steps", 20, "--checkpoint-every", 1, "--out", out)
     status, error = told("deit3", "--data", class_folders, *SMALL, *args)
-    if status == 0:
-        pytest.skip("the loss stayed finite at this rate")
     assert status == 2
     assert "at step" in error or "after step" in error
     for tensor in vitreg.load(out).state_dict().values():
