@@ -133,7 +133,7 @@ def _registers(d: Diagnosis) -> list[str]:
 
 def _advice(d: Diagnosis) -> list[str]:
     row = registry.find(d.model["name"])
-    with_registers = registry.find(f"{row.name}_reg") if row else None
+    with_registers = row and (registry.find(f"{row.name}_reg") or registry.find(f"{row.name}_reg4"))
     trained = (
         f"use {with_registers.name}, the same model trained with registers"
         if with_registers

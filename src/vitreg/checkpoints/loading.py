@@ -38,7 +38,8 @@ def load(
     """A checkpoint as a vitreg model, in evaluation mode.
 
     Args:
-        source: a short name (`dinov2_vitl14_reg`; `vitreg models` lists them), a timm name
+        source: a short name (`dinov2_vitl14_reg`; `vitreg models` lists them; `vitreg_tiny` and
+            `vitreg_tiny_reg4` come with the package), a timm name
             (`vit_large_patch14_dinov2.lvd142m`), a hub repository (`facebook/dinov2-large`, `timm/...`),
             `open_clip:ARCH/PRETRAINED`, a file (`.safetensors`, `.pth`, a saved vitreg model), the folder of a
             training run, or one with transformers' `config.json`. The folder named by the environment variable
@@ -70,6 +71,8 @@ def _load(source: str, architecture: str | None) -> VisionTransformer:
             return _from_hub(str(stored))
         return _from_file(stored, architecture, name=_timm_name(source))
     if (row := registry.find(source)) is not None:
+        if row.bundled is not None:
+            return _from_file(row.bundled, None, name=row.name).float()  # stored in half precision
         vit = _from_timm_name(row.timm)
         if row.interpolation is not None:
             vit.config = dataclasses.replace(vit.config, position_interpolation=row.interpolation)
@@ -93,7 +96,7 @@ def _in_checkpoint_folder(source: str) -> Path | None:
     if not folder:
         return None
     row = registry.find(source)
-    for name in dict.fromkeys((source, _timm_name(source), row.timm if row else source)):
+    for name in dict.fromkeys((source, _timm_name(source), (row and row.timm) or source)):
         name = name.replace(":", "/")
         for spelling in (name, name.replace("/", "--")):
             path = Path(folder).expanduser() / spelling

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 from fnmatch import fnmatchcase
+from pathlib import Path
 from typing import Any
 
 from vitreg.model import PositionInterpolation
@@ -18,11 +19,11 @@ class Model:
 
     Attributes:
         name: short name, that of the official hub where there is one.
-        timm: timm's architecture and tag, from which the weights come.
+        timm: timm's architecture and tag, from which the weights come; empty for those that vitreg brings along.
         million_parameters: of the whole model, its head included.
         patch_size: in pixels.
         num_registers: trained ones.
-        licence: of the weights, as on timm's model card.
+        licence: of the weights, as on the model card.
     """
 
     name: str
@@ -36,6 +37,11 @@ class Model:
     def interpolation(self) -> PositionInterpolation | None:
         """The official repository's position rule where it is not timm's (None: timm's)."""
         return official_interpolation(self.name)
+
+    @property
+    def bundled(self) -> Path | None:
+        """The file that the package brings along, where there is one; its model card lies beside it."""
+        return None if self.timm else Path(__file__).parent / "bundled" / f"{self.name}.safetensors"
 
 
 def official_interpolation(name: str) -> PositionInterpolation | None:
@@ -58,6 +64,8 @@ def official_options(architecture: str) -> dict[str, Any]:
 
 
 MODELS = (
+    Model("vitreg_tiny", "", 0.4, 8, 0, "apache-2.0"),
+    Model("vitreg_tiny_reg4", "", 0.4, 8, 4, "apache-2.0"),
     Model("dino_vits16", "vit_small_patch16_224.dino", 21.7, 16, 0, "apache-2.0"),
     Model("dino_vits8", "vit_small_patch8_224.dino", 21.7, 8, 0, "apache-2.0"),
     Model("dino_vitb16", "vit_base_patch16_224.dino", 85.8, 16, 0, "apache-2.0"),

@@ -1,0 +1,73 @@
+"""The pair of small ViTs that comes with the package."""
+
+from __future__ import annotations
+
+import dataclasses
+
+import pytest
+import torch
+from safetensors import safe_open
+
+import vitreg
+from vitreg.checkpoints import registry
+
+PAIR = [row for row in registry.MODELS if row.bundled]
+
+
+@pytest.fixture(autouse=True)
+def _alone(monkeypatch):
+    """Nothing else to find them in."""
+    monkeypatch.delenv("VITREG_CHECKPOINTS", raising=False)
+    monkeypatch.setenv("HF_HUB_OFFLINE", "1")
+
+
+def test_they_are_alike_in_everything_but_registers():
+    without, registers = (vitreg.load(row.name) for row in PAIR)
+    assert [without.config.name, registers.config.name] == ["vitreg_tiny", "vitreg_tiny_reg4"]
+    changed = dataclasses.replace(registers.config, name="vitreg_tiny", num_registers=0)
+    assert changed == without.config
+    assert registers.num_registers == 4
+    shapes = {key: value.shape for key, value in registers.state_dict().items() if key != "registers"}
+    assert shapes == {key: value.shape for key, value in without.state_dict().items()}
+
+
+@pytest.mark.parametrize("row", PAIR, ids=lambda row: row.name)
+def test_what_the_table_says_is_what_they_are(row):
+    vit = vitreg.load(row.name)
+    assert (vit.config.patch_size, vit.num_registers) == (row.patch_size, row.num_registers)
+    assert sum(p.numel() for p in vit.parameters()) / 1e6 == pytest.approx(row.million_parameters, abs=0.05)
+    assert next(vit.parameters()).dtype == torch.float32
+
+
+def test_files_are_small_and_in_half_precision():
+    for row in PAIR:
+        with safe_open(row.bundled, "pt") as file:
+            assert {file.get_tensor(key).dtype for key in file.keys()} == {torch.float16}  # noqa: SIM118
+    assert sum(row.bundled.stat().st_size for row in PAIR) < 25e6
+
+
+def test_the_card_lies_beside_them_and_names_both():
+    card = (PAIR[0].bundled.parent / "README.md").read_text()
+    assert all(f"`{row.name}`" in card for row in PAIR)
+
+
+def test_a_folder_of_checkpoints_comes_first(tmp_path, monkeypatch):
+    vit = vitreg.load("vitreg_tiny")
+    with torch.no_grad():
+        vit.head.bias.fill_(7)
+    vitreg.save(vit, tmp_path / "vitreg_tiny.safetensors")
+    monkeypatch.setenv("VITREG_CHECKPOINTS", str(tmp_path))
+    assert (vitreg.load("vitreg_tiny").head.bias == 7).all()
+
+
+@pytest.mark.parametrize("name", ["vitreg_tiny", "vitreg_tiny_reg4"])
+def test_they_know_what_they_were_trained_for(name, test_data):
+    """Far above one in a hundred, on pictures that were held out."""
+    from vitreg.images import open_split
+
+    vit, held_out = vitreg.load(name), open_split(test_data / "tiny-imagenet-100")[1]
+    numbers = range(0, len(held_out), 10)
+    images = torch.stack([vit.preprocess(held_out.picture(i)) for i in numbers])
+    with torch.inference_mode():
+        right = vit.classify(images).argmax(-1) == torch.tensor([held_out.labels[i] for i in numbers])
+    assert right.float().mean() > 0.1
