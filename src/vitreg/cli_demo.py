@@ -201,7 +201,7 @@ class _Model:
         """What the report shows of picture `i`."""
         from vitreg.report import Panels
 
-        x0, y0, x1, y1 = (side / self.vit.config.patch_size for side in self._detections[i].box)
+        x0, y0, x1, y1 = (side // self.vit.config.patch_size for side in self._detections[i].box)
         norms = self.diagnosis.examples[i].norms[self.block]
         return Panels((x0, y0, x1, y1), norms, self._outliers(i, self.block), self._received[i])
 
@@ -242,12 +242,11 @@ def _judged(diagnosis: Diagnosis) -> str:
 
 def _title(without: Diagnosis, with_registers: Diagnosis, comparison: Comparison, *, planted: bool) -> str:
     one, two = (f"{found.model['name']} has {_judged(found)}" for found in (without, with_registers))
-    fix = {"removed": "removes them", "partly removed": "removes some of them"}.get(
-        comparison.outcome, "does not remove them"
-    )
+    verbs = {"removed": "removes", "partly removed": "removes some of", "not removed": "does not remove"}
+    fix = f"a test-time register {verbs[comparison.outcome]}"
     if planted:
-        return f"Planted outliers: {one} of its own, a copy has planted ones, and a test-time register {fix}"
-    return f"{one}, {two}, and a test-time register {fix} from the first"
+        return f"Planted outliers: {one} of its own, a copy has planted ones, and {fix} them"
+    return f"{one}, {two}, and {fix} those of the first"
 
 
 def _verdict(without: Diagnosis, with_registers: Diagnosis, comparison: Comparison, *, planted: bool) -> list[str]:

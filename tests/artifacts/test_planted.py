@@ -100,5 +100,5 @@ def test_a_copy_is_saved_and_loaded_with_what_was_planted(pair, images, tmp_path
 def test_models_that_have_no_place_for_them_are_refused(family, options, images):
     options = {"embed_dim": 96, "num_heads": 3, "depth": 2} | options
     vit = random_vit(family, size=112, **options)
-    with pytest.raises(ValueError, match="cannot be planted in .*learned positions, a plain MLP"):
+    with pytest.raises(ValueError, match=r"cannot be planted in .*learned positions, a plain MLP"):
         plant_artifacts(vit, images)

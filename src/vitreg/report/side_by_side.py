@@ -36,7 +36,7 @@ class Panels:
         attention: the share that each patch receives.
     """
 
-    box: tuple[float, float, float, float]
+    box: tuple[int, int, int, int]
     norms: Float[np.ndarray, "h w"]
     outliers: Bool[np.ndarray, "h w"]
     attention: Float[np.ndarray, "h w"]

@@ -42,7 +42,7 @@ def side_by_side_figure(summary: dict, photographs: Sequence[Photograph], path: 
     width = LABELS + len(heads) * (SIDE + GAP) + BAR
     height = head + 3 * (tall + GAP) + 0.1
     across = min(ACROSS, len(shown))
-    title = textwrap.wrap(summary["title"], int(11 * across * width))
+    title = textwrap.wrap(summary["title"], int(9.5 * across * width))
     top = 0.5 + 0.21 * len(title)
     sheet = Sheet(2 * MARGIN + across * width, top + -(-len(shown) // across) * height)
     sheet.text("\n".join(title), MARGIN, 0.12, **TITLE)
