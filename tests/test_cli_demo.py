@@ -107,8 +107,8 @@ def test_nothing_is_planted_where_the_model_has_artifacts(checkpoints, tmp_path,
         "test-time register",
     ]
     assert [model["verdict"] for model in summary["models"]] == ["artifacts", "no artifacts", "removed"]
-    expected = "vitreg_tiny has artifacts, vitreg_tiny_reg4 has no artifacts, and a test-time register removes those of the first"
-    assert summary["title"] == expected
+    found = "vitreg_tiny has artifacts, vitreg_tiny_reg4 has no artifacts"
+    assert summary["title"] == f"{found}, and a test-time register removes those of the first"
 
 
 def test_boxes_are_in_pixels_of_the_photograph(checkpoints, tmp_path):

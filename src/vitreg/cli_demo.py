@@ -88,21 +88,15 @@ def _look(plain: VisionTransformer, trained: VisionTransformer) -> tuple[dict[st
     comparison = vitreg.compare(ill, fixed, paths)
     block, planted = comparison.before.block, ill is not plain
 
-    models = [
-        _Model("without registers", _judged(without), plain, without, pictures, block),
-        _Model(
-            f"{trained.num_registers} trained registers",
-            _judged(with_registers),
-            trained,
-            with_registers,
-            pictures,
-            block,
-        ),
+    columns = [
+        ("without registers", _judged(without), plain, without),
+        (f"{trained.num_registers} trained registers", _judged(with_registers), trained, with_registers),
     ]
     if planted:
-        models.append(_Model("planted outliers", "artifacts, planted", ill, comparison.before, pictures, block))
+        columns.append(("planted outliers", "artifacts, planted", ill, comparison.before))
     what = f"{'planted outliers, ' if planted else ''}test-time register"
-    models.append(_Model(what, comparison.outcome, fixed, comparison.after, pictures, block))
+    columns.append((what, comparison.outcome, fixed, comparison.after))
+    models = [_Model(*column, pictures, block) for column in columns]
     summary = {
         "format": "vitreg-demo/1",
         "version": metadata.version("vitreg"),
@@ -158,7 +152,7 @@ class _Model:
     Attributes:
         what: how the model differs from the others.
         verdict: in a word or two.
-        vit, diagnosis: the model, and what was found in these pictures.
+        vit, diagnosis, pictures: the model, and what was found in which pictures.
         block: the one whose norms and attention are shown.
     """
 
@@ -242,8 +236,8 @@ def _judged(diagnosis: Diagnosis) -> str:
 
 def _title(without: Diagnosis, with_registers: Diagnosis, comparison: Comparison, *, planted: bool) -> str:
     one, two = (f"{found.model['name']} has {_judged(found)}" for found in (without, with_registers))
-    verbs = {"removed": "removes", "partly removed": "removes some of", "not removed": "does not remove"}
-    fix = f"a test-time register {verbs[comparison.outcome]}"
+    verbs = {"removed": "removes", "partly removed": "removes some of"}
+    fix = f"a test-time register {verbs.get(comparison.outcome, 'does not remove')}"
     if planted:
         return f"Planted outliers: {one} of its own, a copy has planted ones, and {fix} them"
     return f"{one}, {two}, and {fix} those of the first"

@@ -102,3 +102,11 @@ def test_models_that_have_no_place_for_them_are_refused(family, options, images)
     vit = random_vit(family, size=112, **options)
     with pytest.raises(ValueError, match=r"cannot be planted in .*learned positions, a plain MLP"):
         plant_artifacts(vit, images)
+
+
+def test_too_few_images_are_refused(images):
+    vit = random_vit("vit_small_patch16_224", embed_dim=96, num_heads=3)
+    with torch.no_grad():
+        vit.blocks[BLOCK].norm2.weight[1:] = 0  # the block sees one channel, which tells no corners apart
+    with pytest.raises(ValueError, match=r"corners cannot be told .* of these 2 images; give more"):
+        plant_artifacts(vit, images[:2])

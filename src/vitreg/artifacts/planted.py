@@ -44,7 +44,7 @@ def plant_artifacts(vit: VisionTransformer, images: Float[Tensor, "B 3 H W"]) ->
         The copy; `config.changes` says what was planted.
 
     Raises:
-        ValueError: a model of another kind.
+        ValueError: a model of another kind, or too few images to tell its corners from the other tokens.
     """
     config = vit.config
     name = config.name or config.architecture
@@ -103,7 +103,10 @@ def _detector(
     within.diagonal().add_(RIDGE * within.diagonal().mean())
     direction = torch.linalg.solve(within, on.mean(0) - off.mean(0))
     lowest, highest = (on @ direction).min(), (off @ direction).max()
-    assert lowest > highest, "the marked tokens cannot be told from the others"
+    if lowest <= highest:
+        raise ValueError(
+            f"corners cannot be told from the other tokens of these {len(tokens)} images; give more images"
+        )
     weight = direction * STEEPNESS / (lowest - highest)
     bias = -STEEPNESS * (lowest + highest) / (lowest - highest) / 2
     return weight, bias, (on @ weight + bias).mean()
