@@ -3,12 +3,11 @@
 PYTHON ?= $(shell for p in python3.12 python3.11 python3 python; do \
 	$$p -c 'import sys; sys.exit(not (3, 11) <= sys.version_info[:2] <= (3, 12))' 2>/dev/null && echo $$p && break; done)
 BIN := .venv/bin
-DATA ?= $(wildcard ../shared/data/weights)
 
 .PHONY: demo test lint clean
 
 demo: .venv/.installed
-	$(if $(VITREG_CHECKPOINTS)$(DATA),VITREG_CHECKPOINTS="$${VITREG_CHECKPOINTS:-$(DATA)}") $(BIN)/vitreg demo --out vitreg-out/demo
+	$(BIN)/vitreg demo --out vitreg-out/demo
 
 test: .venv/.dev
 	$(BIN)/ruff check .

@@ -6,7 +6,7 @@ Cost: the forward pass with one register that 20 units of two blocks are moved t
 attention, against the model without; (N+1)/N is what one more token predicts. Medians of ratios of runs side by side.
 
 Finding (with --images, a folder of photographs, 200 are used): `find_register_neurons` against two plain passes over
-the same files, decoding included. Artifacts are written by a planted unit that fires at two positions, so that there is
+the same files, decoding included. Artifacts are written by a planted unit that fires at the corners, so that there is
 something to find.
 """
 
@@ -17,6 +17,7 @@ import torch
 from timing import interleaved, machine, median_ratio
 
 import vitreg
+from vitreg.artifacts import plant_artifacts
 from vitreg.images import ImageStream, find_images
 
 
@@ -42,24 +43,10 @@ def cost(size: str, pixels: int, batch: int, repeats: int, device: str) -> None:
     print(f"(N+1)/N: {(tokens + 1) / tokens:.4f}")
 
 
-@torch.no_grad()
-def plant(vit) -> None:
-    """One unit that fires at two positions, which carry a direction of their own, and writes a massive vector there."""
-    middle, dim = vit.config.depth // 2, vit.config.embed_dim
-    direction = torch.nn.functional.normalize(torch.randn(dim), dim=0)
-    norm = vit.trace(torch.randn(1, 3, 224, 224)).patch_norms[0].median()
-    vit.positions[:, [0, 100]] += 1.5 * norm * direction  # too little to be an outlier
-    mlp = vit.blocks[middle].mlp
-    mlp.fc1.weight[7] = direction
-    mlp.fc1.bias[7] = -(dim**0.5) / 2
-    mlp.fc2.weight[:, 7] = 20 * torch.randn(dim)
-
-
 def finding(name: str, folder: str, repeats: int, device: str) -> None:
-    vit = model(name, 224, "cpu")
-    plant(vit)
-    vit.to(device)
+    vit = model(name, 224, device)
     paths = find_images([folder])[:200]
+    vit = plant_artifacts(vit, next(iter(ImageStream(paths, vit.preprocess, batch_size=32, device=device))).images)
 
     def two_passes() -> None:
         with torch.inference_mode():

@@ -106,13 +106,6 @@ def test_pictures_of_one_name_do_not_overwrite_each_other(checkpoints, photograp
     assert len(set(arrays)) == 2
 
 
-def test_demo(checkpoints, tmp_path, capsys):
-    assert run("demo", "--out", tmp_path) == 0
-    assert "has artifacts" in capsys.readouterr().out
-    assert {p.name for p in tmp_path.iterdir()} == {"report.html", "diagnosis.json", "norms.png"}
-    assert Image.open(tmp_path / "norms.png").width > 800
-
-
 def test_models(capsys):
     assert run("models", "--filter", "dinov2", "--json") == 0
     rows = json.loads(capsys.readouterr().out)

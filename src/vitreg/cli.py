@@ -14,6 +14,7 @@ import tyro
 from rich.console import Console
 from tyro.conf import FlagCreatePairsOff, OmitArgPrefixes
 
+from vitreg.cli_demo import demo
 from vitreg.cli_discovery import discover, evaluate_discovery
 from vitreg.cli_registers import compare, fix
 from vitreg.cli_training import timeline, train
@@ -199,30 +200,6 @@ def models(filter: str = "", json: bool = False) -> int:
         size = f"{row.million_parameters:,.1f} M"
         table.add_row(row.name, size, str(row.patch_size), str(row.num_registers), row.licence, row.timm or "comes with vitreg")
     Console(width=None if sys.stdout.isatty() else 160).print(table)
-    return 0
-
-
-def demo(out: Path = Path("vitreg-out/demo"), json: bool = False) -> int:
-    """Diagnose a small model on bundled photographs: the quickest way to see artifacts.
-
-    The model is timm's vit_tiny_patch16_224.augreg_in21k_ft_in1k (23 MB), from the hub or from VITREG_CHECKPOINTS.
-
-    Example: vitreg demo --out demo
-
-    Args:
-        out: folder for report.html, diagnosis.json and norms.png.
-        json: print the result as JSON.
-    """
-    import vitreg
-    from vitreg.images import bundled_photographs
-    from vitreg.report import diagnosis_figure
-
-    out = writable_folder(out)
-    vit = ModelOptions("timm/vit_tiny_patch16_224.augreg_in21k_ft_in1k").load()
-    diagnosis = vitreg.diagnose(vit, bundled_photographs())
-    report = diagnosis.save(out)
-    diagnosis_figure(diagnosis.to_dict(), diagnosis.examples, out / "norms.png")
-    _print_diagnosis(diagnosis, report, as_json=json)
     return 0
 
 

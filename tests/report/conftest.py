@@ -30,7 +30,7 @@ def open_page(browser) -> Iterator[Callable]:
     complaints: list[str] = []
     pages = []
 
-    def open_page(path: Path, width: int = 1200, **options: object):
+    def open_page(path: Path, width: int = 1200, ready: str = "html[data-ready]", **options: object):
         page = browser.new_page(viewport={"width": width, "height": 900}, **options)
         pages.append(page)
         page.on("console", lambda m: complaints.append(m.text) if m.type in ("error", "warning") else None)
@@ -38,7 +38,7 @@ def open_page(browser) -> Iterator[Callable]:
         page.on("request", lambda r: r.url.startswith(("file:", "data:", "blob:")) or complaints.append(r.url))
         page.goto(path.as_uri())
         # Not wait_for_function, which evaluates strings: the page's own policy forbids that.
-        page.locator("html[data-ready]").wait_for(state="attached")
+        page.locator(ready).first.wait_for(state="attached")
         return page
 
     yield open_page

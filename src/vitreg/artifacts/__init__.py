@@ -4,6 +4,7 @@ from vitreg.artifacts.comparison import BlockChange, Comparison, compare
 from vitreg.artifacts.diagnosis import BlockNorms, Diagnosis, NeighbourSimilarity
 from vitreg.artifacts.observer import diagnose
 from vitreg.artifacts.outcome import REMOVED
+from vitreg.artifacts.planted import plant_artifacts
 from vitreg.artifacts.statistics import neighbour_similarity
 from vitreg.artifacts.threshold import two_modes
 
@@ -17,5 +18,6 @@ __all__ = [
     "compare",
     "diagnose",
     "neighbour_similarity",
+    "plant_artifacts",
     "two_modes",
 ]

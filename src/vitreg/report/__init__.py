@@ -6,18 +6,24 @@ from vitreg.report.diagnosis import write_report
 from vitreg.report.discovery import discovery_overlay, sweep_figure
 from vitreg.report.examples import ExampleMaps
 from vitreg.report.figures import comparison_figure, diagnosis_figure
+from vitreg.report.side_by_side import Panels, Photograph, write_side_by_side
+from vitreg.report.side_by_side_figure import side_by_side_figure
 from vitreg.report.timeline import timeline_figure
 
 __all__ = [
     "ExampleMaps",
+    "Panels",
+    "Photograph",
     "attention_figure",
     "comparison_figure",
     "diagnosis_figure",
     "discovery_overlay",
     "overlay",
+    "side_by_side_figure",
     "sweep_figure",
     "timeline_figure",
     "write_attention",
     "write_comparison",
     "write_report",
+    "write_side_by_side",
 ]

@@ -172,7 +172,7 @@ def _draw(
         for row in group.rows:
             for x, values, outliers in zip(columns, row.maps, row.outliers, strict=True):
                 axes = sheet.picture(values, x, y, width, height, scale=group.scale, colours=group.colours)
-                _outline(axes, outliers)
+                outline(axes, outliers)
             y += step
     return sheet.write(path)
 
@@ -203,7 +203,8 @@ def _comparison_headline(summary: dict) -> tuple[str, list[str]]:
     return title, ["Before: {}. After: {}.".format(*names), norms]
 
 
-def _outline(axes: Axes, outliers: np.ndarray) -> None:
+def outline(axes: Axes, outliers: Bool[np.ndarray, "h w"]) -> None:
+    """A rectangle around every outlier of a map."""
     from matplotlib.collections import PatchCollection
     from matplotlib.patches import Rectangle
 

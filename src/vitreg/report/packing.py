@@ -47,7 +47,7 @@ def pack_examples(
     blocks = list(range(depth))
     maps = _pack_maps(summary, models, blocks)
     for side, quality in PHOTO_STEPS:
-        photos = [_photo_url(example.photo, side, quality) for example in models[0]]
+        photos = [photo_url(example.photo, side, quality) for example in models[0]]
         if _size(photos + maps["maps"]) <= max_bytes:
             break
     must = {depth - 1, summary["block"], *(k for k in keep if k is not None)}
@@ -98,7 +98,8 @@ def _quantise(maps: list[np.ndarray]) -> tuple[list[np.ndarray], list[list[float
     return list((levels * 255).round().astype(np.uint8)), ranges
 
 
-def _photo_url(photo: np.ndarray, side: int, quality: int) -> str:
+def photo_url(photo: np.ndarray, side: int, quality: int) -> str:
+    """A photograph, of at most `side` pixels, as a data URL."""
     image = Image.fromarray(photo)
     image.thumbnail((side, side), Image.Resampling.LANCZOS)
     buffer = io.BytesIO()

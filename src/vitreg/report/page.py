@@ -3,6 +3,7 @@
 import json
 import os
 from pathlib import Path
+from typing import Any
 
 from vitreg.report.words import number, percent
 
@@ -23,21 +24,24 @@ def write_page(name: str, path: Path, *, summary: dict, maps: dict, onset: int |
     Raises:
         ValueError: A value is NaN or infinite.
     """
-    page = _render(name, summary, maps, onset)
-    path = Path(path)
-    path.parent.mkdir(parents=True, exist_ok=True)
-    temporary = path.with_name(f".{path.name}.{os.getpid()}")
-    try:
-        temporary.write_text(page, encoding="utf-8")
-        os.replace(temporary, path)
-    finally:
-        temporary.unlink(missing_ok=True)
-    return path
-
-
-def _render(name: str, summary: dict, maps: dict, onset: int | None) -> str:
-    import jinja2
     import matplotlib
+
+    tables = {name: matplotlib.colormaps[name](range(256), bytes=True) for name in ("viridis", "magma")}
+    colours = {name: table[:, :3].tobytes().hex() for name, table in tables.items()}
+    return write_still_page(
+        name,
+        path,
+        s=summary,
+        num_examples=len(maps["examples"]),
+        queries=maps["queries"],
+        data=_script_safe({"summary": summary, "maps": maps, "colours": colours, "onset": onset}),
+        js=_sources("page.js", "charts.js", "maps.js", f"{name}.js"),
+    )
+
+
+def write_still_page(name: str, path: Path, **values: Any) -> Path:
+    """Write the page `templates/NAME.html.j2`, with its style and these values; whole or not at all."""
+    import jinja2
 
     environment = jinja2.Environment(
         loader=jinja2.FileSystemLoader(TEMPLATES),
@@ -47,16 +51,16 @@ def _render(name: str, summary: dict, maps: dict, onset: int | None) -> str:
         undefined=jinja2.StrictUndefined,
     )
     environment.filters |= {"percent": percent, "number": number}
-    tables = {name: matplotlib.colormaps[name](range(256), bytes=True) for name in ("viridis", "magma")}
-    colours = {name: table[:, :3].tobytes().hex() for name, table in tables.items()}
-    return environment.get_template(f"{name}.html.j2").render(
-        s=summary,
-        num_examples=len(maps["examples"]),
-        queries=maps["queries"],
-        data=_script_safe({"summary": summary, "maps": maps, "colours": colours, "onset": onset}),
-        css=_sources("page.css", f"{name}.css"),
-        js=_sources("page.js", "charts.js", "maps.js", f"{name}.js"),
-    )
+    page = environment.get_template(f"{name}.html.j2").render(css=_sources("page.css", f"{name}.css"), **values)
+    path = Path(path)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    temporary = path.with_name(f".{path.name}.{os.getpid()}")
+    try:
+        temporary.write_text(page, encoding="utf-8")
+        os.replace(temporary, path)
+    finally:
+        temporary.unlink(missing_ok=True)
+    return path
 
 
 def _sources(*names: str) -> str:
