@@ -5,7 +5,6 @@ from __future__ import annotations
 import json
 import re
 import socket
-import time
 from pathlib import Path
 
 import pytest
@@ -129,7 +128,7 @@ def test_boxes_are_in_pixels_of_the_photograph(checkpoints, tmp_path):
             assert 0 <= y0 < y1 <= entry["height"]
 
 
-def test_the_bundled_pair_needs_no_network_and_little_time(tmp_path, monkeypatch, capsys):
+def test_the_bundled_pair_needs_no_network(tmp_path, monkeypatch, capsys):
     monkeypatch.delenv("VITREG_CHECKPOINTS", raising=False)
 
     def unreachable(*_: object) -> None:
@@ -137,9 +136,7 @@ def test_the_bundled_pair_needs_no_network_and_little_time(tmp_path, monkeypatch
 
     monkeypatch.setattr(socket.socket, "connect", unreachable)
     monkeypatch.setattr(socket, "getaddrinfo", unreachable)
-    start = time.monotonic()
     assert run("demo", "--out", tmp_path, "--json") == 0
-    assert time.monotonic() - start < 60
     printed = json.loads(capsys.readouterr().out)
     assert {path.name for path in tmp_path.iterdir()} == FILES
     assert (tmp_path / "report.html").stat().st_size < 5_000_000
