@@ -143,8 +143,9 @@ def test_activations_are_what_enters_the_last_layer_of_the_mlp(traced):
 @torch.no_grad()
 def test_patches_are_hidden_states_and_embeddings_come_before_positions(traced):
     model, vit, images = traced
-    trace = vit.trace(images, patches=True, embeddings=True)
+    trace = vit.trace(images, patches=True, hidden=True, embeddings=True)
     assert error(trace.patches, outputs_of_blocks(model, images)[:, :, model.num_prefix_tokens :]) <= TOLERANCE
+    close(trace.hidden, outputs_of_blocks(model, images), model)
     assert error(trace.embeddings, model.patch_embed(images).flatten(1, -2)) <= TOLERANCE
 
 
@@ -159,7 +160,7 @@ def test_looking_changes_nothing(traced):
 
     before = vit(images)
     state = {key: tensor.clone() for key, tensor in vit.state_dict().items()}
-    everything = dict(attention_from=0, facets=("queries", "keys", "values"), patches=True, activations=True)
+    everything = dict(attention_from=0, facets=("queries", "keys", "values"), patches=True, hidden=True, activations=True)
     for _ in range(2):
         tokens = vit.trace(images, embeddings=True, **everything).tokens
         assert torch.equal(tokens.sequence(), before.sequence())
@@ -173,7 +174,7 @@ def test_looking_changes_nothing(traced):
 @pytest.mark.parametrize("asked", [(0,), (2, 0), (-1,), (3, 3, 1), (-4, -1, 0), range(4)], ids=str)
 def test_blocks_in_any_order(asked):
     _, vit, images = pair("registers")
-    options = dict(attention_from=["cls", 3], facets=("keys",), patches=True, activations=True)
+    options = dict(attention_from=["cls", 3], facets=("keys",), patches=True, hidden=True, activations=True)
     every, some = vit.trace(images, **options), vit.trace(images, blocks=asked, **options)
     chosen = [block % 4 for block in asked]
     assert some.blocks == tuple(chosen)
@@ -182,6 +183,7 @@ def test_blocks_in_any_order(asked):
     assert torch.equal(some.keys.patches, every.keys.patches[chosen])
     assert torch.equal(some.keys.registers, every.keys.registers[chosen])
     assert torch.equal(some.activations.cls, every.activations.cls[chosen])
+    assert torch.equal(some.hidden.registers, every.hidden.registers[chosen])
     assert torch.equal(some.attention.to_patches, every.attention.to_patches[chosen])
     assert torch.equal(some.attention.to_registers, every.attention.to_registers[chosen])
 
@@ -197,6 +199,7 @@ def test_nothing_is_kept_unless_asked_for():
         trace.values,
         trace.patches,
         trace.activations,
+        trace.hidden,
         trace.embeddings,
     )
     assert kept == (None,) * 7

@@ -12,8 +12,8 @@ import torch
 import vitreg
 from peers import perturb
 from training.small import small_config
-from vitreg.images import open_image_set
-from vitreg.training.held_out import Part, evenly, stream_pictures
+from vitreg.images import evenly, open_image_set
+from vitreg.training.held_out import Part, stream_pictures
 from vitreg.training.watch import Watch
 
 CPU = torch.device("cpu")
@@ -37,13 +37,6 @@ def test_a_diagnosis_is_that_of_diagnose(class_folders):
     json.dumps(seen, allow_nan=False)
     # The same pictures every time.
     assert watch.look(method, method.vit, {}, final=False)["blocks"] == seen["blocks"]
-
-
-def test_evenly_spread():
-    assert evenly(10, 4).tolist() == [0, 3, 6, 9]
-    assert evenly(3, 8).tolist() == [0, 1, 2]
-    assert len(set(evenly(1000, 256).tolist())) == 256
-    assert evenly(5, 1).tolist() == [0]
 
 
 def test_a_part_has_the_names_and_labels_of_the_set(class_folders):

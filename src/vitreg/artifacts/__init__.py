@@ -4,6 +4,7 @@ from vitreg.artifacts.comparison import BlockChange, Comparison, compare
 from vitreg.artifacts.diagnosis import BlockNorms, Diagnosis, NeighbourSimilarity
 from vitreg.artifacts.observer import diagnose
 from vitreg.artifacts.outcome import REMOVED
+from vitreg.artifacts.outliers import OutlierNorms, find_outliers
 from vitreg.artifacts.planted import plant_artifacts
 from vitreg.artifacts.statistics import neighbour_similarity
 from vitreg.artifacts.threshold import two_modes
@@ -15,8 +16,10 @@ __all__ = [
     "Comparison",
     "Diagnosis",
     "NeighbourSimilarity",
+    "OutlierNorms",
     "compare",
     "diagnose",
+    "find_outliers",
     "neighbour_similarity",
     "plant_artifacts",
     "two_modes",

@@ -17,6 +17,7 @@ from torch import Tensor
 from vitreg.artifacts.diagnosis import BlockNorms, Diagnosis, NeighbourSimilarity
 from vitreg.artifacts.examples import Examples
 from vitreg.artifacts.histogram import BINS_PER_STEP, LogAxis
+from vitreg.artifacts.outliers import onset_block, reported_block
 from vitreg.artifacts.statistics import NormStatistics
 from vitreg.artifacts.threshold import parse_rule, threshold_step
 from vitreg.artifacts.verdict import position_kind, write_verdict
@@ -107,10 +108,9 @@ class Observer:
             )
             for i, step in enumerate(steps)
         )
-        reported = _reported_block(blocks) if isinstance(self._block, str) else self._block % len(blocks)
-        onset = reported if above[reported] else None
-        while onset is not None and onset > 0 and above[onset - 1]:
-            onset -= 1
+        reported = self._block % len(blocks) if isinstance(self._block, int) else None
+        if reported is None:
+            reported = reported_block(above, [block.max / block.median for block in blocks])
         step = steps[reported] if above[reported] else None
         frequency = statistics.position_frequency(reported, step)
         threshold = blocks[reported].threshold if step is not None else None
@@ -120,7 +120,7 @@ class Observer:
             threshold=threshold,
             threshold_rule=self._rule.describe(),
             block=reported,
-            onset_block=onset,
+            onset_block=onset_block(above, reported),
             blocks=blocks,
             position_frequency=frequency,
             position_kind=position_kind(frequency, statistics.num_images),
@@ -224,13 +224,6 @@ def look_through(
         reason = f": {batches.skipped[0].reason}" if batches.skipped else ""
         raise ValueError(f"there were no images to look at{reason}")
     return {"skipped": batches.skipped, "interrupted": interrupted, "seconds": time.perf_counter() - start}
-
-
-def _reported_block(blocks: tuple[BlockNorms, ...]) -> int:
-    """The last block, which is what users read; where only inner blocks have outliers, the worst of those."""
-    if blocks[-1].outlier_fraction or not any(b.outlier_fraction for b in blocks):
-        return len(blocks) - 1
-    return max(blocks, key=lambda b: b.max / b.median if b.outlier_fraction else 0.0).block
 
 
 def _trimmed_histogram(axis: LogAxis, counts: NDArray[np.int64]) -> tuple[tuple[float, ...], tuple[int, ...]]:

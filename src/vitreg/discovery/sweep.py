@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import hashlib
 import json
 from collections.abc import Callable, Sequence
 from dataclasses import asdict
@@ -11,6 +10,7 @@ from typing import Any, Literal, get_args
 
 import torch
 
+from vitreg.checkpoints.digest import digest
 from vitreg.discovery.discover import check_size, find_regions, native_stream
 from vitreg.discovery.features import patch_features
 from vitreg.discovery.protocol import DEFAULT, Protocol
@@ -91,7 +91,7 @@ def find_boxes(
     header = {
         "format": "vitreg-sweep/1",
         "model": name,
-        "weights": _digest(vit),
+        "weights": digest(vit.config, vit.state_dict()),
         "images": [str(image.path) for image in images],
         "settings": [asdict(protocol) for protocol in protocols],
     }
@@ -148,12 +148,3 @@ def _read(record: Path, header: dict[str, Any]) -> dict[int, list[Box]]:
         )
     record.write_text("".join(lines))
     return done
-
-
-def _digest(vit: VisionTransformer) -> str:
-    """A name for the weights: a file may be replaced between two runs."""
-    digest = hashlib.blake2b(digest_size=16)
-    digest.update(json.dumps(vit.config.to_dict(), sort_keys=True, default=str).encode())
-    for tensor in vit.state_dict().values():
-        digest.update(tensor.detach().cpu().contiguous().flatten().view(torch.uint8).numpy().data)
-    return digest.hexdigest()

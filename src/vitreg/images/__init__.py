@@ -1,9 +1,10 @@
 """Pictures in: finding files, reading them, streaming them in batches, and sets with labels, captions or boxes."""
 
+from vitreg.images.ahead import map_ahead
 from vitreg.images.batches import Batches, Images
 from vitreg.images.boxes import BoxedImage, BoxSet, open_box_set
 from vitreg.images.bundled import bundled_photographs
-from vitreg.images.labelled import ImageSet
+from vitreg.images.labelled import ImageSet, evenly
 from vitreg.images.reading import EXTENSIONS, MAX_PIXELS, ImageError, find_images, image_size, read_image
 from vitreg.images.sets import check_classes, open_image_set, open_split
 from vitreg.images.stream import ImageBatch, ImageStream, SkippedImage
@@ -22,8 +23,10 @@ __all__ = [
     "SkippedImage",
     "bundled_photographs",
     "check_classes",
+    "evenly",
     "find_images",
     "image_size",
+    "map_ahead",
     "open_box_set",
     "open_image_set",
     "open_split",

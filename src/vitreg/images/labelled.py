@@ -6,6 +6,8 @@ from abc import ABC, abstractmethod
 from collections.abc import Sequence
 from pathlib import Path
 
+import numpy as np
+from numpy.typing import NDArray
 from PIL import Image
 
 
@@ -45,3 +47,8 @@ class ImageSet(ABC):
 def source_of(files: Sequence[Path]) -> str:
     """What to call a set that is in several files."""
     return str(files[0]) if len(files) == 1 else f"{files[0]} and {len(files) - 1} more"
+
+
+def evenly(total: int, count: int) -> NDArray[np.int64]:
+    """`count` of `total` numbers, at equal distances; all where there are fewer."""
+    return np.linspace(0, total - 1, min(count, total)).round().astype(np.int64)

@@ -1,25 +1,20 @@
 """Many pictures to a model: decoded by background threads, in order, in full batches, in constant memory."""
 
-import os
-from collections import deque
-from collections.abc import Generator, Iterable, Iterator
-from concurrent.futures import Future, ThreadPoolExecutor
+from collections.abc import Iterable, Iterator
 from contextlib import closing
 from dataclasses import dataclass
 from itertools import islice
 from pathlib import Path
-from threading import Event
 
 import numpy as np
 import torch
 from jaxtyping import Float, UInt8
 from torch import Tensor
 
+from vitreg.images.ahead import default_threads, map_ahead
 from vitreg.images.reading import ImageError, read_image
 from vitreg.model.preprocess import Preprocess
 
-# A thread takes several pictures at a time, so that handing over costs little beside decoding.
-_CHUNK = 4
 _BATCHES_AHEAD = 2
 
 
@@ -99,7 +94,7 @@ class ImageStream:
         self.preprocess = preprocess
         self.batch_size = batch_size
         self.strict = strict
-        self.num_threads = num_threads or min(8, _num_cores())
+        self.num_threads = num_threads or default_threads()
         self.device = device
         self.skipped: list[SkippedImage] = []
 
@@ -110,7 +105,8 @@ class ImageStream:
     def __iter__(self) -> Iterator[ImageBatch]:
         skipped = self.skipped = []
         batch: list[tuple[Path, _Picture]] = []
-        with closing(self._decoded()) as decoded:
+        ahead = _BATCHES_AHEAD * self.batch_size
+        with closing(map_ahead(self._decode, self.paths, ahead=ahead, num_threads=self.num_threads)) as decoded:
             for path, picture in decoded:
                 if isinstance(picture, ImageError):
                     if self.strict:
@@ -133,39 +129,9 @@ class ImageStream:
         images = self.preprocess.normalize(stacked.to(self.device))
         return ImageBatch(images, list(paths), [picture.size for picture in pictures])
 
-    def _decoded(self) -> Generator[_Decoded, None, None]:
-        """Every file in order, decoded at most `_BATCHES_AHEAD` batches before it is taken."""
-        files = iter(self.paths)
-        stop = Event()
-        size = min(_CHUNK, self.batch_size)
-        pool = ThreadPoolExecutor(self.num_threads, thread_name_prefix="vitreg-images")
-        pending: deque[Future[list[_Decoded]]] = deque()
+    def _decode(self, path: Path) -> _Decoded:
         try:
-            for _ in range(max(self.num_threads, _BATCHES_AHEAD * self.batch_size // size)):
-                if chunk := list(islice(files, size)):
-                    pending.append(pool.submit(self._decode, chunk, stop))
-            while pending:
-                yield from pending.popleft().result()
-                if chunk := list(islice(files, size)):
-                    pending.append(pool.submit(self._decode, chunk, stop))
-        finally:
-            stop.set()
-            pool.shutdown(cancel_futures=True)
-
-    def _decode(self, paths: list[Path], stop: Event) -> list[_Decoded]:
-        decoded: list[_Decoded] = []
-        for path in paths:
-            if stop.is_set():
-                break
-            try:
-                image = read_image(path)
-                picture = _Picture(self.preprocess.pixels(image), (image.height, image.width))
-                decoded.append((path, picture))
-            except ImageError as error:
-                decoded.append((path, error))
-        return decoded
-
-
-def _num_cores() -> int:
-    """Cores this process may use; a container or a batch system may grant fewer than the machine has."""
-    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+            image = read_image(path)
+            return path, _Picture(self.preprocess.pixels(image), (image.height, image.width))
+        except ImageError as error:
+            return path, error

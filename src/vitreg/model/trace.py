@@ -58,6 +58,7 @@ class Trace:
             `[L, B, ., D]`. With differential attention the halves of a head belong to one softmax each.
         patches: hidden states of the patches after each block, `[L, B, N, D]`.
         activations: hidden units of the MLPs, after the non-linearity, `[L, B, ., mlp_dim]`.
+        hidden: hidden states of all tokens after each block, before the final norm, `[L, B, ., D]`.
         embeddings: patch embeddings, before position embedding and block 0, `[B, N, D]`.
         largest: hidden states of the K patches with the largest norms, after every block.
     """
@@ -73,6 +74,7 @@ class Trace:
     values: Tokens | None = None
     patches: Float[Tensor, "L B N D"] | None = None
     activations: Tokens | None = None
+    hidden: Tokens | None = None
     embeddings: Float[Tensor, "B N D"] | None = None
     largest: Float[Tensor, "depth B K D"] | None = None
 
@@ -89,6 +91,7 @@ class Recorder:
     facets: tuple[str, ...]
     patches: bool
     activations: bool
+    hidden: bool
     num_largest: int
     embeddings: Tensor | None = None
     norms: list[Tensor] = field(default_factory=list)
@@ -109,6 +112,7 @@ class Recorder:
         facets: Sequence[Facet],
         patches: bool,
         activations: bool,
+        hidden: bool,
         largest: int,
     ) -> Recorder:
         """Check what is asked for before anything runs.
@@ -120,7 +124,7 @@ class Recorder:
         if unknown := [f for f in facets if f not in ("queries", "keys", "values")]:
             raise ValueError(f"facets {unknown} are unknown; choose from queries, keys, values")
         rows, names = _rows(config, grid, attention_from)
-        return cls(config, grid, chosen, rows, names, tuple(facets), patches, activations, largest)
+        return cls(config, grid, chosen, rows, names, tuple(facets), patches, activations, hidden, largest)
 
     def wants(self, block: int) -> bool:
         """Whether anything inside this block is recorded (norms are taken from outside)."""
@@ -166,12 +170,14 @@ class Recorder:
             self.largest.append(patches.take_along_dim(top, dim=1))
         if self.patches and block in self.blocks:
             self.kept.setdefault("patches", []).append(self._split(x).patches)
+        if self.hidden and block in self.blocks:
+            self.kept.setdefault("hidden", []).append(x)
 
     def finish(self, tokens: Tokens) -> Trace:
         """Name the parts of everything that was recorded."""
         norms = self._split(torch.stack(self.norms).unsqueeze(-1))
         kept = {name: self._in_order(values) for name, values in self.kept.items()}
-        hidden = kept.pop("patches", None)
+        patches = kept.pop("patches", None)
         return Trace(
             tokens=tokens,
             blocks=self.blocks,
@@ -179,7 +185,7 @@ class Recorder:
             cls_norms=None if norms.cls is None else norms.cls.squeeze(-1),
             register_norms=norms.registers.squeeze(-1),
             attention=self._named_rows() if self.attention else None,
-            patches=hidden,
+            patches=patches,
             embeddings=self.embeddings,
             largest=torch.stack(self.largest) if self.largest else None,
             **{name: self._split(value) for name, value in kept.items()},

@@ -135,6 +135,7 @@ class VisionTransformer(nn.Module):
         facets: Sequence[Facet] = (),
         patches: bool = False,
         activations: bool = False,
+        hidden: bool = False,
         embeddings: bool = False,
         largest: int = 0,
     ) -> Trace:
@@ -151,6 +152,7 @@ class VisionTransformer(nn.Module):
             facets: any of `"queries"`, `"keys"`, `"values"`.
             patches: keep the patches' hidden states after each block.
             activations: keep the MLPs' hidden units.
+            hidden: keep all tokens' hidden states after each block.
             embeddings: keep the patch embeddings.
             largest: keep the hidden states of so many patches, those with the largest norms, after every block.
 
@@ -165,6 +167,7 @@ class VisionTransformer(nn.Module):
             facets=facets,
             patches=patches,
             activations=activations,
+            hidden=hidden,
             largest=largest,
         )
         return recorder.finish(self._run(images, recorder, keep_embeddings=embeddings))

@@ -11,7 +11,7 @@ from numpy.typing import NDArray
 from PIL import Image
 from torch import Tensor
 
-from vitreg.images import ImageError, ImageSet
+from vitreg.images import ImageError, ImageSet, evenly
 from vitreg.model import Preprocess
 
 
@@ -42,11 +42,6 @@ def stream_pictures(
             if found:
                 batch = torch.stack([pixels for _, pixels in found])
                 yield preprocess.normalize(batch.to(device)), [i for i, _ in found]
-
-
-def evenly(total: int, count: int) -> NDArray[np.int64]:
-    """`count` of `total` numbers, at equal distances; all where there are fewer."""
-    return np.linspace(0, total - 1, min(count, total)).round().astype(np.int64)
 
 
 class Part(ImageSet):

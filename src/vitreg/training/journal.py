@@ -16,11 +16,12 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from vitreg.checkpoints import save
+from vitreg.disk import writing
 from vitreg.model import VisionTransformer
 from vitreg.training.config import TrainingConfig
 from vitreg.training.method import Companions, Method
 from vitreg.training.processes import Processes
-from vitreg.training.run_folder import RunFolder, writing
+from vitreg.training.run_folder import RunFolder
 from vitreg.training.samples import SampleStream
 from vitreg.training.snapshots import last_good
 from vitreg.training.throughput import flops_per_picture, matrix_rate

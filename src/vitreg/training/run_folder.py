@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-import contextlib
-import errno
 import json
 import os
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any, TextIO
+
+from vitreg.disk import lock, replace_text, writing
 
 FORMAT = "vitreg-run/1"
 
@@ -62,17 +62,7 @@ class RunFolder:
         Raises:
             ValueError: another one trains in it, or it cannot be written.
         """
-        with contextlib.suppress(ImportError):  # Windows has no such locks
-            import fcntl
-
-            with writing(self.path):
-                self._lock = (self.path / ".lock").open("w")
-            try:
-                # Not flock: workers would inherit it, and hold it for a while after a kill.
-                fcntl.lockf(self._lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-            except OSError as error:
-                if error.errno in (errno.EACCES, errno.EAGAIN):
-                    raise ValueError(f"another process trains in {self.path}; wait for it, or stop it") from None
+        self._lock = lock(self.path, "trains in")
 
     def release(self) -> None:
         """The opposite of `claim`."""
@@ -102,23 +92,6 @@ class RunFolder:
                 if path.exists():
                     kept = (line for line in read_lines(path) if line["step"] <= step)
                     replace_text(path, "".join(json.dumps(line) + "\n" for line in kept))
-
-
-@contextlib.contextmanager
-def writing(path: Path) -> Iterator[None]:
-    """Turns a failure to write into a sentence."""
-    try:
-        yield
-    except OSError as error:
-        reason = error.strerror or str(error)
-        raise ValueError(f"cannot write to {path}: {reason}; make room, or choose another --out") from error
-
-
-def replace_text(path: Path, text: str) -> None:
-    """Write a file so that a reader sees the old one or the new one, whole."""
-    temporary = path.with_name(f".{path.name}.partial")
-    temporary.write_text(text)
-    os.replace(temporary, path)
 
 
 def read_lines(path: Path) -> Iterator[dict[str, Any]]:

@@ -16,8 +16,8 @@ from torch.distributed.checkpoint.state_dict import get_state_dict, set_state_di
 from torch.distributed.checkpoint.state_dict_loader import load
 from torch.distributed.checkpoint.state_dict_saver import save
 
+from vitreg.disk import writing
 from vitreg.training.learner import Learner
-from vitreg.training.run_folder import writing
 
 
 def save_snapshot(folder: Path, learner: Learner) -> None:

@@ -1,0 +1,76 @@
+"""Where outliers are, from norms alone: what a diagnosis says of norms that were kept."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+
+import torch
+from jaxtyping import Float
+from torch import Tensor
+
+from vitreg.artifacts.histogram import BINS_PER_STEP, NUM_BINS, LogAxis, add_counts
+from vitreg.artifacts.threshold import two_modes
+
+
+@dataclass(frozen=True)
+class OutlierNorms:
+    """What of a `Diagnosis` follows from norms.
+
+    Attributes:
+        threshold: where outliers begin after `block`; None where there are none.
+        block: the block reported: the last, unless artifacts exist only further inside.
+        onset_block: the first of the unbroken run of blocks with outliers that reaches `block`.
+    """
+
+    threshold: float | None
+    block: int
+    onset_block: int | None
+
+
+def find_outliers(norms: Iterable[Float[Tensor, "depth B h w"]]) -> OutlierNorms:
+    """What `diagnose` finds on the images that norms are of, with its defaults.
+
+    Args:
+        norms: of the patches after every block, as in a `Trace`; at least one batch.
+    """
+    axis = LogAxis()
+    summed = largest = torch.zeros(0)
+    for batch in norms:
+        bins = axis.bins(batch.flatten(1))
+        if not len(summed):
+            summed, largest = torch.zeros(len(batch), NUM_BINS, dtype=torch.int64), torch.zeros(len(batch))
+        add_counts(summed, torch.arange(len(batch))[:, None].expand_as(bins), bins)
+        largest = torch.maximum(largest, batch.flatten(1).amax(1))
+    counts = summed.numpy()
+    steps = [two_modes(axis, of_block) for of_block in counts]
+    above = [
+        0 if step is None else int(of_block[step * BINS_PER_STEP :].sum())
+        for step, of_block in zip(steps, counts, strict=True)
+    ]
+    excess = [float(most) / axis.quantile(of_block, 0.5) for most, of_block in zip(largest, counts, strict=True)]
+    block = reported_block(above, excess)
+    step = steps[block]
+    return OutlierNorms(None if step is None else axis.step_edge(step), block, onset_block(above, block))
+
+
+def reported_block(num_outliers: Sequence[int], excess: Sequence[float]) -> int:
+    """The last block, which is what users read; where only inner blocks have outliers, the worst of those.
+
+    Args:
+        num_outliers: of each block.
+        excess: the largest norm of each block, as a multiple of its median.
+    """
+    last = len(num_outliers) - 1
+    if num_outliers[last] or not any(num_outliers):
+        return last
+    return max(range(last), key=lambda block: excess[block] if num_outliers[block] else 0.0)
+
+
+def onset_block(num_outliers: Sequence[int], block: int) -> int | None:
+    """The first of the unbroken run of blocks with outliers that reaches `block`; None where it has none."""
+    if not num_outliers[block]:
+        return None
+    while block > 0 and num_outliers[block - 1]:
+        block -= 1
+    return block

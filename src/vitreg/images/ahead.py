@@ -1,0 +1,64 @@
+"""Work that background threads do ahead of time, such as decoding while the model computes."""
+
+from __future__ import annotations
+
+import os
+from collections import deque
+from collections.abc import Callable, Generator, Iterable
+from concurrent.futures import Future, ThreadPoolExecutor
+from itertools import islice
+from threading import Event
+from typing import TypeVar
+
+# A thread takes several items at a time, so that handing over costs little beside decoding.
+_CHUNK = 4
+
+Item = TypeVar("Item")
+Result = TypeVar("Result")
+
+
+def map_ahead(
+    function: Callable[[Item], Result], items: Iterable[Item], *, ahead: int, num_threads: int | None = None
+) -> Generator[Result, None, None]:
+    """`map(function, items)`, in order, computed before it is asked for.
+
+    Threads end with the iteration; close the generator where it is left early.
+
+    Args:
+        function: called in the threads.
+        items: taken as they are needed.
+        ahead: results that may wait to be taken; a few more where there are many threads.
+        num_threads: by default one for each core this process may use, at most 8.
+    """
+    remaining = iter(items)
+    stop = Event()
+    size = max(1, min(_CHUNK, ahead // 2))
+    num_threads = num_threads or default_threads()
+
+    def compute(chunk: list[Item]) -> list[Result]:
+        computed: list[Result] = []
+        for item in chunk:
+            if stop.is_set():
+                break
+            computed.append(function(item))
+        return computed
+
+    pool = ThreadPoolExecutor(num_threads, thread_name_prefix="vitreg-images")
+    pending: deque[Future[list[Result]]] = deque()
+    try:
+        for _ in range(max(num_threads, ahead // size)):
+            if chunk := list(islice(remaining, size)):
+                pending.append(pool.submit(compute, chunk))
+        while pending:
+            yield from pending.popleft().result()
+            if chunk := list(islice(remaining, size)):
+                pending.append(pool.submit(compute, chunk))
+    finally:
+        stop.set()
+        pool.shutdown(cancel_futures=True)
+
+
+def default_threads() -> int:
+    """Cores this process may use, at most 8; a container or a batch system may grant fewer than the machine has."""
+    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+    return min(8, cores)

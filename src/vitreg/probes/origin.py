@@ -1,0 +1,173 @@
+"""What features are of: the model, its preprocessing, the pictures, and what was kept."""
+
+from __future__ import annotations
+
+import dataclasses
+import hashlib
+from collections.abc import Iterable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Literal, get_args
+
+import numpy as np
+
+from vitreg.checkpoints.digest import digest
+from vitreg.images import ImageSet
+from vitreg.model import Preprocess, VisionTransformer
+
+StoredType = Literal["float16", "float32"]
+
+
+@dataclass(frozen=True)
+class FeaturesConfig:
+    """What a feature pass keeps. Class token, registers, mean patch and norms are kept of all pictures.
+
+    Attributes:
+        blocks: whose tokens are kept, counted from 0, negative from the end.
+        patches: keep the patch tokens of so many pictures, evenly spread over the set; None for all.
+        normed: apply the model's final norm to the tokens, as timm's `get_intermediate_layers(norm=True)` does. Norms
+            are taken before it in any case.
+        dtype: of the stored tokens; norms are float32.
+        shard_size: pictures a file.
+    """
+
+    blocks: tuple[int, ...] = (-1,)
+    patches: int | None = None
+    normed: bool = True
+    dtype: StoredType = "float16"
+    shard_size: int = 256
+
+    def __post_init__(self) -> None:
+        if not self.blocks:
+            raise ValueError("blocks is empty; name at least one, such as -1 for the last")
+        if self.patches is not None and self.patches < 0:
+            raise ValueError(f"patches is {self.patches}; it must be a number of pictures, or None for all")
+        if self.dtype not in get_args(StoredType):
+            raise ValueError(f"dtype is {self.dtype!r}; choose {' or '.join(get_args(StoredType))}")
+        if self.shard_size < 1:
+            raise ValueError(f"shard_size is {self.shard_size}; it must be at least 1")
+
+    def for_depth(self, depth: int) -> FeaturesConfig:
+        """With the blocks of a model of `depth` counted from 0, sorted, each once.
+
+        Raises:
+            ValueError: the model does not have one of them.
+        """
+        if wrong := [block for block in self.blocks if not -depth <= block < depth]:
+            raise ValueError(
+                f"block {wrong[0]} does not exist: the model has blocks 0 to {depth - 1} (or -1 for the last)"
+            )
+        return dataclasses.replace(self, blocks=tuple(sorted({block % depth for block in self.blocks})))
+
+
+@dataclass(frozen=True)
+class StoredModel:
+    """The model: what to call it, and a digest of its weights and architecture."""
+
+    name: str
+    digest: str
+
+    def __str__(self) -> str:
+        return f"{self.name} (weights {self.digest[:8]})"
+
+
+@dataclass(frozen=True)
+class StoredData:
+    """The pictures: where they are from, how many, and a digest of their names, labels and classes."""
+
+    source: str
+    number: int
+    digest: str
+
+    def __str__(self) -> str:
+        return f"{self.source} ({self.number} pictures, list {self.digest[:8]})"
+
+
+@dataclass(frozen=True)
+class Origin:
+    """All that decides what is in a store, but the size of batches and the machine."""
+
+    model: StoredModel
+    preprocess: Preprocess
+    data: StoredData
+    config: FeaturesConfig
+
+    @classmethod
+    def of(cls, vit: VisionTransformer, images: ImageSet, preprocess: Preprocess, config: FeaturesConfig) -> Origin:
+        """That of the features which `extract` is about to compute."""
+        # Weights are the same under any name, and preprocessing is compared by itself.
+        architecture = dataclasses.replace(vit.config, preprocess=Preprocess(), name="", changes=())
+        model = StoredModel(
+            vit.config.name or vit.config.architecture or "Vision Transformer", digest(architecture, vit.state_dict())
+        )
+        return cls(model, preprocess, _data(images), config.for_depth(vit.config.depth))
+
+    @classmethod
+    def from_dict(cls, values: dict[str, Any]) -> Origin:
+        """What `dataclasses.asdict` and JSON made of one."""
+        return cls(
+            StoredModel(**values["model"]),
+            Preprocess(**_tuples(values["preprocess"])),
+            StoredData(**values["data"]),
+            FeaturesConfig(**_tuples(values["config"])),
+        )
+
+    def digest(self) -> str:
+        """A name for it, which every shard carries."""
+        identity = (self.model.digest, self.preprocess, self.data.digest, self.config)
+        return hashlib.blake2b(repr(identity).encode(), digest_size=16).hexdigest()
+
+
+Part = Literal["model", "preprocess", "data", "config"]
+PARTS: dict[Part, str] = {
+    "model": "model",
+    "preprocess": "preprocessing",
+    "data": "set of pictures",
+    "config": "config",
+}
+
+
+def check_same(path: Path, stored: Origin, wanted: Origin, parts: Iterable[Part] = PARTS) -> None:
+    """Refuse features of something else.
+
+    Args:
+        path: the store's.
+        stored: what it is of.
+        wanted: what it should be of.
+        parts: what is compared.
+
+    Raises:
+        ValueError: they differ; the message has both.
+    """
+    for part in parts:
+        theirs, ours = getattr(stored, part), getattr(wanted, part)
+        if part in ("model", "data"):
+            same = ours.digest == theirs.digest
+        else:
+            same, (theirs, ours) = ours == theirs, _differing(theirs, ours)
+        if not same:
+            raise ValueError(
+                f"{path} holds features of another {PARTS[part]}: {theirs}, not {ours}; choose another folder"
+            )
+
+
+def _data(images: ImageSet) -> StoredData:
+    found = hashlib.blake2b(digest_size=16)
+    for index in range(len(images)):
+        found.update(images.name(index).encode(errors="surrogateescape") + b"\0")
+    found.update(repr(images.classes).encode())
+    if images.labels is not None:
+        found.update(np.asarray(images.labels, np.int64).tobytes())
+    return StoredData(images.source, len(images), found.hexdigest())
+
+
+def _differing(one: Any, other: Any) -> tuple[str, str]:
+    """The fields of two dataclasses that differ, in words."""
+    names = [f.name for f in dataclasses.fields(one) if getattr(one, f.name) != getattr(other, f.name)]
+    first, second = (", ".join(f"{name} {getattr(side, name)}" for name in names) for side in (one, other))
+    return first, second
+
+
+def _tuples(values: dict[str, Any]) -> dict[str, Any]:
+    """JSON has no tuples."""
+    return {key: tuple(value) if isinstance(value, list) else value for key, value in values.items()}
