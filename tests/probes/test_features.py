@@ -1,0 +1,288 @@
+"""The feature pass against timm, against the diagnosis, and against a pass that was killed."""
+
+from __future__ import annotations
+
+import dataclasses
+import errno
+import random
+import signal
+
+import pytest
+import timm
+import torch
+
+import vitreg
+from peers import error, perturb
+from probes.small import BLOCKS, KILLED, Pictures, finish_pass, killed_pass, small_vit, validation
+from vitreg import disk
+from vitreg.images import open_image_set
+from vitreg.images.files import ImageFiles
+from vitreg.probes import FeaturesConfig, FeatureStore, extract
+
+
+@pytest.fixture
+def images(test_data) -> Pictures:
+    """Thirty of a hundred classes."""
+    return validation(test_data, 30)
+
+
+def all_patches(store: FeatureStore, block: int) -> torch.Tensor:
+    rows, patches = zip(*store.patches(block), strict=True)
+    assert torch.cat(rows).tolist() == list(range(store.num_images))
+    return torch.cat(patches)
+
+
+def forwards(vit: vitreg.VisionTransformer) -> list[int]:
+    """Sizes of the batches that go through a model from now on."""
+    seen: list[int] = []
+    vit.patch_embed.register_forward_hook(lambda _m, inputs, _o: seen.append(len(inputs[0])))
+    return seen
+
+
+@pytest.mark.parametrize("normed", [True, False])
+def test_tokens_are_those_of_timm(normed, images, tmp_path):
+    model = perturb(timm.create_model("vit_small_patch14_reg4_dinov2", img_size=56, depth=3, embed_dim=48, num_heads=3))
+    vit = vitreg.from_timm(model)
+    preprocess = vitreg.Preprocess(size=(56, 56))
+    config = dataclasses.replace(BLOCKS, normed=normed)
+    store = extract(vit, images, tmp_path / "store", config, preprocess=preprocess, batch_size=5)
+    batch = torch.stack([preprocess(images.picture(i)) for i in range(30)])
+    with torch.inference_mode():
+        theirs = model.get_intermediate_layers(batch, n=[0, 2], norm=normed, return_prefix_tokens=True)
+        plain = model.get_intermediate_layers(batch, n=3)
+    for block, (patches, prefix) in zip((0, -1), theirs, strict=True):
+        cls = store.cls(block)
+        assert cls is not None
+        assert error(cls, prefix[:, 0]) < 1e-5
+        assert error(store.registers(block), prefix[:, 1:]) < 1e-5
+        assert error(store.mean_patch(block), patches.mean(1)) < 1e-5
+        assert error(all_patches(store, block), patches) < 1e-5
+    assert error(store.norms, torch.stack([p.norm(dim=-1) for p in plain], 1).unflatten(-1, (4, 4))) < 1e-5
+    assert store.grid == (4, 4)
+    assert store.blocks == store.config.blocks == (0, 2)
+    assert torch.equal(store.numbers, torch.arange(30))
+    assert images.labels is not None
+    assert store.labels is not None
+    assert store.labels.tolist() == list(images.labels)
+    assert store.classes == images.classes
+    assert store.preprocess == preprocess
+
+
+def test_float16_is_rounded_float32(images, tmp_path):
+    vit = small_vit()
+    exact = extract(vit, images, tmp_path / "32", BLOCKS)
+    rounded = extract(vit, images, tmp_path / "16", dataclasses.replace(BLOCKS, dtype="float16"))
+    for block in BLOCKS.blocks:
+        cls, exact_cls = rounded.cls(block), exact.cls(block)
+        assert cls is not None
+        assert exact_cls is not None
+        assert torch.equal(cls, exact_cls.half().float())
+        assert torch.equal(all_patches(rounded, block), all_patches(exact, block).half().float())
+    assert torch.equal(rounded.norms, exact.norms)
+
+
+def test_a_model_without_class_token_labels_or_registers(test_data, tmp_path):
+    files = sorted(map(str, (test_data / "imagenet-samples").glob("*.jpg")))[:5]
+    config = dataclasses.replace(small_vit().config, class_token=False, num_registers=0, pool="mean")
+    vit = vitreg.VisionTransformer(config)
+    store = extract(vit, ImageFiles("samples", files), tmp_path / "store", batch_size=2)
+    assert store.cls(-1) is None
+    assert store.labels is None
+    assert store.registers(-1).shape == (5, 0, 48)
+    assert store.mean_patch(-1).shape == (5, 48)
+
+
+def test_patches_of_some_pictures_spread_over_the_set(images, tmp_path):
+    vit = small_vit()
+    full = all_patches(extract(vit, images, tmp_path / "all", BLOCKS), 0)
+    store = extract(vit, images, tmp_path / "some", dataclasses.replace(BLOCKS, patches=4))
+    rows, patches = zip(*store.patches(0), strict=True)
+    assert torch.cat(rows).tolist() == [0, 10, 19, 29]
+    assert torch.equal(torch.cat(patches), full[torch.cat(rows)])
+    assert store.num_images == len(store.mean_patch(-1)) == 30
+    none = extract(vit, images, tmp_path / "none", dataclasses.replace(BLOCKS, patches=0))
+    with pytest.raises(ValueError, match="holds no patch tokens; run the feature pass with patches=None"):
+        none.patches(0)
+
+
+def test_unreadable_pictures_are_left_out_and_listed(test_data, tmp_path):
+    vit, broken = small_vit(), (0, 9, 16, 17, 18, 19, 20, 21, 22, 23)
+    whole = extract(vit, validation(test_data, 30), tmp_path / "whole", BLOCKS)
+    store = extract(vit, validation(test_data, 30, broken), tmp_path / "store", BLOCKS)
+    readable = [number for number in range(30) if number not in broken]
+    assert store.numbers.tolist() == readable
+    assert whole.labels is not None
+    assert store.labels is not None
+    assert torch.equal(store.labels, whole.labels[readable])
+    assert error(all_patches(store, 0), all_patches(whole, 0)[readable]) < 1e-5
+    assert [picture.number for picture in store.skipped] == list(broken)
+    assert "is damaged; replace it" in store.skipped[3].reason
+    assert store.skipped[3].name == validation(test_data, 30).name(17)
+
+
+def test_no_picture_can_be_read(test_data, tmp_path):
+    with pytest.raises(ValueError, match=r"no picture of .*val.parquet can be read: .* is damaged; replace it"):
+        extract(small_vit(), validation(test_data, 3, range(3)), tmp_path / "store")
+
+
+def test_one_forward_pass_for_every_picture_and_none_for_a_finished_store(images, tmp_path):
+    vit, progress = small_vit().train(), []
+    seen = forwards(vit)
+    extract(vit, images, tmp_path / "store", BLOCKS, batch_size=5, on_progress=lambda *done: progress.append(done))
+    assert seen == [5, 3, 5, 3, 5, 3, 5, 1]
+    assert progress[-1] == (30, 30)
+    assert vit.training
+    again = extract(vit, images, tmp_path / "store", BLOCKS)
+    assert sum(seen) == 30
+    assert again.num_images == 30
+
+
+def test_outliers_are_those_of_the_diagnosis(tiny_vit, photographs, photograph_batch, tmp_path):
+    images = ImageFiles("photographs", map(str, photographs[:16]))
+    store = extract(tiny_vit, images, tmp_path / "store", FeaturesConfig(patches=0, shard_size=6))
+    diagnosis = vitreg.diagnose(tiny_vit, photograph_batch[:16])
+    assert diagnosis.threshold is not None
+    assert (store.threshold, store.block) == (diagnosis.threshold, diagnosis.block)
+    assert store.onset_block == diagnosis.onset_block
+    outliers = store.outliers()
+    assert outliers.float().mean().item() == pytest.approx(diagnosis.outlier_fraction)
+    torch.testing.assert_close(outliers.double().mean(0), torch.from_numpy(diagnosis.position_frequency))
+
+
+def test_no_outliers(images, tmp_path):
+    store = extract(small_vit(), images, tmp_path / "store", BLOCKS)
+    assert store.threshold is store.onset_block is None
+    assert store.outliers().shape == (30, 4, 4)
+    assert not store.outliers().any()
+
+
+def test_features_of_something_else_are_refused_with_both_names(images, test_data, tmp_path):
+    vit, out = small_vit(), tmp_path / "store"
+    extract(vit, images, out, BLOCKS)
+    other = small_vit(seed=1)
+    with pytest.raises(ValueError, match=r"another model: small \(weights (\w+)\), not small \(weights (?!\1)\w+\)"):
+        extract(other, images, out, BLOCKS)
+    wider = vitreg.Preprocess(size=(64, 80), crop_fraction=1.0)
+    with pytest.raises(ValueError, match=r"preprocessing: size \(64, 64\), not size \(64, 80\); choose another folder"):
+        extract(vit, images, out, BLOCKS, preprocess=wider)
+    with pytest.raises(ValueError, match=r"another set of pictures: .*val.parquet \(30 .*, not .*\(29 pictures"):
+        extract(vit, validation(test_data, 29), out, BLOCKS)
+    images.labels = [0] * 30
+    with pytest.raises(ValueError, match="another set of pictures"):
+        extract(vit, images, out, BLOCKS)
+    with pytest.raises(ValueError, match="another config: patches None, dtype float32, not patches 3, dtype float16"):
+        extract(vit, validation(test_data, 30), out, dataclasses.replace(BLOCKS, patches=3, dtype="float16"))
+
+
+def test_a_store_made_under_another_name_is_the_same(images, tmp_path):
+    vit = small_vit()
+    extract(vit, images, tmp_path / "store", BLOCKS)
+    vit.config = dataclasses.replace(vit.config, name="the same")
+    seen = forwards(vit)
+    assert extract(vit, images, tmp_path / "store", BLOCKS).model.name == "small"
+    assert not seen
+
+
+def test_tokens_that_are_not_finite_name_the_picture(images, tmp_path):
+    vit = small_vit()
+
+    def spoil(_module, _inputs, output):
+        if len(output) == 5:
+            output[2, 0] = float("nan")
+
+    vit.blocks[1].register_forward_hook(spoil)
+    with pytest.raises(ValueError, match=r"not finite \(\w+\) for .*val.parquet, row 14;"):
+        extract(vit, images, tmp_path / "store", BLOCKS, batch_size=5)
+
+
+def test_float16_that_is_too_small_is_said(images, tmp_path):
+    vit = small_vit()
+    with torch.no_grad():
+        vit.norm.weight *= 1e5
+    with pytest.raises(ValueError, match="dtype float32 where float16 is too small"):
+        extract(vit, images, tmp_path / "16")
+    extract(vit, images, tmp_path / "32", BLOCKS)
+
+
+def test_a_full_disk_is_one_sentence_and_costs_no_finished_shard(images, tmp_path, monkeypatch):
+    vit, out, sync = small_vit(), tmp_path / "store", disk.os.fsync
+    room = iter(range(3))
+
+    def full(handle: int) -> None:
+        if next(room, None) is None:
+            raise OSError(errno.ENOSPC, "No space left on device")
+        sync(handle)
+
+    monkeypatch.setattr(disk.os, "fsync", full)
+    with pytest.raises(ValueError, match=r"^cannot write to .*store: No space left on device; make room"):
+        extract(vit, images, out, BLOCKS)
+    assert sorted(f.name for f in out.iterdir() if f.name != ".lock") == [
+        "manifest.json",
+        "shard-00000.safetensors",
+        "shard-00001.safetensors",
+    ]
+    monkeypatch.undo()
+    seen = forwards(vit)
+    assert extract(vit, images, out, BLOCKS).num_images == 30
+    assert sum(seen) == 14
+
+
+def test_other_files_are_left_alone(images, tmp_path):
+    (tmp_path / "thesis.txt").write_text("years of work")
+    with pytest.raises(ValueError, match=r"holds other files, such as thesis.txt; choose another folder"):
+        extract(small_vit(), images, tmp_path)
+
+
+@pytest.mark.parametrize(
+    ("config", "sentence"),
+    [
+        ({"blocks": ()}, "blocks is empty"),
+        ({"blocks": (3,)}, "block 3 does not exist: the model has blocks 0 to 2"),
+        ({"patches": -1}, "patches is -1"),
+        ({"shard_size": 0}, "shard_size is 0"),
+    ],
+)
+def test_a_config_that_is_wrong(config, sentence, images, tmp_path):
+    with pytest.raises(ValueError, match=sentence):
+        extract(small_vit(), images, tmp_path / "store", FeaturesConfig(**config))
+    assert not (tmp_path / "store").exists()
+
+
+def test_pictures_of_several_sizes(images, tmp_path):
+    with pytest.raises(ValueError, match="crop 'none' gives pictures of several sizes"):
+        extract(small_vit(), images, tmp_path / "store", preprocess=vitreg.Preprocess(crop="none"))
+
+
+@pytest.mark.slow
+def test_killed_at_random_moments_is_bit_for_bit_as_never_killed(test_data, tmp_path):
+    whole, killed = tmp_path / "whole", tmp_path / "killed"
+    finish_pass(test_data, whole)
+    for shards in (1, 8, 17):
+        status = killed_pass(
+            test_data, killed, lambda n=shards: len(list(killed.glob("shard-*"))) >= n, random.uniform(0, 0.02)
+        )
+        assert status == -signal.SIGKILL
+        with pytest.raises(ValueError, match="is unfinished; run the feature pass again with the same settings"):
+            FeatureStore.open(killed)
+    before = {file.name: file.stat().st_mtime_ns for file in killed.glob("shard-*")}
+    assert 17 <= len(before) < 25
+    # What a kill in the middle of a file leaves is not one.
+    (killed / ".shard-00024.safetensors.partial").write_bytes(b"half")
+    finish_pass(test_data, killed)
+    assert before.items() <= {file.name: file.stat().st_mtime_ns for file in killed.glob("shard-*")}.items()
+    files = sorted(file.name for file in whole.iterdir())
+    assert files == sorted(file.name for file in killed.iterdir())
+    assert len(files) == 25 + 2
+    for name in files:
+        assert (killed / name).read_bytes() == (whole / name).read_bytes(), name
+    store = FeatureStore.open(killed)
+    assert store.config == KILLED
+    assert store.numbers.tolist() == [number for number in range(100) if number != 30]
+
+
+def test_folders_and_parquet_of_real_pictures(test_data, tmp_path):
+    images = open_image_set(test_data / "imagenet-samples")
+    some = Pictures(images, range(0, len(images), 250))
+    store = extract(small_vit(), some, tmp_path / "store")
+    assert store.data.source == str(test_data / "imagenet-samples")
+    assert store.num_images == 4
