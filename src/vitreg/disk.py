@@ -22,23 +22,28 @@ def writing(path: Path) -> Iterator[None]:
 
 def replace_text(path: Path, text: str) -> None:
     """Write a file so that a reader sees the old one or the new one, whole."""
-    replace_bytes(path, text.encode())
+    with replacing(path) as temporary:
+        temporary.write_text(text)
 
 
-def replace_bytes(path: Path, content: bytes) -> None:
-    """Write a file so that a reader sees the old one or the new one, whole; it is on the disk afterwards.
+@contextlib.contextmanager
+def replacing(path: Path) -> Iterator[Path]:
+    """A name to write a file under, which then takes the place of `path` and is on the disk, or nothing is left of it.
 
     Raises:
-        OSError: there is no room; nothing is left of what was written.
+        OSError: there is no room.
     """
     temporary = path.with_name(f".{path.name}.partial")
     try:
-        with temporary.open("wb") as file:
-            file.write(content)
-            file.flush()
+        temporary.touch()
+        mode = temporary.stat().st_mode
+        yield temporary
+        # safetensors lets only the owner read what it writes.
+        temporary.chmod(mode)
+        with temporary.open("rb") as file:
             os.fsync(file.fileno())
         os.replace(temporary, path)
-    except OSError:
+    except BaseException:
         with contextlib.suppress(OSError):
             temporary.unlink()
         raise

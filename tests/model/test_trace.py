@@ -160,7 +160,9 @@ def test_looking_changes_nothing(traced):
 
     before = vit(images)
     state = {key: tensor.clone() for key, tensor in vit.state_dict().items()}
-    everything = dict(attention_from=0, facets=("queries", "keys", "values"), patches=True, hidden=True, activations=True)
+    everything = dict(
+        attention_from=0, facets=("queries", "keys", "values"), patches=True, hidden=True, activations=True
+    )
     for _ in range(2):
         tokens = vit.trace(images, embeddings=True, **everything).tokens
         assert torch.equal(tokens.sequence(), before.sequence())

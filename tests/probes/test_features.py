@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import dataclasses
-import errno
 import random
+import resource
 import signal
 
 import pytest
@@ -14,7 +14,6 @@ import torch
 import vitreg
 from peers import error, perturb
 from probes.small import BLOCKS, KILLED, Pictures, finish_pass, killed_pass, small_vit, validation
-from vitreg import disk
 from vitreg.images import open_image_set
 from vitreg.images.files import ImageFiles
 from vitreg.probes import FeaturesConfig, FeatureStore, extract
@@ -204,27 +203,25 @@ def test_float16_that_is_too_small_is_said(images, tmp_path):
     extract(vit, images, tmp_path / "32", BLOCKS)
 
 
-def test_a_full_disk_is_one_sentence_and_costs_no_finished_shard(images, tmp_path, monkeypatch):
-    vit, out, sync = small_vit(), tmp_path / "store", disk.os.fsync
-    room = iter(range(3))
-
-    def full(handle: int) -> None:
-        if next(room, None) is None:
-            raise OSError(errno.ENOSPC, "No space left on device")
-        sync(handle)
-
-    monkeypatch.setattr(disk.os, "fsync", full)
-    with pytest.raises(ValueError, match=r"^cannot write to .*store: No space left on device; make room"):
-        extract(vit, images, out, BLOCKS)
-    assert sorted(f.name for f in out.iterdir() if f.name != ".lock") == [
-        "manifest.json",
-        "shard-00000.safetensors",
-        "shard-00001.safetensors",
-    ]
-    monkeypatch.undo()
+def test_a_full_disk_is_one_sentence_and_costs_no_finished_shard(test_data, tmp_path):
+    """Files may not grow beyond the first, in which half of the pictures are broken."""
+    vit, images = small_vit(), validation(test_data, 30, range(4))
+    whole, out = tmp_path / "whole", tmp_path / "store"
+    extract(vit, images, whole, BLOCKS)
+    room, limits = (whole / "shard-00000.safetensors").stat().st_size + 1000, resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (room, limits[1]))
+    try:
+        with pytest.raises(ValueError, match=r"^cannot write to .*store: File too large; make room"):
+            extract(vit, images, out, BLOCKS)
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, limits)
+    assert sorted(file.name for file in out.iterdir()) == [".lock", "manifest.json", "shard-00000.safetensors"]
     seen = forwards(vit)
-    assert extract(vit, images, out, BLOCKS).num_images == 30
-    assert sum(seen) == 14
+    extract(vit, images, out, BLOCKS)
+    assert sum(seen) == 22
+    for file in whole.iterdir():
+        assert (out / file.name).read_bytes() == file.read_bytes()
+        assert (out / file.name).stat().st_mode == (out / ".lock").stat().st_mode
 
 
 def test_other_files_are_left_alone(images, tmp_path):

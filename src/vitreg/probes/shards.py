@@ -3,16 +3,18 @@
 from __future__ import annotations
 
 import json
+import os
+import re
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from safetensors import SafetensorError, safe_open
-from safetensors.torch import save
+from safetensors.torch import save_file
 from torch import Tensor
 
-from vitreg.disk import replace_bytes, writing
+from vitreg.disk import replacing, writing
 
 
 @dataclass(frozen=True)
@@ -81,10 +83,13 @@ def write_shard(
         "with_patches": len(tensors["patch_rows"]),
         "skipped": [[picture.number, picture.name, picture.reason] for picture in skipped],
     }
-    # One entry: safetensors writes several in no order.
-    content = save(dict(tensors), {"vitreg": json.dumps(note)})
-    with writing(folder):
-        replace_bytes(shard_path(folder, index), content)
+    with writing(folder), replacing(shard_path(folder, index)) as temporary:
+        try:
+            # One entry: safetensors writes several in no order.
+            save_file(dict(tensors), temporary, {"vitreg": json.dumps(note)})
+        except SafetensorError as error:
+            number = re.search(r"os error (\d+)", str(error))
+            raise OSError(str(error) if number is None else os.strerror(int(number[1]))) from error
 
 
 def open_shard(folder: Path, index: int, origin: str) -> Shard:
