@@ -227,14 +227,15 @@ def plot(args: argparse.Namespace) -> None:
     figure = Figure(figsize=(13, 3.2), layout="constrained")
     for axes, (title, value) in zip(figure.subplots(1, len(panels)), panels.items(), strict=True):
         at = range(len(found))
-        axes.plot(at, [value(row) for row in found], "o-", label="most attended patch")
+        values = [value(row) for row in found]
+        axes.plot(at, values, "o-", label="most attended patch")
         if title.startswith("attention"):
             axes.plot(at, [100 * row["attention"]["registers"] for row in found], "s-", label="all registers")
             axes.legend(fontsize=8)
         axes.set_xticks(at, [row["registers"] for row in found])
         axes.set_xlabel("registers")
         axes.set_title(title, fontsize=9)
-        axes.set_ylim(bottom=0)
+        axes.set_ylim(0, 1.1 * max(values) or 1.0)
         axes.grid(alpha=0.3)
     figure.savefig(args.out, dpi=110)
 
