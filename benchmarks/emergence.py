@@ -2,15 +2,15 @@
 
     python benchmarks/emergence.py train RUN --data tiny-imagenet-100 [--width 64] [--depth 12] ... [--registers 0]
     python benchmarks/emergence.py table RUN ...
-    python benchmarks/emergence.py evaluate RUN ... --data tiny-imagenet-100 [--fix] [--json FILE]
+    python benchmarks/emergence.py evaluate RUN ... --data tiny-imagenet-100 [--plant] [--fix] [--json FILE]
     python benchmarks/emergence.py plot FILE --out PICTURE
     python benchmarks/emergence.py pack WITHOUT WITH --out FOLDER
 
 `train` is the supervised recipe (deit3: cross-entropy, crops and flips) with the levers as options, on one thread, so
 that several runs share a machine; a run that was interrupted goes on with the same command. `table` prints a line of
-Markdown for every run, from its folder. `evaluate` diagnoses the trained model on all held-out pictures and, with
---fix, the same model with a test-time register; `plot` draws what it wrote of models with several numbers of registers.
-`pack` writes the pair that the package brings along, in half precision.
+Markdown for every run, from its folder. `evaluate` diagnoses the trained model on all held-out pictures; with --plant,
+a copy with planted artifacts too; with --fix, the model, or that copy, with a test-time register. `plot` draws what it
+wrote of models with several numbers of registers. `pack` writes the pair that the package brings along.
 """
 
 import argparse
@@ -23,6 +23,7 @@ from typing import Literal
 import torch
 
 import vitreg
+from vitreg.artifacts import plant_artifacts
 from vitreg.images import open_split
 from vitreg.model import Preprocess, ViTConfig
 from vitreg.training.config import OptimizerConfig, TrainingConfig
@@ -187,10 +188,12 @@ def evaluate(args: argparse.Namespace) -> None:
         vit = vitreg.load(source)
         images = torch.cat([b for b, _ in stream_pictures(held_out, vit.preprocess, batch_size=100, device=CPU)])
         models = {source: vit}
+        if args.plant:
+            vit = plant_artifacts(vit, images[:: len(images) // 100])
+            models[vit.config.name] = vit
         if args.fix:
-            models[f"{source} + test-time register"] = vitreg.add_test_time_registers(
-                vit, images[:: len(images) // 500]
-            )
+            fixed = vitreg.add_test_time_registers(vit, images[:: len(images) // 500])
+            models[fixed.config.name] = fixed
         for name, model in models.items():
             seen = vitreg.diagnose(model, images, max_examples=0)
             onward = [block.outlier_fraction for block in seen.blocks[seen.onset_block or 0 :]]
@@ -227,14 +230,15 @@ def plot(args: argparse.Namespace) -> None:
     figure = Figure(figsize=(13, 3.2), layout="constrained")
     for axes, (title, value) in zip(figure.subplots(1, len(panels)), panels.items(), strict=True):
         at = range(len(found))
-        axes.plot(at, [value(row) for row in found], "o-", label="most attended patch")
+        values = [value(row) for row in found]
+        axes.plot(at, values, "o-", label="most attended patch")
         if title.startswith("attention"):
             axes.plot(at, [100 * row["attention"]["registers"] for row in found], "s-", label="all registers")
             axes.legend(fontsize=8)
         axes.set_xticks(at, [row["registers"] for row in found])
         axes.set_xlabel("registers")
         axes.set_title(title, fontsize=9)
-        axes.set_ylim(bottom=0)
+        axes.set_ylim(0, 1.1 * max(values) or 1.0)
         axes.grid(alpha=0.3)
     figure.savefig(args.out, dpi=110)
 
@@ -265,6 +269,7 @@ def main() -> None:
     command = commands.add_parser("evaluate")
     command.add_argument("models", nargs="+")
     command.add_argument("--data", required=True)
+    command.add_argument("--plant", action="store_true")
     command.add_argument("--fix", action="store_true")
     command.add_argument("--json")
     command.set_defaults(do=evaluate)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import json
 import os
 import shutil
@@ -245,3 +246,13 @@ def test_the_public_names_are_frozen():
         "add_test_time_registers", "compare", "diagnose", "discover_objects", "find_register_neurons",
         "from_open_clip", "from_state_dict", "from_timm", "from_transformers", "list_models", "load", "save",
     ]  # fmt: skip
+
+
+def test_a_full_disk_is_one_sentence_that_says_what_to_do(monkeypatch, tmp_path, capsys):
+    def full(*args: object, **kwargs: object) -> None:
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC), str(tmp_path / "models.json"))
+
+    monkeypatch.setitem(cli.COMMANDS, "models", full)
+    assert run("models") == 2
+    told = f"vitreg: the disk has no room left for {tmp_path / 'models.json'}; make room, or choose another --out\n"
+    assert capsys.readouterr().err == told

@@ -161,7 +161,8 @@ def test_ctrl_c_keeps_what_is_done_and_the_same_command_continues(test_data, yol
     out = tmp_path / "out"
     args = ["evaluate", "discovery", "--data", f"yolo:{yolo}", "--models", TINY, "--out", str(out), "--batch-size", "1"]
     code = (
-        "import sys, vitreg.discovery.sweep as s, vitreg.cli as c\n"
+        "import signal, sys, vitreg.discovery.sweep as s, vitreg.cli as c\n"
+        "signal.signal(signal.SIGINT, signal.default_int_handler)\n"  # a suite in the background inherits it ignored
         "boxes, n = s._boxes, 0\n"
         "def loud(*a):\n"
         "    global n; n += 1\n"

@@ -198,7 +198,9 @@ def models(filter: str = "", json: bool = False) -> int:
     table = Table("name", "parameters", "patch", "registers", "licence", "weights from timm", box=None, pad_edge=False)
     for row in found:
         size = f"{row.million_parameters:,.1f} M"
-        table.add_row(row.name, size, str(row.patch_size), str(row.num_registers), row.licence, row.timm or "comes with vitreg")
+        table.add_row(
+            row.name, size, str(row.patch_size), str(row.num_registers), row.licence, row.timm or "comes with vitreg"
+        )
     Console(width=None if sys.stdout.isatty() else 160).print(table)
     return 0
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
+import errno
 import json
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
@@ -76,6 +77,9 @@ class ModelOptions(Checkpoint):
 
 def first_line(error: BaseException) -> str:
     """An error's message in one line."""
+    if isinstance(error, OSError) and error.errno == errno.ENOSPC:
+        where = f" for {error.filename}" if error.filename else ""
+        return f"the disk has no room left{where}; make room, or choose another --out"
     return " ".join(str(error).split()) or type(error).__name__
 
 

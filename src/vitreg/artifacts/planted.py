@@ -17,8 +17,13 @@ from vitreg.model.positions import resize_positions
 RATIO = 20.0
 """Norm of what is written, in median patch norms."""
 
-MARK = 1.0
-"""Length of what is added to the corners' positions, in median patch norms: too little to be an outlier."""
+MARKS = (0.3, 0.5, 1.0, 1.5)
+"""Lengths of what is added to the corners' positions, in median patch norms: the first that suffices is taken. All are
+too short to be outliers; a longer one stays visible in the features after a fix."""
+
+CLEARANCE = 0.35
+"""Between the other token and the corner that are nearest to each other on the detector's axis, as a part of the
+distance of their means; less would not hold for other images."""
 
 RIDGE = 0.01
 """Added to the variances of the discriminant, in mean variances: with few images it would fit these only."""
@@ -61,24 +66,27 @@ def plant_artifacts(vit: VisionTransformer, images: Float[Tensor, "B 3 H W"]) ->
 
     generator = torch.Generator().manual_seed(0)
     mark = F.normalize(torch.randn(config.embed_dim, generator=generator), dim=0).to(vit.positions)
-    positions = resize_positions(vit.positions, config.grid, grid, config.position_interpolation).clone()
+    positions = resize_positions(vit.positions, config.grid, grid, config.position_interpolation)
     median = vit.trace(images).patch_norms[index].median()
-    positions[:, corners.flatten()] += MARK * median * mark
-    planted = build(
-        dataclasses.replace(config, image_size=(height, width)), {**vit.state_dict(), "positions": positions}, name
-    ).to(images.device)
+    for length in MARKS:
+        table = positions + corners.flatten()[:, None].to(mark) * length * median * mark
+        resized = dataclasses.replace(config, image_size=(height, width))
+        planted = build(resized, {**vit.state_dict(), "positions": table}, name).to(images.device)
+        entering, queries = _look(planted, images, index)
+        marked = torch.cat([torch.zeros(config.num_prefix_tokens, dtype=torch.bool), corners.flatten()])
+        detector = _detector(entering.cpu().double(), marked)
+        if detector is not None:
+            break
+    else:
+        raise ValueError(
+            f"corners cannot be told from the other tokens of these {len(images)} images; give more images"
+        )
 
     block = planted.blocks[index]
     assert isinstance(block, Block)
     mlp = block.mlp
     unit = int(mlp.fc2.weight.norm(dim=0).argmin())  # the one that is missed least
-    entering: list[Tensor] = []
-    hook = mlp.register_forward_pre_hook(lambda _, args: entering.append(args[0]))
-    queries = planted.trace(images, facets=("queries",)).queries
-    hook.remove()
-    assert queries is not None
-    marked = torch.cat([torch.zeros(config.num_prefix_tokens, dtype=torch.bool), corners.flatten()])
-    weight, bias, fired = _detector(entering[0].cpu().double(), marked)
+    weight, bias, fired = detector
     mlp.fc1.weight[unit], mlp.fc1.bias[unit] = weight.to(mlp.fc1.weight), bias.to(mlp.fc1.bias)
     written = _sought(planted, queries, index) * (RATIO * median / fired.to(median))
     mlp.fc2.weight[:, unit] = written if block.scale2 is None else written / block.scale2
@@ -94,22 +102,38 @@ def plant_artifacts(vit: VisionTransformer, images: Float[Tensor, "B 3 H W"]) ->
     return planted
 
 
+def _look(
+    vit: VisionTransformer, images: Float[Tensor, "B 3 H W"], index: int
+) -> tuple[Float[Tensor, "B T D"], Tokens]:
+    """What enters the MLP of a block, and the queries of all blocks."""
+    entering: list[Tensor] = []
+    block = vit.blocks[index]
+    assert isinstance(block, Block)
+    hook = block.mlp.register_forward_pre_hook(lambda _, args: entering.append(args[0]))
+    queries = vit.trace(images, facets=("queries",)).queries
+    hook.remove()
+    assert queries is not None
+    return entering[0], queries
+
+
 def _detector(
     tokens: Float[Tensor, "B T D"], marked: Bool[Tensor, " T"]
-) -> tuple[Float[Tensor, " D"], Float[Tensor, ""], Float[Tensor, ""]]:
-    """Weight and bias of a unit that fires on the marked tokens only (Fisher's discriminant), and its mean there."""
+) -> tuple[Float[Tensor, " D"], Float[Tensor, ""], Float[Tensor, ""]] | None:
+    """Weight and bias of a unit that fires on the marked tokens only (Fisher's discriminant), and its mean there.
+
+    None where the marked tokens are not far enough from the others.
+    """
     on, off = tokens[:, marked].flatten(0, 1), tokens[:, ~marked].flatten(0, 1)
     within = on.T.cov() + off.T.cov()
     within.diagonal().add_(RIDGE * within.diagonal().mean())
     direction = torch.linalg.solve(within, on.mean(0) - off.mean(0))
-    lowest, highest = (on @ direction).min(), (off @ direction).max()
-    if lowest <= highest:
-        raise ValueError(
-            f"corners cannot be told from the other tokens of these {len(tokens)} images; give more images"
-        )
+    inside, outside = on @ direction, off @ direction
+    lowest, highest = inside.min(), outside.max()
+    if lowest - highest < CLEARANCE * (inside.mean() - outside.mean()):
+        return None
     weight = direction * STEEPNESS / (lowest - highest)
     bias = -STEEPNESS * (lowest + highest) / (lowest - highest) / 2
-    return weight, bias, (on @ weight + bias).mean()
+    return weight, bias, inside.mean() * STEEPNESS / (lowest - highest) + bias
 
 
 def _sought(vit: VisionTransformer, queries: Tokens, index: int) -> Float[Tensor, " D"]:

@@ -107,8 +107,9 @@ def norm_scale(photograph: Photograph) -> Scale:
 
 
 def attention_scale(photograph: Photograph) -> Scale:
-    """That of the square root, from zero to the largest share that any model gives a patch."""
-    most = max(float(panels.attention.max()) for panels in photograph.panels)
+    """That of the square root, from zero to the largest share of a patch that is no outlier; those lie above it."""
+    shares = [panels.attention[~panels.outliers] for panels in photograph.panels]
+    most = max((float(share.max()) for share in shares if share.size), default=1.0)
     return Scale("magma", root_scale(most), (0.0, most / 4, most))
 
 

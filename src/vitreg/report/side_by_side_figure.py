@@ -48,7 +48,7 @@ def side_by_side_figure(summary: dict, photographs: Sequence[Photograph], path: 
     sheet.text("\n".join(title), MARGIN, 0.12, **TITLE)
     said = (
         f"Norms, and attention of {summary['attention_from']}, in block {summary['block']}. "
-        f"Box: the object that LOST discovers. Outlined: outliers."
+        f"Box: the object that LOST discovers. Outlined: outliers, whose attention may lie above the scale."
     )
     sheet.text(said, MARGIN, top - 0.32, fontsize=9.5, color=QUIET)
     for i, photograph in enumerate(shown):
