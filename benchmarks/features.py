@@ -17,9 +17,8 @@ import torch
 from timing import interleaved, machine
 
 import vitreg
-from vitreg.images import open_image_set
+from vitreg.images import Part, open_image_set
 from vitreg.probes import FeaturesConfig, extract
-from vitreg.training.held_out import Part
 
 
 def main() -> None:

@@ -12,8 +12,8 @@ import torch
 import vitreg
 from peers import perturb
 from training.small import small_config
-from vitreg.images import evenly, open_image_set
-from vitreg.training.held_out import Part, stream_pictures
+from vitreg.images import Part, evenly, open_image_set
+from vitreg.training.held_out import stream_pictures
 from vitreg.training.watch import Watch
 
 CPU = torch.device("cpu")

@@ -7,6 +7,8 @@ from collections.abc import Sequence
 import numpy as np
 from jaxtyping import Bool, Float64, Shaped
 
+from vitreg.bootstrap import RESAMPLES, percentile_interval, resampled_sums
+
 IOU = 0.5
 """Intersection over union from which on an object counts as found."""
 
@@ -29,7 +31,7 @@ def is_found(box: Sequence[float | int], truth: Shaped[np.ndarray, "n 4"]) -> bo
 
 
 def bootstrap_interval(
-    values: Shaped[np.ndarray, "*rows n"], *, resamples: int = 2000, seed: int = 0
+    values: Shaped[np.ndarray, "*rows n"], *, resamples: int = RESAMPLES, seed: int = 0
 ) -> Float64[np.ndarray, "2 ..."]:
     """The 95 % percentile interval of the mean over pictures, from resamples of the pictures.
 
@@ -40,13 +42,8 @@ def bootstrap_interval(
         resamples: how often as many pictures are drawn, with replacement.
         seed: of the draws.
     """
-    values = np.asarray(values, dtype=np.float64)
-    num = values.shape[-1]
-    rng = np.random.default_rng(seed)
-    means = np.stack(
-        [values @ (np.bincount(rng.integers(num, size=num), minlength=num) / num) for _ in range(resamples)]
-    )
-    return np.percentile(means, (2.5, 97.5), axis=0)
+    columns = np.moveaxis(np.asarray(values, dtype=np.float64), -1, 0)
+    return percentile_interval(resampled_sums(columns, resamples=resamples, seed=seed) / len(columns))
 
 
 def half(num: int, *, seed: int = 0) -> Bool[np.ndarray, " n"]:

@@ -4,7 +4,7 @@ from vitreg.images.ahead import map_ahead
 from vitreg.images.batches import Batches, Images
 from vitreg.images.boxes import BoxedImage, BoxSet, open_box_set
 from vitreg.images.bundled import bundled_photographs
-from vitreg.images.labelled import ImageSet, evenly
+from vitreg.images.labelled import ImageSet, Part, evenly
 from vitreg.images.reading import EXTENSIONS, MAX_PIXELS, ImageError, find_images, image_size, read_image
 from vitreg.images.sets import check_classes, open_image_set, open_split
 from vitreg.images.stream import ImageBatch, ImageStream, SkippedImage
@@ -20,6 +20,7 @@ __all__ = [
     "ImageSet",
     "ImageStream",
     "Images",
+    "Part",
     "SkippedImage",
     "bundled_photographs",
     "check_classes",

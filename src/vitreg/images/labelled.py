@@ -44,6 +44,35 @@ class ImageSet(ABC):
         return ()
 
 
+class Part(ImageSet):
+    """Some pictures of a set.
+
+    Args:
+        images: the set.
+        indices: which of its pictures.
+    """
+
+    def __init__(self, images: ImageSet, indices: NDArray[np.int64]) -> None:
+        self._images, self._indices = images, indices
+        self.source, self.classes = images.source, images.classes
+        self.labels = None if images.labels is None else np.asarray(images.labels)[indices].tolist()
+
+    def __len__(self) -> int:
+        return len(self._indices)
+
+    def picture(self, index: int) -> Image.Image:
+        """As of the set."""
+        return self._images.picture(int(self._indices[index]))
+
+    def name(self, index: int) -> str:
+        """As of the set."""
+        return self._images.name(int(self._indices[index]))
+
+    def captions(self, index: int) -> tuple[str, ...]:
+        """As of the set."""
+        return self._images.captions(int(self._indices[index]))
+
+
 def source_of(files: Sequence[Path]) -> str:
     """What to call a set that is in several files."""
     return str(files[0]) if len(files) == 1 else f"{files[0]} and {len(files) - 1} more"

@@ -166,6 +166,7 @@ class _Pass:
         dtype = getattr(torch, self._config.dtype)
         rows = self._patch_rows(numbers)
         found = {"norms": trace.patch_norms.movedim(0, 1).contiguous().cpu()}
+        found["pooled"] = self._vit.pool(trace.tokens).to("cpu", dtype)
         for i, block in enumerate(self._config.blocks):
             if trace.hidden.cls is not None:
                 found[f"cls.{block}"] = self._normed(trace.hidden.cls[i]).to("cpu", dtype)

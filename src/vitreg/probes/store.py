@@ -92,6 +92,11 @@ class FeatureStore:
         """The registers; R is 0 where the model has none."""
         return self._rows(f"registers.{self._kept(block)}").float()
 
+    @property
+    def pooled(self) -> Float[Tensor, "N F"]:
+        """What the model's own pooling makes of its output, which its head reads (`VisionTransformer.pool`)."""
+        return self._rows("pooled").float()
+
     def mean_patch(self, block: int) -> Float[Tensor, "N D"]:
         """The mean of a picture's patch tokens, taken in float32 before they were rounded."""
         return self._rows(f"mean_patch.{self._kept(block)}").float()

@@ -7,11 +7,9 @@ from concurrent.futures import ThreadPoolExecutor
 
 import numpy as np
 import torch
-from numpy.typing import NDArray
-from PIL import Image
 from torch import Tensor
 
-from vitreg.images import ImageError, ImageSet, evenly
+from vitreg.images import ImageError, ImageSet, Part, evenly
 from vitreg.model import Preprocess
 
 
@@ -42,35 +40,6 @@ def stream_pictures(
             if found:
                 batch = torch.stack([pixels for _, pixels in found])
                 yield preprocess.normalize(batch.to(device)), [i for i, _ in found]
-
-
-class Part(ImageSet):
-    """Some pictures of a set.
-
-    Args:
-        images: the set.
-        indices: which of its pictures.
-    """
-
-    def __init__(self, images: ImageSet, indices: NDArray[np.int64]) -> None:
-        self._images, self._indices = images, indices
-        self.source, self.classes = images.source, images.classes
-        self.labels = None if images.labels is None else np.asarray(images.labels)[indices].tolist()
-
-    def __len__(self) -> int:
-        return len(self._indices)
-
-    def picture(self, index: int) -> Image.Image:
-        """As of the set."""
-        return self._images.picture(int(self._indices[index]))
-
-    def name(self, index: int) -> str:
-        """As of the set."""
-        return self._images.name(int(self._indices[index]))
-
-    def captions(self, index: int) -> tuple[str, ...]:
-        """As of the set."""
-        return self._images.captions(int(self._indices[index]))
 
 
 def hold_out(images: ImageSet, seed: int) -> tuple[ImageSet, ImageSet]:

@@ -8,10 +8,10 @@ import torch
 from torch import Tensor
 
 from vitreg.artifacts import diagnose
-from vitreg.images import ImageSet, evenly
+from vitreg.images import ImageSet, Part, evenly
 from vitreg.model import Preprocess, VisionTransformer
 from vitreg.training.config import TrainingConfig
-from vitreg.training.held_out import Part, stream_pictures
+from vitreg.training.held_out import stream_pictures
 from vitreg.training.method import Companions, Method
 
 BATCH_SIZE = 64

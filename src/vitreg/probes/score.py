@@ -1,0 +1,139 @@
+"""A probe's figures of merit, with what they follow from picture by picture, so that they can be resampled."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass, field
+from typing import Any, Literal
+
+import numpy as np
+from jaxtyping import Float64, Shaped
+
+from vitreg.bootstrap import percentile_interval, resampled_sums
+
+Kind = Literal["ratio", "mIoU"]
+
+
+@dataclass(frozen=True, eq=False)
+class Score:
+    """A figure of merit: of one probe, on one kind of token.
+
+    Attributes:
+        name: of the figure: `"top-1"`, `"mIoU"`, `"RMSE"`.
+        sums: what the figure follows from, for each picture of the validation set: `[N, 2]`, a sum and a count
+            (`kind="ratio"`), or `[N, 3, C]`, pixels of each class that are right, in the truth, and predicted
+            (`kind="mIoU"`).
+        kind: how it follows from the sums over pictures.
+        unit: `"%"` multiplies by 100.
+        lower_is_better: of errors.
+        subject: what the figure is of, where a probe has several: `"outlier"`, `"register 1"`, `"k = 10"`.
+        deviation: standard deviation over random choices, in the figure's unit, where a probe makes several.
+        missing: why there is no figure; empty where there is one.
+    """
+
+    name: str
+    sums: Float64[np.ndarray, "N ..."]
+    kind: Kind = "ratio"
+    unit: str = ""
+    lower_is_better: bool = False
+    subject: str = ""
+    deviation: float | None = None
+    missing: str = ""
+
+    @classmethod
+    def mean(
+        cls,
+        name: str,
+        values: Shaped[np.ndarray, " N"],
+        counts: Shaped[np.ndarray, " N"] | None = None,
+        **options: Any,
+    ) -> Score:
+        """The sum of values over the sum of counts; where `counts` is None, the mean over pictures.
+
+        Args:
+            name: of the figure.
+            values: of each picture.
+            counts: how many tokens or pixels a picture's value is the sum over.
+            options: other attributes.
+        """
+        values = np.asarray(values, dtype=np.float64)
+        counts = np.ones(len(values)) if counts is None else np.asarray(counts, dtype=np.float64)
+        return cls(name, np.stack([values, counts], 1), **options)
+
+    @classmethod
+    def none(cls, name: str, reason: str, **options: Any) -> Score:
+        """An empty place in a table.
+
+        Args:
+            name: of the figure.
+            reason: why there is none, as a sentence.
+            options: other attributes.
+        """
+        return cls(name, np.zeros((0, 2)), missing=reason, **options)
+
+    @property
+    def value(self) -> float:
+        """The figure; NaN where there is none."""
+        return math.nan if self.missing else float(self._figure(self.sums.sum(0)[None])[0])
+
+    def interval(self) -> tuple[float, float]:
+        """Its 95 % bootstrap interval over pictures; NaN where there is none."""
+        if self.missing:
+            return math.nan, math.nan
+        low, high = percentile_interval(self._figure(resampled_sums(self.sums)))
+        return float(low), float(high)
+
+    def minus(self, other: Score) -> Difference | None:
+        """How much it differs from another model's on the same pictures, resampled in pairs; None where one is missing.
+
+        Raises:
+            ValueError: the two are not of the same pictures.
+        """
+        if self.missing or other.missing:
+            return None
+        if len(self.sums) != len(other.sums):
+            raise ValueError(
+                f"{self.name} is of {len(self.sums)} pictures and of {len(other.sums)}; they must be the same"
+            )
+        resampled = self._figure(resampled_sums(self.sums)) - other._figure(resampled_sums(other.sums))
+        low, high = percentile_interval(resampled)
+        return Difference(self.value - other.value, (float(low), float(high)))
+
+    def _figure(self, sums: Float64[np.ndarray, "R ..."]) -> Float64[np.ndarray, " R"]:
+        """From sums over pictures, one row for every resample."""
+        with np.errstate(invalid="ignore", divide="ignore"):
+            if self.kind == "mIoU":
+                right, truth, predicted = sums[:, 0], sums[:, 1], sums[:, 2]
+                # Classes that are neither in the truth nor predicted do not count.
+                figure = np.nanmean(right / (truth + predicted - right), axis=1)
+            else:
+                figure = sums[:, 0] / sums[:, 1]
+        return 100 * figure if self.unit == "%" else figure
+
+
+@dataclass(frozen=True)
+class Difference:
+    """A figure minus another model's, and its 95 % interval."""
+
+    value: float
+    interval: tuple[float, float]
+
+    @property
+    def is_significant(self) -> bool:
+        """Whether the interval leaves out zero."""
+        return not self.interval[0] <= 0 <= self.interval[1]
+
+
+@dataclass(frozen=True, eq=False)
+class ProbeResult:
+    """What a probe says of one model.
+
+    Attributes:
+        probe: its name.
+        scores: its figures, the one for a table of all probes first.
+        details: what else is worth knowing, in JSON types: what was chosen, on how many pictures.
+    """
+
+    probe: str
+    scores: tuple[Score, ...]
+    details: dict[str, Any] = field(default_factory=dict)
