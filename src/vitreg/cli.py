@@ -16,6 +16,17 @@ from tyro.conf import FlagCreatePairsOff, OmitArgPrefixes
 
 from vitreg.cli_demo import demo
 from vitreg.cli_discovery import discover, evaluate_discovery
+from vitreg.cli_probes import (
+    evaluate_all,
+    evaluate_depth,
+    evaluate_knn,
+    evaluate_linear,
+    evaluate_position,
+    evaluate_reconstruction,
+    evaluate_segmentation,
+    evaluate_tokens,
+    evaluate_zero_shot,
+)
 from vitreg.cli_registers import compare, fix
 from vitreg.cli_training import timeline, train
 from vitreg.terminal import (
@@ -209,7 +220,16 @@ COMMANDS: dict[str, Callable[..., int]] = {
     "diagnose": diagnose,
     "attention": attention,
     "discover": discover,
+    "evaluate all": evaluate_all,
     "evaluate discovery": evaluate_discovery,
+    "evaluate knn": evaluate_knn,
+    "evaluate linear": evaluate_linear,
+    "evaluate zero-shot": evaluate_zero_shot,
+    "evaluate tokens": evaluate_tokens,
+    "evaluate position": evaluate_position,
+    "evaluate reconstruction": evaluate_reconstruction,
+    "evaluate segmentation": evaluate_segmentation,
+    "evaluate depth": evaluate_depth,
     "fix": fix,
     "compare": compare,
     "train": train,

@@ -28,7 +28,7 @@ class OutlierNorms:
     onset_block: int | None
 
 
-def find_outliers(norms: Iterable[Float[Tensor, "depth B h w"]]) -> OutlierNorms:
+def find_outliers(norms: Iterable[Float[Tensor, "depth _ h w"]]) -> OutlierNorms:
     """What `diagnose` finds on the images that norms are of, with its defaults.
 
     Args:

@@ -98,6 +98,7 @@ class _Pass:
     ) -> None:
         self._vit, self._images, self._folder, self._manifest = vit, images, folder, manifest
         self._config, self._preprocess = manifest.origin.config, manifest.origin.preprocess
+        self._patch_blocks = frozenset(self._config.patch_blocks or ())
         self._batch_size, self._on_progress = batch_size, on_progress
         self._device = next(vit.parameters()).device
         count = self._config.patches
@@ -173,7 +174,8 @@ class _Pass:
             found[f"registers.{block}"] = self._normed(trace.hidden.registers[i]).to("cpu", dtype)
             patches = self._normed(trace.hidden.patches[i])
             found[f"mean_patch.{block}"] = patches.mean(1, dtype=torch.float32).to("cpu", dtype)
-            found[f"patches.{block}"] = patches[rows].to("cpu", dtype)
+            if block in self._patch_blocks:
+                found[f"patches.{block}"] = patches[rows].to("cpu", dtype)
         for name, tensor in found.items():
             self._check_finite(name, tensor, [numbers[row] for row in rows] if "patches" in name else numbers)
         return found

@@ -25,6 +25,7 @@ class FeaturesConfig:
     Attributes:
         blocks: whose tokens are kept, counted from 0, negative from the end.
         patches: keep the patch tokens of so many pictures, evenly spread over the set; None for all.
+        patch_blocks: whose patch tokens are kept; None for those of `blocks`.
         normed: apply the model's final norm to the tokens, as timm's `get_intermediate_layers(norm=True)` does. Norms
             are taken before it in any case.
         dtype: of the stored tokens; norms are float32.
@@ -33,6 +34,7 @@ class FeaturesConfig:
 
     blocks: tuple[int, ...] = (-1,)
     patches: int | None = None
+    patch_blocks: tuple[int, ...] | None = None
     normed: bool = True
     dtype: StoredType = "float16"
     shard_size: int = 256
@@ -53,11 +55,15 @@ class FeaturesConfig:
         Raises:
             ValueError: the model does not have one of them.
         """
-        if wrong := [block for block in self.blocks if not -depth <= block < depth]:
+        blocks, patch_blocks = self.blocks, self.blocks if self.patch_blocks is None else self.patch_blocks
+        if wrong := [block for block in (*blocks, *patch_blocks) if not -depth <= block < depth]:
             raise ValueError(
                 f"block {wrong[0]} does not exist: the model has blocks 0 to {depth - 1} (or -1 for the last)"
             )
-        return dataclasses.replace(self, blocks=tuple(sorted({block % depth for block in self.blocks})))
+        blocks, patch_blocks = (tuple(sorted({block % depth for block in some})) for some in (blocks, patch_blocks))
+        if not set(patch_blocks) <= set(blocks):
+            raise ValueError(f"patch_blocks {patch_blocks} must be among the blocks {blocks}")
+        return dataclasses.replace(self, blocks=blocks, patch_blocks=patch_blocks)
 
 
 @dataclass(frozen=True)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any, Literal
 
@@ -132,8 +133,10 @@ class ProbeResult:
         probe: its name.
         scores: its figures, the one for a table of all probes first.
         details: what else is worth knowing, in JSON types: what was chosen, on how many pictures.
+        predictions: maps of a few pictures of the validation set, by their rows in its store: classes or metres.
     """
 
     probe: str
     scores: tuple[Score, ...]
     details: dict[str, Any] = field(default_factory=dict)
+    predictions: Mapping[int, Shaped[np.ndarray, "H W"]] = field(default_factory=dict)

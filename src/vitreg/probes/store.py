@@ -23,6 +23,8 @@ class FeatureStore:
 
     Attributes:
         path: the folder.
+        id: a digest of what the features are of; equal where all of them are equal.
+        depth: blocks of the model.
         origin: what the features are of.
         model, preprocess, data, config: its parts; the blocks of `config` are counted from 0.
         blocks: whose tokens there are.
@@ -34,7 +36,7 @@ class FeatureStore:
     """
 
     def __init__(self, path: Path, manifest: Manifest, finding: Finding, shards: tuple[Shard, ...]) -> None:
-        self.path, self._depth = path, finding.depth
+        self.path, self.id, self.depth = path, manifest.id, finding.depth
         # A shard is empty where none of its pictures could be read.
         self._shards = tuple(shard for shard in shards if shard.num_images)
         self.origin, self.classes, self.grid = manifest.origin, manifest.classes, finding.grid
@@ -124,6 +126,8 @@ class FeatureStore:
         name = f"patches.{self._kept(block)}"
         if not any(shard.num_with_patches for shard in self._shards):
             raise ValueError(f"{self.path} holds no patch tokens; run the feature pass with patches=None, or a number")
+        if name not in self._shards[0].names:
+            raise ValueError(f"{self.path} holds no patch tokens of block {block}; name it in patch_blocks")
         return self._patches(name)
 
     def _patches(self, name: str) -> Iterator[tuple[Tensor, Tensor]]:
@@ -138,7 +142,7 @@ class FeatureStore:
 
     def _kept(self, block: int) -> int:
         """A block's number from 0."""
-        number = block + self._depth if block < 0 else block
+        number = block + self.depth if block < 0 else block
         if number not in self.blocks:
             kept = ", ".join(map(str, self.blocks))
             raise ValueError(f"{self.path} holds no tokens of block {block}, only of {kept}; run another feature pass")

@@ -1,0 +1,143 @@
+"""The probes by name: what each is asked on, what it needs of the feature pass, and how to ask it."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Literal
+
+import torch
+
+from vitreg.images import DepthSet, ImageSet, SegmentationSet
+from vitreg.model import VisionTransformer
+from vitreg.probes.depth import DepthConfig, depth, depth_blocks
+from vitreg.probes.features import Progress
+from vitreg.probes.knn import KnnConfig, knn
+from vitreg.probes.linear import LinearConfig, linear, linear_blocks
+from vitreg.probes.position import position
+from vitreg.probes.position_fit import PositionConfig
+from vitreg.probes.reconstruction import ReconstructionConfig, reconstruction
+from vitreg.probes.score import ProbeResult
+from vitreg.probes.segmentation import SegmentationConfig, segmentation, segmentation_blocks
+from vitreg.probes.single_token import SingleTokenConfig, single_token
+from vitreg.probes.store import FeatureStore
+from vitreg.probes.text_encoders import load_text_encoder
+from vitreg.probes.zero_shot import ZeroShotConfig, zero_shot
+
+Task = Literal["classification", "segmentation", "depth"]
+
+
+@dataclass(frozen=True)
+class Subject:
+    """A model on a set of pictures, as probes see it.
+
+    Attributes:
+        vit: the model.
+        source: what it was loaded from, which has the text tower of a CLIP.
+        train, val: its features.
+        train_images, val_images: the pictures that they are of.
+        class_names: words for the classes, where the set has only numbers.
+        state: a file for what a probe keeps while it trains.
+    """
+
+    vit: VisionTransformer
+    source: str
+    train: FeatureStore
+    val: FeatureStore
+    train_images: ImageSet
+    val_images: ImageSet
+    class_names: tuple[str, ...] | None
+    state: Path
+
+    @property
+    def device(self) -> torch.device:
+        """Where the model is, and probes are trained."""
+        return next(self.vit.parameters()).device
+
+
+@dataclass(frozen=True)
+class Probe:
+    """A probe.
+
+    Attributes:
+        title: for tables.
+        task: the kind of data it is asked on.
+        config: its settings, by default the paper's protocol.
+        blocks: whose tokens it needs, of a model of so many blocks.
+        patches: whether it needs patch tokens of these blocks.
+        ask: what makes it.
+        part_of_all: whether `vitreg evaluate all` asks it of every model.
+    """
+
+    title: str
+    task: Task
+    config: Any
+    blocks: Callable[[Any, int], tuple[int, ...]]
+    patches: bool
+    ask: Callable[[Subject, Any, Progress], ProbeResult]
+    part_of_all: bool = True
+
+
+def _own_block(config: Any, depth: int) -> tuple[int, ...]:
+    return (config.block % depth,)
+
+
+def _last_block(config: Any, depth: int) -> tuple[int, ...]:
+    return (depth - 1,)
+
+
+def _zero_shot(subject: Subject, config: ZeroShotConfig, on_progress: Progress) -> ProbeResult:
+    text = load_text_encoder(subject.source, device=subject.device)
+    return zero_shot(subject.val, subject.vit, text, subject.class_names, config, on_progress=on_progress)
+
+
+def _dense(function: Callable[..., ProbeResult]) -> Callable[[Subject, Any, Progress], ProbeResult]:
+    def ask(s: Subject, config: Any, on_progress: Progress) -> ProbeResult:
+        assert isinstance(s.train_images, SegmentationSet | DepthSet)
+        return function(s.train, s.val, s.train_images, s.val_images, config, device=s.device, on_progress=on_progress)
+
+    return ask
+
+
+PROBES: dict[str, Probe] = {
+    "knn": Probe(
+        "k-NN", "classification", KnnConfig(), _last_block, False,
+        lambda s, config, progress: knn(s.train, s.val, config, device=s.device, on_progress=progress),
+    ),
+    "linear": Probe(
+        "linear", "classification", LinearConfig(), linear_blocks, False,
+        lambda s, config, progress: linear(
+            s.train, s.val, config, device=s.device, state=s.state, on_progress=progress
+        ),
+    ),
+    "zero-shot": Probe("zero-shot", "classification", ZeroShotConfig(), _last_block, False, _zero_shot, False),
+    "tokens": Probe(
+        "one token", "classification", SingleTokenConfig(), _own_block, True,
+        lambda s, config, progress: single_token(s.train, s.val, config, device=s.device, on_progress=progress),
+    ),
+    "position": Probe(
+        "position", "classification", PositionConfig(), _own_block, True,
+        lambda s, config, progress: position(s.train, s.val, config, device=s.device, on_progress=progress),
+    ),
+    "reconstruction": Probe(
+        "reconstruction", "classification", ReconstructionConfig(), _own_block, True,
+        lambda s, config, progress: reconstruction(
+            s.train, s.val, s.train_images, s.val_images, config, device=s.device, on_progress=progress
+        ),
+    ),
+    "segmentation": Probe(
+        "segmentation", "segmentation", SegmentationConfig(), segmentation_blocks, True, _dense(segmentation)
+    ),
+    "depth": Probe("depth", "depth", DepthConfig(), depth_blocks, True, _dense(depth)),
+}  # fmt: skip
+"""By the names that `vitreg evaluate` takes, in the order of a table's columns."""
+
+TITLES = {name: probe.title for name, probe in PROBES.items()} | {"discovery": "object discovery"}
+"""For tables, object discovery included, which has a protocol of its own."""
+
+
+def has_text_tower(source: str) -> bool:
+    """Whether a model came with one, so that zero-shot classification can be asked."""
+    path = Path(source).expanduser()
+    return source.startswith("open_clip:") or any((p / "text.safetensors").is_file() for p in (path, path.parent))

@@ -1,0 +1,188 @@
+"""Asks probes of a model on one set of pictures: one feature pass, however many probes."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Callable, Mapping
+from contextlib import AbstractContextManager
+from dataclasses import dataclass
+from importlib import metadata
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from vitreg.images import DenseSet, ImageSet, Part, evenly
+from vitreg.model import Preprocess, VisionTransformer
+from vitreg.probes.catalogue import PROBES, Subject, Task
+from vitreg.probes.features import Progress, extract
+from vitreg.probes.origin import FeaturesConfig, Origin
+from vitreg.probes.saved import load_result, save_result
+from vitreg.probes.score import ProbeResult
+
+_HELD_OUT = 5
+
+Stage = Callable[[str], AbstractContextManager[Progress]]
+
+
+@dataclass(frozen=True)
+class Data:
+    """What probes are asked on.
+
+    Attributes:
+        task: its kind.
+        train, val: the pictures; those of segmentation and depth have targets.
+        size: height and width in pixels that pictures are brought to, but for whole patches; None for the checkpoint's
+            own preprocessing.
+        class_names: words for the classes, where the set has only numbers.
+    """
+
+    task: Task
+    train: ImageSet
+    val: ImageSet
+    size: tuple[int, int] | None = None
+    class_names: tuple[str, ...] | None = None
+
+
+@dataclass(frozen=True)
+class PassConfig:
+    """How features are computed.
+
+    Attributes:
+        train_images, val_images: so many pictures, as many of each class; None for all.
+        patch_images: patch tokens are kept of so many pictures of a classification set: 10000 pictures of a ViT-L/14
+            are 5 GB.
+        batch_size: pictures at a time.
+    """
+
+    train_images: int | None = None
+    val_images: int | None = None
+    patch_images: int = 10000
+    batch_size: int = 32
+
+
+def evaluate(
+    vit: VisionTransformer,
+    source: str,
+    data: Data,
+    probes: Mapping[str, Any],
+    folder: Path,
+    config: PassConfig | None = None,
+    *,
+    stage: Stage,
+) -> dict[str, ProbeResult]:
+    """Ask probes of one model.
+
+    Args:
+        vit: the model.
+        source: what it was loaded from.
+        data: the pictures.
+        probes: their settings, by name (`catalogue.PROBES`); all are of the data's task.
+        folder: keeps features, answers, and what a probe needs to go on after a kill.
+        config: how features are computed; by default a `PassConfig()`.
+        stage: makes a progress bar of what is being done.
+
+    Raises:
+        ValueError: as of `extract` and of each probe.
+    """
+    config = config or PassConfig()
+    name = safe_name(source)
+    sets = (choose(data.train, config.train_images), choose(data.val, config.val_images))
+    preprocess = preprocessing(vit, data.size)
+    features = _features_config(vit, data.task, probes, config)
+    stores = []
+    for part, images in zip(("training", "validation"), sets, strict=True):
+        # Another set, size or block is another folder, so that one evaluation never stands in the way of the next.
+        digest = Origin.of(vit, images, preprocess, features).digest()[:12]
+        out = folder / "features" / f"{name}-{data.task}-{part}-{digest}"
+        with stage(f"{source}: features of {len(images)} {part} pictures") as on_progress:
+            stores.append(
+                extract(
+                    vit,
+                    images,
+                    out,
+                    features,
+                    preprocess=preprocess,
+                    batch_size=config.batch_size,
+                    on_progress=on_progress,
+                )  # fmt: skip
+            )
+    train, val = stores
+    found = {}
+    for probe, settings in probes.items():
+        question = f"vitreg {metadata.version('vitreg')}, {probe}, {settings}, {data.class_names}, {train.id}, {val.id}"
+        answer = folder / "answers" / f"{name}-{probe}.safetensors"
+        result = load_result(answer, question)
+        if result is None:
+            state = folder / "states" / f"{name}-{probe}-{train.id[:12]}.safetensors"
+            subject = Subject(vit, source, train, val, *sets, data.class_names, state)
+            with stage(f"{source}: {PROBES[probe].title}") as on_progress:
+                result = PROBES[probe].ask(subject, settings, on_progress)
+            save_result(answer, question, result)
+            state.unlink(missing_ok=True)
+        found[probe] = result
+    return found
+
+
+def _features_config(
+    vit: VisionTransformer, task: Task, probes: Mapping[str, Any], config: PassConfig
+) -> FeaturesConfig:
+    """What all probes of the task need together, so that the next one finds its features there."""
+    depth = vit.config.depth
+    blocks: set[int] = set()
+    patch_blocks: set[int] = set()
+    for name, probe in PROBES.items():
+        if probe.task != task:
+            continue
+        for settings in {probe.config, probes.get(name, probe.config)}:
+            needed = probe.blocks(settings, depth)
+            blocks.update(needed)
+            if probe.patches:
+                patch_blocks.update(needed)
+    return FeaturesConfig(
+        blocks=tuple(sorted(blocks)),
+        patch_blocks=tuple(sorted(patch_blocks)),
+        patches=config.patch_images if task == "classification" else None,
+    )
+
+
+def preprocessing(vit: VisionTransformer, size: tuple[int, int] | None) -> Preprocess:
+    """The checkpoint's, or that which brings whole pictures to a size, as probes of every pixel need it.
+
+    Args:
+        vit: the model.
+        size: height and width, which are rounded to whole patches.
+    """
+    if size is None:
+        return vit.preprocess
+    patch = vit.config.patch_size
+    height, width = (max(1, round(side / patch)) * patch for side in size)
+    return dataclasses.replace(vit.preprocess, size=(height, width), crop="squash", crop_fraction=1.0)
+
+
+def choose(images: ImageSet, count: int | None) -> ImageSet:
+    """So many pictures of a set, as many of each class; all where `count` is None or too large."""
+    if count is None or count >= len(images):
+        return images
+    return _part(images, np.sort(_by_class(images)[evenly(len(images), count)]))
+
+
+def hold_out(images: ImageSet) -> tuple[ImageSet, ImageSet]:
+    """Training and validation pictures of a set that is not divided: every fifth is held out, of each class alike."""
+    held_out = np.zeros(len(images), dtype=bool)
+    held_out[_by_class(images)[_HELD_OUT // 2 :: _HELD_OUT]] = True
+    return _part(images, np.flatnonzero(~held_out)), _part(images, np.flatnonzero(held_out))
+
+
+def safe_name(source: str) -> str:
+    """A model's source as part of a file's name."""
+    return "".join(c if c.isalnum() or c in "-_." else "-" for c in source).strip("-.")[-100:]
+
+
+def _by_class(images: ImageSet) -> np.ndarray:
+    labels = np.zeros(len(images)) if images.labels is None else np.asarray(images.labels)
+    return np.argsort(labels, kind="stable")
+
+
+def _part(images: ImageSet, indices: np.ndarray) -> ImageSet:
+    return images.part(indices.tolist()) if isinstance(images, DenseSet) else Part(images, indices)

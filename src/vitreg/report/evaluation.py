@@ -1,0 +1,173 @@
+"""What probes say of models, as an HTML page: tables, and predicted masks and depth beside the truth."""
+
+from __future__ import annotations
+
+import base64
+import io
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from jaxtyping import Float, Integer, Shaped, UInt8
+from PIL import Image
+
+from vitreg.report.packing import photo_url
+from vitreg.report.page import write_still_page
+from vitreg.report.words import number
+
+_SIDE = 360
+"""Largest side in pixels of a picture in the page."""
+_DEPTH_COLOURS = "viridis"
+
+
+@dataclass(frozen=True)
+class Table:
+    """A table of text.
+
+    Attributes:
+        title: of the table.
+        header: names of the columns; the first are names of rows, too.
+        rows: as many entries each.
+        notes: sentences below it.
+    """
+
+    title: str
+    header: Sequence[str]
+    rows: Sequence[Sequence[str]]
+    notes: Sequence[str] = ()
+
+
+@dataclass(frozen=True)
+class DensePicture:
+    """A photograph with the truth and the models' predictions for every pixel.
+
+    Attributes:
+        name: of the photograph.
+        photo: it.
+        truth: class numbers (255 does not count), or metres (0 is a hole).
+        predictions: of each model, in the page's order.
+    """
+
+    name: str
+    photo: UInt8[np.ndarray, "H W 3"]
+    truth: Shaped[np.ndarray, "H W"]
+    predictions: tuple[Shaped[np.ndarray, "h w"], ...]
+
+
+def write_evaluation(
+    summary: Mapping[str, Any],
+    path: Path,
+    *,
+    tables: Sequence[Table],
+    legend: str,
+    masks: Sequence[DensePicture] = (),
+    depths: Sequence[DensePicture] = (),
+    class_names: Sequence[str] = (),
+) -> Path:
+    """Write a self-contained page; it appears whole or not at all.
+
+    Args:
+        summary: format "vitreg-evaluation/1".
+        path: the file to write; its folder is made.
+        tables: the one of all probes first.
+        legend: what the tables' marks mean.
+        masks: pictures with classes.
+        depths: pictures with depth.
+        class_names: of the classes in masks.
+
+    Returns:
+        `path`.
+    """
+    present = sorted({c for p in masks for m in (p.truth, *p.predictions) for c in np.unique(m).tolist() if c != 255})
+    colours = class_colours(max(present, default=0) + 1)
+    return write_still_page(
+        "evaluation",
+        path,
+        s=summary,
+        tables=tables,
+        legend=legend,
+        # Only those models made predictions.
+        models={
+            probe: [model["name"] for model in summary["models"] if probe in model["probes"]]
+            for probe in ("segmentation", "depth")
+        },
+        masks=[_mask_card(picture, colours) for picture in masks],
+        classes=[(class_names[c] if c < len(class_names) else str(c), _css(colours[c])) for c in present],
+        depths=[_depth_card(picture) for picture in depths],
+        depth_colours=_ramp(),
+    )
+
+
+def class_colours(count: int) -> UInt8[np.ndarray, "count 3"]:
+    """Colours that are told apart, also by those who do not see red and green alike where there are few."""
+    import matplotlib
+
+    few = [
+        matplotlib.colormaps[name](i)[:3]
+        for name, n in (("tab10", 10), ("tab20b", 20), ("tab20c", 20))
+        for i in range(n)
+    ]
+    # Beyond these, hues at the golden angle.
+    more = [matplotlib.colormaps["hsv"]((0.1 + 0.618034 * i) % 1)[:3] for i in range(max(0, count - len(few)))]
+    return (255 * np.array([*few, *more][:count])).round().astype(np.uint8)
+
+
+def _mask_card(picture: DensePicture, colours: UInt8[np.ndarray, "C 3"]) -> dict[str, Any]:
+    return {
+        "name": picture.name,
+        "photo": photo_url(picture.photo, _SIDE, 80),
+        "truth": _url(_painted(picture.truth, colours)),
+        "predictions": [_url(_painted(prediction, colours)) for prediction in picture.predictions],
+    }
+
+
+def _painted(mask: Integer[np.ndarray, "H W"], colours: UInt8[np.ndarray, "C 3"]) -> UInt8[np.ndarray, "H W 3"]:
+    """Classes in their colours; what does not count is black."""
+    table = np.zeros((256, 3), np.uint8)
+    table[: len(colours)] = colours
+    return table[mask]
+
+
+def _depth_card(picture: DensePicture) -> dict[str, Any]:
+    valid = picture.truth[picture.truth > 0]
+    maps = [valid, *(prediction.ravel() for prediction in picture.predictions)]
+    low = min(float(m.min()) for m in maps if m.size)
+    high = max(float(np.quantile(m, 0.99)) for m in maps if m.size)
+    return {
+        "name": picture.name,
+        "photo": photo_url(picture.photo, _SIDE, 80),
+        "truth": _url(_depth_painted(picture.truth, low, high)),
+        "predictions": [_url(_depth_painted(prediction, low, high)) for prediction in picture.predictions],
+        "ticks": [f"{number(low + (high - low) * share)} m" for share in (0, 0.5, 1)],
+    }
+
+
+def _depth_painted(depth: Float[np.ndarray, "H W"], low: float, high: float) -> UInt8[np.ndarray, "H W 3"]:
+    """Metres in colours; holes are black."""
+    import matplotlib
+
+    shares = np.clip((depth - low) / max(high - low, 1e-9), 0, 1)
+    painted = matplotlib.colormaps[_DEPTH_COLOURS](shares, bytes=True)[..., :3]
+    return np.where((depth > 0)[..., None], painted, 0).astype(np.uint8)
+
+
+def _ramp() -> str:
+    import matplotlib
+
+    stops = matplotlib.colormaps[_DEPTH_COLOURS](np.linspace(0, 1, 17), bytes=True)
+    return ", ".join(f"rgb({r} {g} {b})" for r, g, b, _ in stops)
+
+
+def _url(pixels: UInt8[np.ndarray, "H W 3"]) -> str:
+    """A picture without loss, as a data URL; shrunk without mixing colours."""
+    picture = Image.fromarray(pixels)
+    picture.thumbnail((_SIDE, _SIDE), Image.Resampling.NEAREST)
+    buffer = io.BytesIO()
+    picture.convert("P", palette=Image.Palette.ADAPTIVE).save(buffer, "PNG", optimize=True)
+    return "data:image/png;base64," + base64.b64encode(buffer.getvalue()).decode()
+
+
+def _css(colour: UInt8[np.ndarray, " 3"]) -> str:
+    return "rgb({} {} {})".format(*colour.tolist())
