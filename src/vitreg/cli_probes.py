@@ -50,7 +50,7 @@ class EvaluationOptions:
     val_images: int | None = None
     """so many validation pictures"""
     patch_images: int = 10000
-    """keep the patch tokens of so many pictures (they are large: 5 GB for a ViT-L/14); segmentation and depth keep all"""
+    """keep the patch tokens of so many pictures (5 GB for a ViT-L/14); segmentation and depth keep all"""
     device: str = "auto"
     """cpu, cuda, mps; auto takes a GPU where there is one"""
     dtype: Literal["float32", "bfloat16", "float16"] = "float32"
@@ -67,8 +67,8 @@ def evaluate_knn(*, data: str, options: EvaluationOptions, config: KnnConfig = K
     Example: vitreg evaluate knn --data imagenet/ --models dinov2_vitb14 dinov2_vitb14_reg
 
     Args:
-        data: labelled pictures: a folder with train/ and val/ and folders for the classes, Parquet, tars; where there is
-            no such division, every fifth picture is held out.
+        data: labelled pictures: a folder with train/ and val/ and folders for the classes, Parquet, tars; where it is
+            not divided, every fifth picture is held out.
         options: models and pictures.
         config: the protocol.
     """
@@ -76,7 +76,7 @@ def evaluate_knn(*, data: str, options: EvaluationOptions, config: KnnConfig = K
 
 
 def evaluate_linear(*, data: str, options: EvaluationOptions, config: LinearConfig = LinearConfig()) -> int:
-    """Train DINOv2's grid of linear classifiers: last 1 or 4 blocks, mean patch or not, 13 learning rates; the best counts.
+    """Train DINOv2's grid of linear classifiers: 1 or 4 blocks, mean patch or not, 13 learning rates; the best counts.
 
     Example: vitreg evaluate linear --data imagenet/ --models dinov2_vitb14 dinov2_vitb14_reg
 
@@ -142,7 +142,7 @@ def evaluate_reconstruction(
 ) -> int:
     """Ask patches for their pixels: what normal patches and outliers hold of the picture (Figure 5b, Table 5).
 
-    Example: vitreg evaluate reconstruction --data imagenet/ --models dinov2_vitg14 --train-images 5000 --val-images 1000
+    Example: vitreg evaluate reconstruction --data imagenet/ --models dinov2_vitg14 --train-images 5000
 
     Args:
         data: pictures, as for `evaluate knn`; labels are not needed.

@@ -251,6 +251,27 @@ def test_pictures_of_several_sizes(images, tmp_path):
 
 
 @pytest.mark.slow
+def test_patches_of_fewer_blocks(test_data, tmp_path):
+    images, vit = validation(test_data, 10), small_vit()
+    store = extract(vit, images, tmp_path / "some", dataclasses.replace(BLOCKS, patch_blocks=(-1,)))
+    whole = extract(vit, images, tmp_path / "all", BLOCKS)
+    for (_, ours), (_, theirs) in zip(store.patches(-1), whole.patches(-1), strict=True):
+        assert torch.equal(ours, theirs)
+    assert torch.equal(store.mean_patch(0), whole.mean_patch(0))
+    with pytest.raises(ValueError, match="no patch tokens of block 0"):
+        store.patches(0)
+    with pytest.raises(ValueError, match="must be among the blocks"):
+        extract(vit, images, tmp_path / "none", dataclasses.replace(BLOCKS, patch_blocks=(1,)))
+
+
+def test_pooled_is_what_the_head_reads(test_data, tmp_path, tiny_vit):
+    images = validation(test_data, 6)
+    store = extract(tiny_vit, images, tmp_path / "store", FeaturesConfig(dtype="float32", patches=0))
+    batch = torch.stack([tiny_vit.preprocess(images.picture(i)) for i in range(6)])
+    with torch.inference_mode():
+        torch.testing.assert_close(tiny_vit.head(store.pooled), tiny_vit.classify(batch), rtol=1e-4, atol=1e-4)
+
+
 def test_killed_at_random_moments_is_bit_for_bit_as_never_killed(test_data, tmp_path):
     whole, killed = tmp_path / "whole", tmp_path / "killed"
     finish_pass(test_data, whole)
@@ -273,7 +294,7 @@ def test_killed_at_random_moments_is_bit_for_bit_as_never_killed(test_data, tmp_
     for name in files:
         assert (killed / name).read_bytes() == (whole / name).read_bytes(), name
     store = FeatureStore.open(killed)
-    assert store.config == KILLED
+    assert store.config == dataclasses.replace(KILLED, patch_blocks=KILLED.blocks)
     assert store.numbers.tolist() == [number for number in range(100) if number != 30]
 
 

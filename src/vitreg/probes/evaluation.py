@@ -105,7 +105,7 @@ def evaluate(
                     preprocess=preprocess,
                     batch_size=config.batch_size,
                     on_progress=on_progress,
-                )  # fmt: skip
+                )
             )
     train, val = stores
     found = {}
