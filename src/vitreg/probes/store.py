@@ -26,6 +26,7 @@ class FeatureStore:
         origin: what the features are of.
         model, preprocess, data, config: its parts; the blocks of `config` are counted from 0.
         blocks: whose tokens there are.
+        depth: blocks of the model.
         grid: rows and columns of patches.
         num_images: rows.
         classes: names of the classes, none where there are no labels.
@@ -34,7 +35,7 @@ class FeatureStore:
     """
 
     def __init__(self, path: Path, manifest: Manifest, finding: Finding, shards: tuple[Shard, ...]) -> None:
-        self.path, self._depth = path, finding.depth
+        self.path, self.depth = path, finding.depth
         # A shard is empty where none of its pictures could be read.
         self._shards = tuple(shard for shard in shards if shard.num_images)
         self.origin, self.classes, self.grid = manifest.origin, manifest.classes, finding.grid
@@ -138,7 +139,7 @@ class FeatureStore:
 
     def _kept(self, block: int) -> int:
         """A block's number from 0."""
-        number = block + self._depth if block < 0 else block
+        number = block + self.depth if block < 0 else block
         if number not in self.blocks:
             kept = ", ".join(map(str, self.blocks))
             raise ValueError(f"{self.path} holds no tokens of block {block}, only of {kept}; run another feature pass")
