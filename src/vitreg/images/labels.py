@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import csv
 from array import array
+from collections.abc import Sequence
 from pathlib import Path
 
 
@@ -50,3 +51,33 @@ def read_class_names(folder: Path) -> tuple[str, ...]:
     if sorted(names) != list(range(len(names))):
         raise ValueError(f"{path} must name the classes 0 to {len(names) - 1}, each once")
     return tuple(names[label] for label in range(len(names)))
+
+
+def check_same_classes(train: tuple[str, ...], held_out: tuple[str, ...], train_name: str, held_out_name: str) -> None:
+    """Refuses labels that mean different classes.
+
+    Args:
+        train: names of the classes.
+        held_out: those of another part of the pictures.
+        train_name: for messages.
+        held_out_name: for messages.
+
+    Raises:
+        ValueError: the two have different classes; the message says which.
+    """
+    if not train or not held_out or train == held_out:
+        return
+    if train == tuple(str(label) for label in range(len(train))) and held_out == train[: len(held_out)]:
+        return
+    lacking = [
+        f"{name} lacks {some_names(missing)}"
+        for name, ours, theirs in ((train_name, train, held_out), (held_out_name, held_out, train))
+        if (missing := [each for each in theirs if each not in set(ours)])
+    ]
+    why = "; ".join(lacking) or "their order differs"
+    raise ValueError(f"{train_name} and {held_out_name} must have the same classes, but {why}")
+
+
+def some_names(names: Sequence[str]) -> str:
+    """The first five, for a message, and how many more there are."""
+    return ", ".join(names[:5]) + (f" and {len(names) - 5} more" if len(names) > 5 else "")

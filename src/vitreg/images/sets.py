@@ -9,6 +9,7 @@ from pathlib import Path
 from vitreg.images.captions import open_captions
 from vitreg.images.files import ImageFiles, open_folder
 from vitreg.images.labelled import ImageSet, source_of
+from vitreg.images.labels import check_same_classes
 from vitreg.images.parquet import ParquetImages
 from vitreg.images.reading import EXTENSIONS, find_images
 from vitreg.images.tars import TarImages
@@ -144,15 +145,4 @@ def check_classes(train: ImageSet, held_out: ImageSet) -> None:
     Raises:
         ValueError: the two sets have different classes.
     """
-    if not train.classes or not held_out.classes or train.classes == held_out.classes:
-        return
-    numbers = tuple(str(label) for label in range(len(train.classes)))
-    if train.classes == numbers and held_out.classes == numbers[: len(held_out.classes)]:
-        return
-    lacking = [
-        f"{ours.source} lacks {', '.join(missing[:5])}{f' and {len(missing) - 5} more' if len(missing) > 5 else ''}"
-        for ours, theirs in ((train, held_out), (held_out, train))
-        if (missing := [name for name in theirs.classes if name not in set(ours.classes)])
-    ]
-    why = "; ".join(lacking) or "their order differs"
-    raise ValueError(f"{train.source} and {held_out.source} must have the same classes, but {why}")
+    check_same_classes(train.classes, held_out.classes, train.source, held_out.source)

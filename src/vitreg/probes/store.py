@@ -28,6 +28,7 @@ class FeatureStore:
         origin: what the features are of.
         model, preprocess, data, config: its parts; the blocks of `config` are counted from 0.
         blocks: whose tokens there are.
+        depth: blocks of the model.
         grid: rows and columns of patches.
         num_images: rows.
         classes: names of the classes, none where there are no labels.

@@ -1,0 +1,93 @@
+"""What probes of classification ask of two stores first: the same classes, and finite features."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from jaxtyping import Float, Int
+from torch import Tensor
+
+from vitreg.images.labels import check_same_classes, some_names
+from vitreg.probes.store import FeatureStore
+
+
+@dataclass(frozen=True, eq=False)
+class Classes:
+    """The labels of two stores.
+
+    Attributes:
+        train, val: class of every picture, counted without those classes that have no training pictures.
+        names: of the classes that have.
+    """
+
+    train: Int[Tensor, " N"]
+    val: Int[Tensor, " M"]
+    names: tuple[str, ...]
+
+    @property
+    def num_classes(self) -> int:
+        """Those with training pictures."""
+        return len(self.names)
+
+    @property
+    def without_val(self) -> list[str]:
+        """Those whose accuracy is not known, because they have no validation pictures."""
+        seen = set(self.val.tolist())
+        return [name for label, name in enumerate(self.names) if label not in seen]
+
+
+def check_classes(train: FeatureStore, val: FeatureStore) -> Classes:
+    """The labels of two stores of one model, which mean the same.
+
+    Raises:
+        ValueError: the stores are of two models, one has no labels, their classes differ, there is one class only, or
+            there are validation pictures of a class without training pictures; the message has the classes.
+    """
+    train.check_same_model(val)
+    ours, theirs = _labels(train), _labels(val)
+    check_same_classes(train.classes, val.classes, str(train.path), str(val.path))
+    present, number = ours.unique(return_inverse=True)
+    names = tuple(train.classes[label] for label in present.tolist())
+    if len(names) == 1:
+        raise ValueError(f"{train.path} holds pictures of {names[0]} only; a classifier needs two classes at least")
+    if lacking := sorted(set(theirs.tolist()) - set(present.tolist())):
+        missing = some_names([train.classes[label] for label in lacking])
+        raise ValueError(
+            f"{train.path} holds no picture of {missing}, of which {val.path} does; add some, or leave them out"
+        )
+    return Classes(number, torch.searchsorted(present, theirs), names)
+
+
+def _labels(store: FeatureStore) -> Tensor:
+    if store.labels is None:
+        raise ValueError(f"{store.path} holds no labels; run the feature pass on pictures in folders of their classes")
+    return store.labels
+
+
+def check_every_class(labels: Int[Tensor, " N"], num_classes: int) -> None:
+    """Refuse rows that a classifier cannot be fitted on.
+
+    Raises:
+        ValueError: a class has no rows, or there is one only.
+    """
+    if num_classes < 2:
+        raise ValueError(f"there is {num_classes} class; a classifier needs two at least")
+    lacking = (labels.bincount(minlength=num_classes) == 0).nonzero()[:, 0].tolist()
+    if lacking:
+        raise ValueError(f"there are no rows of class {some_names([*map(str, lacking)])}; leave such classes out")
+
+
+def check_finite(features: Float[Tensor, "N *D"], of: str) -> None:
+    """Refuse what cannot be fitted.
+
+    Args:
+        features: of each picture.
+        of: what they are, for the message.
+
+    Raises:
+        ValueError: they are not finite; the message has the first row.
+    """
+    finite = features.flatten(1).abs().amax(1).isfinite()
+    if not finite.all():
+        raise ValueError(f"{of} is not finite in row {int(finite.int().argmin())}; run the feature pass again")

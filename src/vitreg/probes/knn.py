@@ -1,0 +1,134 @@
+"""The k nearest training pictures vote: classification without training."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import torch
+from jaxtyping import Float, Int
+from torch import Tensor
+from torch.nn.functional import normalize
+
+from vitreg.probes.classes import check_classes, check_finite
+from vitreg.probes.score import ProbeResult, Score
+from vitreg.probes.store import FeatureStore
+
+_QUERIES, _KEYS = 256, 16384
+
+
+@dataclass(frozen=True)
+class KNNConfig:
+    """DINOv2's `eval/knn.py`.
+
+    Attributes:
+        k: numbers of neighbours; the first is the one for a table of all probes. DINOv2 reports all of them.
+        temperature: a neighbour's vote weighs `exp(cosine similarity / temperature)`.
+    """
+
+    k: tuple[int, ...] = (10, 20, 100, 200)
+    temperature: float = 0.07
+
+    def __post_init__(self) -> None:
+        if not self.k or min(self.k) < 1:
+            raise ValueError(f"k is {self.k}; give at least one number of neighbours, all above 0")
+        if self.temperature <= 0:
+            raise ValueError(f"temperature is {self.temperature}; it must be above 0")
+
+
+def knn(
+    train: FeatureStore,
+    val: FeatureStore,
+    config: KNNConfig | None = None,
+    *,
+    device: torch.device | str = "cpu",
+    on_progress: Callable[[int, int], None] | None = None,
+) -> ProbeResult:
+    """Classify every validation picture by its nearest training pictures.
+
+    The feature is the class token after the last block, and what the model pools where it has none.
+
+    Args:
+        train: the pictures that vote.
+        val: the pictures to classify.
+        config: by default a `KNNConfig()`.
+        device: on which similarities are computed.
+        on_progress: called with the number of validation pictures done and their total.
+
+    Returns:
+        Top-1 for every k, in the order of `config.k`.
+
+    Raises:
+        ValueError: the stores are not of one model and the same classes.
+    """
+    config = config or KNNConfig()
+    classes = check_classes(train, val)
+    keys, queries = _features(train).to(device), _features(val).to(device)
+    usable = tuple(k for k in config.k if k <= len(keys))
+    predicted = torch.empty(len(usable), len(queries), dtype=torch.int64)
+    if usable:
+        labels = classes.train.to(device)
+        for first in range(0, len(queries), _QUERIES):
+            chunk = queries[first : first + _QUERIES]
+            neighbours, similarity = nearest(keys, chunk, max(usable))
+            votes = (similarity.double() - 1).div(config.temperature).exp()
+            for row, k in enumerate(usable):
+                ballot = votes.new_zeros(len(chunk), classes.num_classes)
+                ballot.scatter_add_(1, labels[neighbours[:, :k]], votes[:, :k])
+                predicted[row, first : first + _QUERIES] = ballot.argmax(1).cpu()
+            if on_progress is not None:
+                on_progress(min(first + _QUERIES, len(queries)), len(queries))
+    right = {k: (row == classes.val).double().numpy() for k, row in zip(usable, predicted, strict=True)}
+    scores = tuple(
+        Score.mean("top-1", right[k], unit="%", subject=f"k = {k}")
+        if k in right
+        else Score.none("top-1", f"there are only {len(keys)} training pictures", unit="%", subject=f"k = {k}")
+        for k in config.k
+    )
+    details = {
+        "feature": "pooled" if train.cls(-1) is None else "class token",
+        "after_final_norm": train.config.normed,
+        "num_train": len(keys),
+        "num_val": len(queries),
+        "num_classes": classes.num_classes,
+        "classes_without_val": classes.without_val,
+        "temperature": config.temperature,
+    }
+    return ProbeResult("k-NN", scores, details)
+
+
+def nearest(
+    keys: Float[Tensor, "N D"], queries: Float[Tensor, "M D"], k: int
+) -> tuple[Int[Tensor, "M k"], Float[Tensor, "M k"]]:
+    """The rows of `keys` that are most similar to each query, and how similar; of equal ones those that come first.
+
+    Args:
+        keys: of unit length.
+        queries: of unit length.
+        k: how many, at most N.
+    """
+    best = torch.empty(len(queries), 0, dtype=torch.int64, device=keys.device)
+    for first in range(0, len(keys), _KEYS):
+        similarity = queries @ keys[first : first + _KEYS].T
+        # One integer that sorts by similarity, then by row: the top k of equal floats would be any of them.
+        rows = torch.arange(first, first + similarity.shape[1], device=keys.device)
+        ranked = (_sortable(similarity).long() << 32) + (_LAST - rows)
+        candidates = torch.cat([best, ranked], 1)
+        best = candidates.topk(min(k, candidates.shape[1]), dim=1).values
+    return _LAST - (best & _LAST), _sortable(best >> 32).view(torch.float32)
+
+
+_LAST = 2**32 - 1
+
+
+def _sortable(values: Tensor) -> Tensor:
+    """Floats as integers in the same order, and back: the bits of negative floats are in the reverse order."""
+    bits = values.view(torch.int32) if values.dtype == torch.float32 else values.to(torch.int32)
+    return bits ^ ((bits >> 31) & 0x7FFFFFFF)
+
+
+def _features(store: FeatureStore) -> Tensor:
+    features = store.cls(-1)
+    features = store.pooled if features is None else features
+    check_finite(features, f"the feature in {store.path}")
+    return normalize(features, dim=1)

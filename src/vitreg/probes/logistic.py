@@ -1,0 +1,270 @@
+"""L2-penalised multinomial logistic regression, on one token or feature per picture."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+from jaxtyping import Float, Float64, Int
+from scipy.optimize import OptimizeResult, minimize
+from torch import Tensor
+
+from vitreg.probes.classes import check_every_class, check_finite
+
+# Rows whose logits stay in the cache between the two matrix products.
+_CHUNK = 2048
+
+# Iterations until the coordinates are chosen again; twice as many every time, since that starts L-BFGS anew.
+_FIRST_ROUND = 25
+
+
+@dataclass(frozen=True)
+class LogisticConfig:
+    """How a logistic regression is fitted; by default as DINOv2's `eval/log_regression.py`, but for `tolerance`.
+
+    Attributes:
+        C: inverse strengths of the penalty, the best of which is taken.
+        max_iter: of L-BFGS, for each fit.
+        tolerance: a fit ends when no element of the gradient of the mean loss is larger, as scikit-learn's `tol`.
+            (DINOv2 asks for 1e-12 in float64, which float32 cannot reach.)
+        held_back: share of the training set, of every class alike, on which C is chosen.
+        patience: larger C are not tried after so many in a row that did worse than the best.
+        seed: of the choice of what is held back.
+    """
+
+    C: tuple[float, ...] = tuple(float(c) for c in 10 ** np.linspace(-6, 5, 45))
+    max_iter: int = 1000
+    tolerance: float = 1e-5
+    held_back: float = 0.1
+    patience: int = 8
+    seed: int = 0
+
+    def __post_init__(self) -> None:
+        if not self.C or min(self.C) <= 0:
+            raise ValueError(f"C is {self.C}; give at least one number, all above 0")
+        if not 0 < self.held_back < 1:
+            raise ValueError(f"held_back is {self.held_back}; it must be a share between 0 and 1")
+        for name, least in (("max_iter", 1), ("patience", 1)):
+            if getattr(self, name) < least:
+                raise ValueError(f"{name} is {getattr(self, name)}; it must be at least {least}")
+        if self.tolerance <= 0:
+            raise ValueError(f"tolerance is {self.tolerance}; it must be above 0")
+
+
+@dataclass(frozen=True, eq=False)
+class Logistic:
+    """A fitted classifier.
+
+    Attributes:
+        weight, bias: of the logits.
+        num_iterations: of L-BFGS.
+        converged: whether the gradient is within the tolerance, or as small as rounding lets it be.
+    """
+
+    weight: Float[Tensor, "K D"]
+    bias: Float[Tensor, " K"]
+    num_iterations: int
+    converged: bool
+
+    def predict(self, features: Float[Tensor, "N D"]) -> Int[Tensor, " N"]:
+        """The most likely class of every row."""
+        chunks = features.split(_CHUNK)
+        return torch.cat([torch.addmm(self.bias, chunk, self.weight.T).argmax(1) for chunk in chunks])
+
+
+@dataclass(frozen=True, eq=False)
+class Chosen:
+    """The best C, and the classifier that it gives.
+
+    Attributes:
+        C: with the highest accuracy on what was held back; the smallest of several.
+        accuracies: on what was held back, of every C that was tried, in percent.
+        logistic: fitted on all rows.
+    """
+
+    C: float
+    accuracies: dict[float, float]
+    logistic: Logistic
+
+
+def fit_logistic(
+    features: Float[Tensor, "N D"],
+    labels: Int[Tensor, " N"],
+    num_classes: int,
+    *,
+    C: float = 1.0,
+    max_iter: int = 1000,
+    tolerance: float = 1e-5,
+    start: Logistic | None = None,
+) -> Logistic:
+    """Minimise `C * (sum of cross-entropies) + 0.5 * |weight|^2`, scikit-learn's objective; the bias is free.
+
+    L-BFGS sees the weights in coordinates in which the mean of the Hessian's blocks, one for each class, is the
+    identity. This does not change the optimum, and features of Vision Transformers are badly conditioned otherwise.
+
+    Args:
+        features: on the device on which the products are computed.
+        labels: class of every row.
+        num_classes: each of which has rows.
+        C: inverse strength of the penalty.
+        max_iter: of L-BFGS.
+        tolerance: largest element of the gradient of the mean loss at the end, as scikit-learn's `tol`.
+        start: where to start, by default at zero.
+
+    Raises:
+        ValueError: a class has no rows, there is one class only, or features are not finite.
+    """
+    return _Problem(features, labels, num_classes).fit(C, max_iter, tolerance, start)
+
+
+def choose_logistic(
+    features: Float[Tensor, "N D"],
+    labels: Int[Tensor, " N"],
+    num_classes: int,
+    config: LogisticConfig | None = None,
+    *,
+    on_progress: Callable[[int, int], None] | None = None,
+) -> Chosen:
+    """Choose C on a part of the rows, then fit on all.
+
+    From the smallest C to the largest, each fit starts where the one before ended.
+
+    Args:
+        features: on the device on which the products are computed.
+        labels: class of every row.
+        num_classes: each of which has rows.
+        config: by default a `LogisticConfig()`.
+        on_progress: called with the number of fits done and their total.
+
+    Raises:
+        ValueError: as `fit_logistic`.
+    """
+    config = config or LogisticConfig()
+    check_every_class(labels, num_classes)
+    held = _held_back(labels, config.held_back, config.seed)
+    C, accuracies, start = config.C[0], {}, None
+    if len(config.C) > 1:
+        path = sorted(config.C)
+        problem = _Problem(features[~held], labels[~held], num_classes)
+        worse = 0
+        for candidate in path:
+            start = problem.fit(candidate, config.max_iter, config.tolerance, start)
+            right = start.predict(features[held]) == labels[held]
+            accuracies[candidate] = 100 * right.double().mean().item()
+            if on_progress is not None:
+                on_progress(len(accuracies), len(path) + 1)
+            best = max(accuracies.values())
+            worse = worse + 1 if accuracies[candidate] < best else 0
+            if worse == config.patience:
+                break
+        C = max(accuracies, key=accuracies.__getitem__)
+    logistic = _Problem(features, labels, num_classes).fit(C, config.max_iter, config.tolerance)
+    if on_progress is not None:
+        on_progress(len(config.C) + 1, len(config.C) + 1)
+    return Chosen(C, accuracies, logistic)
+
+
+def _held_back(labels: Tensor, share: float, seed: int) -> Tensor:
+    """Which rows C is chosen on: the same share of every class, of which at least one row is left."""
+    generator = torch.Generator().manual_seed(seed)
+    order = torch.randperm(len(labels), generator=generator)
+    ordered = labels.cpu()[order]
+    by_class = ordered.argsort(stable=True)
+    counts = ordered.bincount()
+    rank = torch.empty_like(order)
+    rank[by_class] = torch.arange(len(order)) - (counts.cumsum(0) - counts)[ordered[by_class]]
+    held = torch.zeros(len(labels), dtype=torch.bool)
+    held[order] = rank < (share * counts).round().clamp(max=counts - 1)[ordered]
+    return held.to(labels.device)
+
+
+class _Problem:
+    """Rows and labels, with what all fits on them share."""
+
+    def __init__(self, features: Tensor, labels: Tensor, num_classes: int) -> None:
+        check_every_class(labels, num_classes)
+        check_finite(features, "the table of features")
+        self._features, self._labels, self._num_classes = features, labels, num_classes
+
+    def fit(self, C: float, max_iter: int, tolerance: float, start: Logistic | None = None) -> Logistic:
+        """L-BFGS from scipy, in preconditioned variables, which are chosen anew from time to time."""
+        penalty = 1 / (C * len(self._features))
+        weights = torch.zeros(self._num_classes, self._features.shape[1] + 1, dtype=torch.float64)
+        if start is not None:
+            weights[:, :-1], weights[:, -1] = start.weight, start.bias
+        done, rounds, converged = 0, _FIRST_ROUND, False
+        while not converged and done < max_iter:
+            weights, iterations, converged = self._minimize(weights, penalty, min(rounds, max_iter - done), tolerance)
+            done, rounds = done + iterations, 2 * rounds
+        weights = weights.to(self._features)
+        return Logistic(weights[:, :-1].contiguous(), weights[:, -1].contiguous(), done, converged)
+
+    def _minimize(self, weights: Tensor, penalty: float, max_iter: int, tolerance: float) -> tuple[Tensor, int, bool]:
+        """From given weights, in the coordinates that suit them: new weights, iterations, and whether these are it."""
+        inverse = self._inverse_root(weights, penalty)
+        worst = np.inf
+
+        def objective(flat: np.ndarray) -> tuple[float, np.ndarray]:
+            nonlocal worst
+            step = torch.from_numpy(flat).view(weights.shape) @ inverse
+            moved = weights + step
+            loss, gradient = self._loss(moved)
+            loss += 0.5 * penalty * moved[:, :-1].square().sum().item()
+            gradient[:, :-1] += penalty * moved[:, :-1]
+            worst = gradient.abs().max().item()
+            return loss, (gradient @ inverse.T).numpy().ravel()
+
+        def stop(intermediate_result: OptimizeResult) -> None:
+            if worst <= tolerance:
+                raise StopIteration
+
+        result = minimize(
+            objective,
+            np.zeros(weights.numel()),
+            jac=True,
+            method="L-BFGS-B",
+            callback=stop,
+            # Smaller steps than this are of rounding: the loss is a mean over many rows.
+            options={"maxiter": max_iter, "gtol": 0, "ftol": torch.finfo(self._features.dtype).eps / 64},
+        )
+        weights = weights + torch.from_numpy(result.x).view(weights.shape) @ inverse
+        return weights, int(result.nit), worst <= tolerance or result.status == 0
+
+    def _chunks(self, weights: Tensor) -> Iterator[tuple[Tensor, Tensor, Tensor]]:
+        """Features, labels and log-probabilities of some rows."""
+        weights = weights.to(self._features)
+        transposed, bias = weights[:, :-1].T, weights[:, -1]
+        for first in range(0, len(self._features), _CHUNK):
+            x, y = self._features[first : first + _CHUNK], self._labels[first : first + _CHUNK, None]
+            yield x, y, torch.log_softmax(torch.addmm(bias, x, transposed), 1)
+
+    def _loss(self, weights: Tensor) -> tuple[float, Tensor]:
+        """Mean cross-entropy, and its gradient."""
+        gradient = torch.zeros_like(weights, dtype=self._features.dtype, device=self._features.device)
+        loss = torch.zeros((), dtype=torch.float64, device=self._features.device)
+        for x, y, log_probability in self._chunks(weights):
+            loss -= log_probability.gather(1, y).sum(dtype=torch.float64)
+            residual = log_probability.exp_()
+            residual.scatter_add_(1, y, residual.new_full(y.shape, -1))
+            gradient[:, :-1].addmm_(residual.T, x)
+            gradient[:, -1] += residual.sum(0)
+        rows = len(self._features)
+        return loss.item() / rows, gradient.double().cpu() / rows
+
+    def _inverse_root(self, weights: Tensor, penalty: float) -> Float64[Tensor, "W W"]:
+        """Of the mean over classes of the Hessian's blocks."""
+        width = weights.shape[1]
+        hessian = torch.zeros(width, width, dtype=torch.float64)
+        for x, _, log_probability in self._chunks(weights):
+            spread = (1 - (2 * log_probability).exp_().sum(1, keepdim=True)).clamp_(min=0)
+            extended = torch.cat([x, x.new_ones(len(x), 1)], 1)
+            hessian += ((extended * spread).T @ extended).double().cpu()
+        hessian /= self._num_classes * len(self._features)
+        diagonal = hessian.diagonal()
+        # Features may be linearly dependent.
+        diagonal += 1e-9 * diagonal.mean()
+        diagonal[:-1] += penalty
+        root = torch.linalg.cholesky(hessian)
+        return torch.linalg.solve_triangular(root, torch.eye(width, dtype=torch.float64), upper=False)
