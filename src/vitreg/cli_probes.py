@@ -33,6 +33,7 @@ from vitreg.probes.zero_shot import ZeroShotConfig
 from vitreg.terminal import INTERRUPTED, Checkpoint, positive, print_json, progress, writable_folder
 
 _PICTURES = 6
+_VARIANTS = (("depth", "lin.1"), ("depth-lin4", "lin.4"))
 _SHORT_SIDE = {"segmentation": 512, "depth": 480}
 """Of pictures, in pixels, where no size is given: that of the usual crops of ADE20k, and NYUv2's own."""
 
@@ -177,6 +178,7 @@ def evaluate_depth(
     data: str,
     options: EvaluationOptions,
     size: tuple[int, int] | None = None,
+    variants: tuple[Literal["lin.1", "lin.4"], ...] = ("lin.1",),
     config: DepthConfig = DepthConfig(),
 ) -> int:
     """Tell the depth of every pixel with a linear head on patch features; RMSE.
@@ -187,9 +189,11 @@ def evaluate_depth(
         data: a folder with train/ and val/, in each images/ and depth/ (16-bit PNG in millimetres, 0 where unknown).
         options: models and pictures.
         size: height and width that pictures are brought to, rounded to whole patches; by default the short side is 480.
+        variants: the head reads the last block (lin.1), or four (lin.4).
         config: the protocol.
     """
-    return _run(options, [_depth(data, size)], {"depth": config})
+    probes = {name: dataclasses.replace(config, variant=variant) for name, variant in _VARIANTS if variant in variants}
+    return _run(options, [_depth(data, size)], probes)
 
 
 def evaluate_all(
@@ -229,7 +233,7 @@ def evaluate_all(
     if not found and not discovery:
         raise ValueError("there is nothing to evaluate on; give --data, --segmentation, --depth or --discovery")
     tasks = {one.task for one in found}
-    probes = {name: probe.config for name, probe in PROBES.items() if probe.task in tasks}
+    probes = {name: probe.config for name, probe in PROBES.items() if probe.task in tasks and name != "depth-lin4"}
     return _run(options, found, probes, discovery)
 
 

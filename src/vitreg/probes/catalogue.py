@@ -67,7 +67,6 @@ class Probe:
         blocks: whose tokens it needs, of a model of so many blocks.
         patches: whether it needs patch tokens of these blocks.
         ask: what makes it.
-        part_of_all: whether `vitreg evaluate all` asks it of every model.
     """
 
     title: str
@@ -76,7 +75,6 @@ class Probe:
     blocks: Callable[[Any, int], tuple[int, ...]]
     patches: bool
     ask: Callable[[Subject, Any, Progress], ProbeResult]
-    part_of_all: bool = True
 
 
 def _own_block(config: Any, depth: int) -> tuple[int, ...]:
@@ -85,6 +83,10 @@ def _own_block(config: Any, depth: int) -> tuple[int, ...]:
 
 def _last_block(config: Any, depth: int) -> tuple[int, ...]:
     return (depth - 1,)
+
+
+def _depth_blocks(config: DepthConfig, depth: int) -> tuple[int, ...]:
+    return depth_blocks(depth, config.variant)
 
 
 def _zero_shot(subject: Subject, config: ZeroShotConfig, on_progress: Progress) -> ProbeResult:
@@ -106,12 +108,12 @@ PROBES: dict[str, Probe] = {
         lambda s, config, progress: knn(s.train, s.val, config, device=s.device, on_progress=progress),
     ),
     "linear": Probe(
-        "linear", "classification", LinearConfig(), linear_blocks, False,
+        "linear", "classification", LinearConfig(), lambda config, depth: linear_blocks(depth, config), False,
         lambda s, config, progress: linear(
             s.train, s.val, config, device=s.device, state=s.state, on_progress=progress
         ),
     ),
-    "zero-shot": Probe("zero-shot", "classification", ZeroShotConfig(), _last_block, False, _zero_shot, False),
+    "zero-shot": Probe("zero-shot", "classification", ZeroShotConfig(), _last_block, False, _zero_shot),
     "tokens": Probe(
         "one token", "classification", SingleTokenConfig(), _own_block, True,
         lambda s, config, progress: single_token(s.train, s.val, config, device=s.device, on_progress=progress),
@@ -129,7 +131,8 @@ PROBES: dict[str, Probe] = {
     "segmentation": Probe(
         "segmentation", "segmentation", SegmentationConfig(), segmentation_blocks, True, _dense(segmentation)
     ),
-    "depth": Probe("depth", "depth", DepthConfig(), depth_blocks, True, _dense(depth)),
+    "depth": Probe("depth, lin.1", "depth", DepthConfig(variant="lin.1"), _depth_blocks, True, _dense(depth)),
+    "depth-lin4": Probe("depth, lin.4", "depth", DepthConfig(variant="lin.4"), _depth_blocks, True, _dense(depth)),
 }  # fmt: skip
 """By the names that `vitreg evaluate` takes, in the order of a table's columns."""
 

@@ -127,18 +127,20 @@ def evaluate(
 def _features_config(
     vit: VisionTransformer, task: Task, probes: Mapping[str, Any], config: PassConfig
 ) -> FeaturesConfig:
-    """What all probes of the task need together, so that the next one finds its features there."""
+    """What the probes need together; of a classification set what all of its probes do, for the next one to find.
+
+    The patch tokens of several blocks, which some probes of every pixel need, are too large to be kept in advance.
+    """
     depth = vit.config.depth
     blocks: set[int] = set()
     patch_blocks: set[int] = set()
-    for name, probe in PROBES.items():
-        if probe.task != task:
-            continue
-        for settings in {probe.config, probes.get(name, probe.config)}:
-            needed = probe.blocks(settings, depth)
-            blocks.update(needed)
-            if probe.patches:
-                patch_blocks.update(needed)
+    asked = dict(probes)
+    if task == "classification":
+        asked = {name: probe.config for name, probe in PROBES.items() if probe.task == task} | asked
+    for name, settings in asked.items():
+        needed = {block % depth for block in PROBES[name].blocks(settings, depth)}
+        blocks |= needed
+        patch_blocks |= needed if PROBES[name].patches else set()
     return FeaturesConfig(
         blocks=tuple(sorted(blocks)),
         patch_blocks=tuple(sorted(patch_blocks)),

@@ -24,7 +24,6 @@ class FeatureStore:
     Attributes:
         path: the folder.
         id: a digest of what the features are of; equal where all of them are equal.
-        depth: blocks of the model.
         origin: what the features are of.
         model, preprocess, data, config: its parts; the blocks of `config` are counted from 0.
         blocks: whose tokens there are.
