@@ -33,7 +33,7 @@ from vitreg.probes.zero_shot import ZeroShotConfig
 from vitreg.terminal import INTERRUPTED, Checkpoint, positive, print_json, progress, writable_folder
 
 _PICTURES = 6
-_VARIANTS = (("depth", "lin.1"), ("depth-lin4", "lin.4"))
+_DEPTH = {"lin.1": "depth", "lin.4": "depth-lin4"}
 _SHORT_SIDE = {"segmentation": 512, "depth": 480}
 """Of pictures, in pixels, where no size is given: that of the usual crops of ADE20k, and NYUv2's own."""
 
@@ -178,7 +178,6 @@ def evaluate_depth(
     data: str,
     options: EvaluationOptions,
     size: tuple[int, int] | None = None,
-    variants: tuple[Literal["lin.1", "lin.4"], ...] = ("lin.1",),
     config: DepthConfig = DepthConfig(),
 ) -> int:
     """Tell the depth of every pixel with a linear head on patch features; RMSE.
@@ -189,11 +188,9 @@ def evaluate_depth(
         data: a folder with train/ and val/, in each images/ and depth/ (16-bit PNG in millimetres, 0 where unknown).
         options: models and pictures.
         size: height and width that pictures are brought to, rounded to whole patches; by default the short side is 480.
-        variants: the head reads the last block (lin.1), or four (lin.4).
         config: the protocol.
     """
-    probes = {name: dataclasses.replace(config, variant=variant) for name, variant in _VARIANTS if variant in variants}
-    return _run(options, [_depth(data, size)], probes)
+    return _run(options, [_depth(data, size)], {_DEPTH[config.variant]: config})
 
 
 def evaluate_all(
@@ -205,6 +202,7 @@ def evaluate_all(
     segmentation_size: tuple[int, int] | None = None,
     depth: str | None = None,
     depth_size: tuple[int, int] | None = None,
+    depth_variants: tuple[Literal["lin.1", "lin.4"], ...] = ("lin.1",),
     discovery: str | None = None,
 ) -> int:
     """Ask every probe with its default protocol, and object discovery: one table, as in the paper.
@@ -223,6 +221,7 @@ def evaluate_all(
         segmentation_size: as its --size.
         depth: as --data of `evaluate depth`.
         depth_size: as its --size.
+        depth_variants: lin.1 reads the last block; lin.4 reads four, whose patch tokens are kept then.
         discovery: as --data of `evaluate discovery`.
     """
     found = [
@@ -233,7 +232,8 @@ def evaluate_all(
     if not found and not discovery:
         raise ValueError("there is nothing to evaluate on; give --data, --segmentation, --depth or --discovery")
     tasks = {one.task for one in found}
-    probes = {name: probe.config for name, probe in PROBES.items() if probe.task in tasks and name != "depth-lin4"}
+    unwanted = {name for variant, name in _DEPTH.items() if variant not in depth_variants}
+    probes = {name: probe.config for name, probe in PROBES.items() if probe.task in tasks and name not in unwanted}
     return _run(options, found, probes, discovery)
 
 
