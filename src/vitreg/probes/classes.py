@@ -78,7 +78,7 @@ def check_every_class(labels: Int[Tensor, " N"], num_classes: int) -> None:
         raise ValueError(f"there are no rows of class {some_names([*map(str, lacking)])}; leave such classes out")
 
 
-def check_finite(features: Float[Tensor, "N *D"], of: str) -> None:
+def check_finite(features: Float[Tensor, "N D"], of: str) -> None:
     """Refuse what cannot be fitted.
 
     Args:
@@ -88,6 +88,6 @@ def check_finite(features: Float[Tensor, "N *D"], of: str) -> None:
     Raises:
         ValueError: they are not finite; the message has the first row.
     """
-    finite = features.flatten(1).abs().amax(1).isfinite()
+    finite = features.abs().amax(1).isfinite()
     if not finite.all():
         raise ValueError(f"{of} is not finite in row {int(finite.int().argmin())}; run the feature pass again")

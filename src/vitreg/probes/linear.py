@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import dataclasses
 import json
-import math
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -12,61 +11,18 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from jaxtyping import Float, Int
+from jaxtyping import Float
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save
 from torch import Tensor
 
 from vitreg.disk import replacing, writing
 from vitreg.probes.classes import check_classes, check_finite
+from vitreg.probes.linear_heads import Heads, LinearConfig
 from vitreg.probes.score import ProbeResult, Score
 from vitreg.probes.store import FeatureStore
 
 _FORMAT = "vitreg-linear/1"
-_ROWS = 1024
-
-
-@dataclass(frozen=True)
-class LinearConfig:
-    """DINOv2's `eval/linear.py`: one head for each combination of the first three.
-
-    Attributes:
-        blocks: the class tokens of so many last blocks are a head's input.
-        mean_patch: whether the mean patch token of the last block is added to it.
-        learning_rates: for 256 pictures a batch, and scaled to `batch_size`.
-        batch_size: pictures an iteration.
-        epochs: in the protocol's sense, a number of iterations.
-        epoch_length: iterations an epoch.
-        momentum: of SGD, which has no weight decay here.
-        seed: of the weights and of the order of pictures.
-    """
-
-    blocks: tuple[int, ...] = (1, 4)
-    mean_patch: tuple[bool, ...] = (False, True)
-    learning_rates: tuple[float, ...] = (1e-5, 2e-5, 5e-5, 1e-4, 2e-4, 5e-4, 1e-3, 2e-3, 5e-3, 1e-2, 2e-2, 5e-2, 0.1)
-    batch_size: int = 128
-    epochs: int = 10
-    epoch_length: int = 1250
-    momentum: float = 0.9
-    seed: int = 0
-
-    def __post_init__(self) -> None:
-        for name in ("blocks", "mean_patch", "learning_rates"):
-            if not getattr(self, name):
-                raise ValueError(f"{name} is empty; give at least one")
-        for name in ("blocks", "learning_rates"):
-            if min(getattr(self, name)) <= 0:
-                raise ValueError(f"{name} is {getattr(self, name)}; all must be above 0")
-        for name in ("batch_size", "epochs", "epoch_length"):
-            if getattr(self, name) < 1:
-                raise ValueError(f"{name} is {getattr(self, name)}; it must be at least 1")
-        if not 0 <= self.momentum < 1:
-            raise ValueError(f"momentum is {self.momentum}; it must be from 0 to below 1")
-
-    @property
-    def num_iterations(self) -> int:
-        """Of all epochs."""
-        return self.epochs * self.epoch_length
 
 
 def linear_blocks(depth: int, config: LinearConfig | None = None) -> tuple[int, ...]:
@@ -116,7 +72,7 @@ def linear(
     config = config or LinearConfig()
     classes = check_classes(train, val)
     inputs = _inputs(train, config)
-    training = _Training(_features(train, inputs), classes.train, classes.num_classes, inputs, config, device)
+    training = Heads(_features(train, inputs), classes.train, classes.num_classes, config, device)
     saved = None if state is None else _State(state, train, config)
     if saved is not None:
         saved.read_into(training)
@@ -186,98 +142,6 @@ def _features(store: FeatureStore, inputs: tuple[_Input, ...]) -> list[Float[Ten
     return found
 
 
-class _Training:
-    """All heads of one kind of input are one matrix, so that each kind costs two matrix products an iteration.
-
-    Attributes:
-        iteration: the next one.
-        tensors: weights and momentum, which with `iteration` are the whole state.
-    """
-
-    def __init__(
-        self,
-        features: list[Tensor],
-        labels: Tensor,
-        num_classes: int,
-        inputs: tuple[_Input, ...],
-        config: LinearConfig,
-        device: torch.device | str,
-    ) -> None:
-        self._features = [each.to(device) for each in features]
-        self._labels, self._num_classes, self._config = labels.to(device), num_classes, config
-        self.iteration = 0
-        scaled = torch.tensor(config.learning_rates) * config.batch_size / 256
-        self._rates = scaled.repeat_interleave(num_classes)[:, None].to(device)
-        rows = len(config.learning_rates) * num_classes
-        generator = torch.Generator().manual_seed(config.seed)
-        self.tensors: dict[str, Tensor] = {}
-        for number, each in enumerate(features):
-            weight = 0.01 * torch.randn(rows, each.shape[1], generator=generator)
-            self.tensors |= {
-                f"weight.{number}": weight.to(device),
-                f"weight_momentum.{number}": torch.zeros_like(weight, device=device),
-                f"bias.{number}": torch.zeros(rows, 1, device=device),
-                f"bias_momentum.{number}": torch.zeros(rows, 1, device=device),
-            }
-        self._order: tuple[int, Tensor] | None = None
-
-    def step(self) -> None:
-        """One iteration of SGD, with the mean of the cross-entropy over the batch."""
-        config = self._config
-        rows = self._batch()
-        labels = self._labels[rows][:, None, None].expand(-1, len(config.learning_rates), 1)
-        decay = 0.5 * (1 + math.cos(math.pi * self.iteration / config.num_iterations))
-        for number, features in enumerate(self._features):
-            weight, bias, weight_momentum, bias_momentum = self._of(number)
-            x = features[rows]
-            residual = self._logits(x, weight, bias).softmax(2)
-            residual.scatter_add_(2, labels, residual.new_full(labels.shape, -1))
-            gradient = residual.flatten(1).div_(len(rows))
-            weight_momentum.addmm_(gradient.T, x, beta=config.momentum)
-            bias_momentum.mul_(config.momentum).add_(gradient.sum(0)[:, None])
-            weight.addcmul_(weight_momentum, self._rates, value=-decay)
-            bias.addcmul_(bias_momentum, self._rates, value=-decay)
-        self.iteration += 1
-
-    def right(self, features: list[Tensor], labels: Int[Tensor, " N"]) -> Tensor:
-        """Which pictures every head classifies correctly: [heads, N]."""
-        found: list[Tensor] = []
-        for number, each in enumerate(features):
-            weight, bias, _, _ = self._of(number)
-            chunks = [self._logits(x.to(weight.device), weight, bias).argmax(2) for x in each.split(_ROWS)]
-            found.append(torch.cat(chunks).T.cpu() == labels)
-        return torch.cat(found)
-
-    def _of(self, number: int) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-        return (
-            self.tensors[f"weight.{number}"],
-            self.tensors[f"bias.{number}"],
-            self.tensors[f"weight_momentum.{number}"],
-            self.tensors[f"bias_momentum.{number}"],
-        )
-
-    def _logits(self, x: Tensor, weight: Tensor, bias: Tensor) -> Float[Tensor, "B heads K"]:
-        return torch.addmm(bias[:, 0], x, weight.T).unflatten(1, (-1, self._num_classes))
-
-    def _batch(self) -> Tensor:
-        """Rows of the batch, from the seed and the iteration alone: one shuffled pass over the pictures after another."""
-        size, total = self._config.batch_size, len(self._labels)
-        first = self.iteration * size
-        parts: list[Tensor] = []
-        while size:
-            number, position = divmod(first, total)
-            part = self._shuffled(number)[position : position + size]
-            parts.append(part)
-            first, size = first + len(part), size - len(part)
-        return torch.cat(parts).to(self._labels.device)
-
-    def _shuffled(self, number: int) -> Tensor:
-        if self._order is None or self._order[0] != number:
-            generator = torch.Generator().manual_seed((self._config.seed << 32) + number + 1)
-            self._order = number, torch.randperm(len(self._labels), generator=generator)
-        return self._order[1]
-
-
 class _State:
     """The file that a training goes on from.
 
@@ -295,7 +159,7 @@ class _State:
             "config": json.dumps(dataclasses.asdict(config)),
         }
 
-    def write(self, training: _Training) -> None:
+    def write(self, training: Heads) -> None:
         """Replace it.
 
         Raises:
@@ -308,7 +172,7 @@ class _State:
             with replacing(self._path) as temporary:
                 temporary.write_bytes(save(tensors, {"vitreg": json.dumps(note)}))
 
-    def read_into(self, training: _Training) -> None:
+    def read_into(self, training: Heads) -> None:
         """Go on where it is, if there is one.
 
         Raises:

@@ -29,7 +29,7 @@ class LogisticConfig:
         max_iter: of L-BFGS, for each fit.
         tolerance: a fit ends when no element of the gradient of the mean loss is larger, as scikit-learn's `tol`.
             (DINOv2 asks for 1e-12 in float64, which float32 cannot reach.)
-        held_back: share of the training set, of every class alike, on which C is chosen.
+        held_back: random share of the training set on which C is chosen; one picture of every class is always fitted.
         patience: larger C are not tried after so many in a row that did worse than the best.
         seed: of the choice of what is held back.
     """
@@ -143,10 +143,10 @@ def choose_logistic(
     """
     config = config or LogisticConfig()
     check_every_class(labels, num_classes)
-    held = _held_back(labels, config.held_back, config.seed)
     C, accuracies, start = config.C[0], {}, None
     if len(config.C) > 1:
         path = sorted(config.C)
+        held = _held_back(labels, config.held_back, config.seed)
         problem = _Problem(features[~held], labels[~held], num_classes)
         worse = 0
         for candidate in path:
@@ -167,16 +167,15 @@ def choose_logistic(
 
 
 def _held_back(labels: Tensor, share: float, seed: int) -> Tensor:
-    """Which rows C is chosen on: the same share of every class, of which at least one row is left."""
-    generator = torch.Generator().manual_seed(seed)
-    order = torch.randperm(len(labels), generator=generator)
-    ordered = labels.cpu()[order]
-    by_class = ordered.argsort(stable=True)
-    counts = ordered.bincount()
-    rank = torch.empty_like(order)
-    rank[by_class] = torch.arange(len(order)) - (counts.cumsum(0) - counts)[ordered[by_class]]
+    """Which rows C is chosen on: random ones, but for one of every class."""
+    order = torch.randperm(len(labels), generator=torch.Generator().manual_seed(seed))
+    ordered, places = labels.cpu()[order], torch.arange(len(labels))
+    last = torch.zeros_like(ordered.bincount()).scatter_reduce(0, ordered, places, "amax")
+    candidates = order[~torch.isin(places, last)]
+    if not len(candidates):
+        raise ValueError("every class has one picture only, so that C cannot be chosen; give one C, or more pictures")
     held = torch.zeros(len(labels), dtype=torch.bool)
-    held[order] = rank < (share * counts).round().clamp(max=counts - 1)[ordered]
+    held[candidates[: max(1, round(share * len(labels)))]] = True
     return held.to(labels.device)
 
 

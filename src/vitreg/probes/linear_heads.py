@@ -1,0 +1,153 @@
+"""Linear classifiers of several inputs and learning rates, trained side by side on the same batches."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+
+import torch
+from jaxtyping import Bool, Float, Int
+from torch import Tensor
+
+_ROWS = 1024
+
+
+@dataclass(frozen=True)
+class LinearConfig:
+    """DINOv2's `eval/linear.py`: one head for each combination of the first three.
+
+    Attributes:
+        blocks: the class tokens of so many last blocks are a head's input.
+        mean_patch: whether the mean patch token of the last block is added to it.
+        learning_rates: for 256 pictures a batch, and scaled to `batch_size`.
+        batch_size: pictures an iteration.
+        epochs: in the protocol's sense, a number of iterations.
+        epoch_length: iterations an epoch.
+        momentum: of SGD, which has no weight decay here.
+        seed: of the weights and of the order of pictures.
+    """
+
+    blocks: tuple[int, ...] = (1, 4)
+    mean_patch: tuple[bool, ...] = (False, True)
+    learning_rates: tuple[float, ...] = (1e-5, 2e-5, 5e-5, 1e-4, 2e-4, 5e-4, 1e-3, 2e-3, 5e-3, 1e-2, 2e-2, 5e-2, 0.1)
+    batch_size: int = 128
+    epochs: int = 10
+    epoch_length: int = 1250
+    momentum: float = 0.9
+    seed: int = 0
+
+    def __post_init__(self) -> None:
+        for name in ("blocks", "mean_patch", "learning_rates"):
+            if not getattr(self, name):
+                raise ValueError(f"{name} is empty; give at least one")
+        for name in ("blocks", "learning_rates"):
+            if min(getattr(self, name)) <= 0:
+                raise ValueError(f"{name} is {getattr(self, name)}; all must be above 0")
+        for name in ("batch_size", "epochs", "epoch_length"):
+            if getattr(self, name) < 1:
+                raise ValueError(f"{name} is {getattr(self, name)}; it must be at least 1")
+        if not 0 <= self.momentum < 1:
+            raise ValueError(f"momentum is {self.momentum}; it must be from 0 to below 1")
+
+    @property
+    def num_iterations(self) -> int:
+        """Of all epochs."""
+        return self.epochs * self.epoch_length
+
+
+class Heads:
+    """All heads of one kind of input are one matrix, so that each kind costs two matrix products an iteration.
+
+    Args:
+        features: of every kind of input, a row for each picture.
+        labels: class of every picture.
+        num_classes: of the pictures.
+        config: how they are trained.
+        device: on which.
+
+    Attributes:
+        iteration: the next one.
+        tensors: weights and momentum, which with `iteration` are the whole state.
+    """
+
+    def __init__(
+        self,
+        features: list[Float[Tensor, "N _"]],
+        labels: Int[Tensor, " N"],
+        num_classes: int,
+        config: LinearConfig,
+        device: torch.device | str,
+    ) -> None:
+        self._features = [each.to(device) for each in features]
+        self._labels, self._num_classes, self._config = labels.to(device), num_classes, config
+        self.iteration = 0
+        scaled = torch.tensor(config.learning_rates) * config.batch_size / 256
+        self._rates = scaled.repeat_interleave(num_classes)[:, None].to(device)
+        rows = len(config.learning_rates) * num_classes
+        generator = torch.Generator().manual_seed(config.seed)
+        self.tensors: dict[str, Tensor] = {}
+        for number, each in enumerate(features):
+            weight = 0.01 * torch.randn(rows, each.shape[1], generator=generator)
+            self.tensors |= {
+                f"weight.{number}": weight.to(device),
+                f"weight_momentum.{number}": torch.zeros_like(weight, device=device),
+                f"bias.{number}": torch.zeros(rows, 1, device=device),
+                f"bias_momentum.{number}": torch.zeros(rows, 1, device=device),
+            }
+        self._order: tuple[int, Tensor] | None = None
+
+    def step(self) -> None:
+        """One iteration of SGD on the mean cross-entropy of a batch."""
+        config = self._config
+        rows = self._batch()
+        labels = self._labels[rows][:, None, None].expand(-1, len(config.learning_rates), 1)
+        decay = 0.5 * (1 + math.cos(math.pi * self.iteration / config.num_iterations))
+        for number, features in enumerate(self._features):
+            weight, bias, weight_momentum, bias_momentum = self._of(number)
+            x = features[rows]
+            residual = self._logits(x, weight, bias).softmax(2)
+            residual.scatter_add_(2, labels, residual.new_full(labels.shape, -1))
+            gradient = residual.flatten(1).div_(len(rows))
+            weight_momentum.addmm_(gradient.T, x, beta=config.momentum)
+            bias_momentum.mul_(config.momentum).add_(gradient.sum(0)[:, None])
+            weight.addcmul_(weight_momentum, self._rates, value=-decay)
+            bias.addcmul_(bias_momentum, self._rates, value=-decay)
+        self.iteration += 1
+
+    def right(self, features: list[Float[Tensor, "N _"]], labels: Int[Tensor, " N"]) -> Bool[Tensor, "heads N"]:
+        """Which pictures every head classifies correctly; learning rates run fastest."""
+        found: list[Tensor] = []
+        for number, each in enumerate(features):
+            weight, bias, _, _ = self._of(number)
+            chunks = [self._logits(x.to(weight.device), weight, bias).argmax(2) for x in each.split(_ROWS)]
+            found.append(torch.cat(chunks).T.cpu() == labels)
+        return torch.cat(found)
+
+    def _of(self, number: int) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+        return (
+            self.tensors[f"weight.{number}"],
+            self.tensors[f"bias.{number}"],
+            self.tensors[f"weight_momentum.{number}"],
+            self.tensors[f"bias_momentum.{number}"],
+        )
+
+    def _logits(self, x: Tensor, weight: Tensor, bias: Tensor) -> Float[Tensor, "B heads K"]:
+        return torch.addmm(bias[:, 0], x, weight.T).unflatten(1, (-1, self._num_classes))
+
+    def _batch(self) -> Tensor:
+        """Its rows follow from the seed and the iteration alone: one shuffled pass over all after another."""
+        size, total = self._config.batch_size, len(self._labels)
+        first = self.iteration * size
+        parts: list[Tensor] = []
+        while size:
+            number, position = divmod(first, total)
+            part = self._shuffled(number)[position : position + size]
+            parts.append(part)
+            first, size = first + len(part), size - len(part)
+        return torch.cat(parts).to(self._labels.device)
+
+    def _shuffled(self, number: int) -> Tensor:
+        if self._order is None or self._order[0] != number:
+            generator = torch.Generator().manual_seed((self._config.seed << 32) + number + 1)
+            self._order = number, torch.randperm(len(self._labels), generator=generator)
+        return self._order[1]
