@@ -4,7 +4,7 @@ from vitreg.images.ahead import map_ahead
 from vitreg.images.batches import Batches, Images
 from vitreg.images.boxes import BoxedImage, BoxSet, open_box_set
 from vitreg.images.bundled import bundled_photographs
-from vitreg.images.dense import DenseSet
+from vitreg.images.dense import DenseSet, refuse
 from vitreg.images.depth import DepthSet, open_depth
 from vitreg.images.labelled import ImageSet, Part, evenly
 from vitreg.images.masks import IGNORED, SegmentationSet, open_segmentation
@@ -41,4 +41,5 @@ __all__ = [
     "open_segmentation",
     "open_split",
     "read_image",
+    "refuse",
 ]
