@@ -1,26 +1,33 @@
-"""Pictures in: finding files, reading them, streaming them in batches, and sets with labels, captions or boxes."""
+"""Pictures in: finding files, reading them, streaming them, and sets with labels, captions, boxes, masks or depth."""
 
 from vitreg.images.ahead import map_ahead
 from vitreg.images.batches import Batches, Images
 from vitreg.images.boxes import BoxedImage, BoxSet, open_box_set
 from vitreg.images.bundled import bundled_photographs
+from vitreg.images.dense import DenseSet, refuse
+from vitreg.images.depth import DepthSet, open_depth
 from vitreg.images.labelled import ImageSet, Part, evenly
+from vitreg.images.masks import IGNORED, SegmentationSet, open_segmentation
 from vitreg.images.reading import EXTENSIONS, MAX_PIXELS, ImageError, find_images, image_size, read_image
 from vitreg.images.sets import check_classes, open_image_set, open_split
 from vitreg.images.stream import ImageBatch, ImageStream, SkippedImage
 
 __all__ = [
     "EXTENSIONS",
+    "IGNORED",
     "MAX_PIXELS",
     "Batches",
     "BoxSet",
     "BoxedImage",
+    "DenseSet",
+    "DepthSet",
     "ImageBatch",
     "ImageError",
     "ImageSet",
     "ImageStream",
     "Images",
     "Part",
+    "SegmentationSet",
     "SkippedImage",
     "bundled_photographs",
     "check_classes",
@@ -29,7 +36,10 @@ __all__ = [
     "image_size",
     "map_ahead",
     "open_box_set",
+    "open_depth",
     "open_image_set",
+    "open_segmentation",
     "open_split",
     "read_image",
+    "refuse",
 ]

@@ -1,0 +1,157 @@
+"""Pictures that have a value for every pixel: a class, or a depth."""
+
+from __future__ import annotations
+
+import copy
+from abc import abstractmethod
+from collections.abc import Iterable, Sequence
+from pathlib import Path
+from typing import Self
+
+import numpy as np
+from jaxtyping import Shaped
+from PIL import Image
+
+from vitreg.images.ahead import map_ahead
+from vitreg.images.files import ImageFiles
+from vitreg.images.packed import PackedStrings
+from vitreg.images.reading import ImageError, image_size, walk_images
+
+_NAMED = 3
+_HEADERS_AHEAD = 256
+
+Pair = tuple[str, str]
+
+
+class DenseSet(ImageFiles):
+    """Picture files with a target each, an array of the picture's own height and width.
+
+    Attributes:
+        kind: what a target is called in messages: `"mask"`.
+        modes: Pillow's modes that a target may have.
+        wanted: these in words.
+    """
+
+    kind: str
+    modes: frozenset[str]
+    wanted: str
+
+    def __init__(self, source: str, pairs: Sequence[Pair]) -> None:
+        """Takes pairs of paths, of the picture and of its target, and compares their headers.
+
+        Raises:
+            ValueError: there are none, or targets are missing, unreadable, of another size or another mode; it names
+                the first ones.
+        """
+        if not pairs:
+            raise ValueError(f"{source} holds no picture with a {self.kind}")
+        super().__init__(source, (picture for picture, _ in pairs))
+        self._targets = PackedStrings(target for _, target in pairs)
+        found = map_ahead(self._misfit, range(len(self)), ahead=_HEADERS_AHEAD)
+        refuse(f"{self.kind}s of {source} do not fit their pictures", [misfit for misfit in found if misfit])
+
+    def part(self, indices: Iterable[int]) -> Self:
+        """Some of the pictures, with their targets."""
+        part, chosen = copy.copy(self), list(indices)
+        part._paths = PackedStrings(self._paths[index] for index in chosen)
+        part._targets = PackedStrings(self._targets[index] for index in chosen)
+        return part
+
+    def target_name(self, index: int) -> str:
+        """What to call a target in messages: its path."""
+        return self._targets[index]
+
+    @abstractmethod
+    def target(self, index: int) -> Shaped[np.ndarray, "H W"]:
+        """The value of every pixel, read from the file.
+
+        Raises:
+            ImageError: it cannot be read or holds what it may not; the message names it.
+        """
+
+    def _misfit(self, index: int) -> str:
+        """Why a target cannot be the picture's, by their headers; nothing where it can."""
+        try:
+            height, width = image_size(self.name(index))
+            with Image.open(self.target_name(index)) as target:
+                size, mode = (target.height, target.width), target.mode
+        except ImageError as error:
+            return str(error)
+        except OSError as error:
+            return f"{self.target_name(index)} cannot be read ({error.strerror or 'it is not a picture'})"
+        if size != (height, width):
+            return f"{self.target_name(index)} is {size[1]} x {size[0]}, its picture {width} x {height} pixels"
+        if mode not in self.modes:
+            return f"{self.target_name(index)} is of mode {mode}, not {self.wanted}"
+        return ""
+
+    def _read(self, index: int) -> Shaped[np.ndarray, "H W"]:
+        """The numbers in a target's file, palette indices as they are."""
+        name = self.target_name(index)
+        try:
+            with Image.open(name) as target:
+                return np.asarray(target)
+        # As with pictures: damaged files raise whatever the parsing trips over.
+        except Exception as error:
+            raise ImageError(f"{name} is damaged ({error or type(error).__name__}); replace it") from error
+
+
+def refuse(what: str, found: Sequence[str]) -> None:
+    """One error for what is wrong with several files.
+
+    Args:
+        what: is wrong.
+        found: a sentence about each file, maybe none.
+
+    Raises:
+        ValueError: there are some; it counts them and has the first ones.
+    """
+    if found:
+        more = f"; and {len(found) - _NAMED} more" if len(found) > _NAMED else ""
+        raise ValueError(f"{len(found)} {what}: {'; '.join(found[:_NAMED])}{more}")
+
+
+def folder_pairs(pictures: Path, targets: Path) -> list[Pair]:
+    """The pictures below a folder, each with the file of the same name, but for the suffix, below another.
+
+    Raises:
+        ValueError: a folder does not exist, a name comes twice in one, or only in one of the two.
+    """
+    found = []
+    for folder in (pictures, targets):
+        if not folder.is_dir():
+            raise ValueError(f"{folder} is not a folder; expected {pictures.name} and {targets.name} side by side")
+        paths = sorted(walk_images(folder))
+        by_name = {str(path.relative_to(folder).with_suffix("")): str(path) for path in paths}
+        kept = set(by_name.values())
+        refuse(f"files of {folder} have the name of another", [str(path) for path in paths if str(path) not in kept])
+        found.append(by_name)
+    ours, theirs = found
+    refuse(f"pictures have no partner in {targets}", [ours[name] for name in ours if name not in theirs])
+    refuse(f"files have no picture in {pictures}", [theirs[name] for name in theirs if name not in ours])
+    return [(ours[name], theirs[name]) for name in ours]
+
+
+def existing_pairs(listed: Path, pairs: Sequence[Pair]) -> Sequence[Pair]:
+    """The pairs that a list names.
+
+    Raises:
+        ValueError: files do not exist.
+    """
+    refuse(f"files of {listed} do not exist", [file for pair in pairs for file in pair if not Path(file).is_file()])
+    return pairs
+
+
+def read_list(path: Path, folder: str) -> list[str]:
+    """The lines of a file that lists a part of a set.
+
+    Args:
+        path: of the file.
+        folder: which one to give, for the message.
+
+    Raises:
+        ValueError: there is no such file.
+    """
+    if not path.is_file():
+        raise ValueError(f"{path} does not exist; give the folder that holds {folder}")
+    return [line for line in path.read_text().splitlines() if line.strip()]

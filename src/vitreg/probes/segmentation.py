@@ -1,0 +1,216 @@
+"""The linear segmentation probe: what class a pixel is of, from its patch."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator, Sequence
+from contextlib import closing
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import torch
+from jaxtyping import Float, Float64, Int64, UInt8
+from torch import Tensor
+from torch.nn import functional
+
+from vitreg.images import IGNORED, SegmentationSet, image_size, map_ahead
+from vitreg.probes.dense_features import DenseFeatures, check_stores, check_values, read_targets
+from vitreg.probes.dense_head import UPSAMPLING, LinearHead, Plan, Progress, num_steps, train_head
+from vitreg.probes.score import ProbeResult, Score
+from vitreg.probes.store import FeatureStore
+
+EPOCHS, MIN_STEPS = 32, 2000
+_MASKS_AHEAD = 8
+
+
+@dataclass(frozen=True)
+class SegmentationConfig:
+    """DINOv2's linear protocol (Oquab et al. 2023; `BNHead`, and the published config of DVT, Yang et al. 2024).
+
+    Batch normalisation and a 1 x 1 convolution, logits upsampled bilinearly, cross-entropy, AdamW, linear warm-up and
+    linear decay to 0. There: 40000 steps of 16 pictures of ADE20k, which are 32 epochs, with random scales, crops,
+    flips and colours. Here pictures are whole and not augmented, because their features are computed once, and the loss
+    is taken at 4 x 4 points a patch.
+
+    Attributes:
+        blocks: whose patch tokens are concatenated: the last; the last four are DINOv2's +ms, which also averages over
+            several sizes of the test pictures.
+        lr, weight_decay, betas: of AdamW.
+        warmup: part of the steps in which the learning rate rises.
+        batch_size: pictures a step.
+        steps: of training; by default 32 epochs, at least 2000 steps.
+        seed: of the initial weights and the pictures' order.
+    """
+
+    blocks: tuple[int, ...] = (-1,)
+    lr: float = 1e-3
+    weight_decay: float = 1e-4
+    betas: tuple[float, float] = (0.9, 0.999)
+    warmup: float = 1500 / 40000
+    batch_size: int = 16
+    steps: int | None = None
+    seed: int = 0
+
+
+def linear_segmentation(
+    train: FeatureStore,
+    val: FeatureStore | Sequence[FeatureStore],
+    targets: tuple[SegmentationSet, SegmentationSet],
+    config: SegmentationConfig | None = None,
+    *,
+    device: torch.device | str = "cpu",
+    on_progress: Progress | None = None,
+) -> ProbeResult:
+    """Train a linear head on one store and judge it on another.
+
+    Args:
+        train: features to train on, of `dense_preprocess`.
+        val: features to judge by; several stores of the same pictures in several sizes, whose predictions are averaged,
+            the first in the size of `train`.
+        targets: the sets that the two were made of.
+        config: the protocol.
+        device: that trains.
+        on_progress: called with steps done and their total.
+
+    Returns:
+        mIoU over all pixels of all pictures, each at its own resolution, and pixel accuracy.
+
+    Raises:
+        ValueError: stores and targets do not fit together, or masks cannot be used.
+    """
+    stores = [val] if isinstance(val, FeatureStore) else list(val)
+    check_stores(train, stores, targets)
+    check_values(targets[1], stores[0])
+    segmenter = fit_segmentation(train, targets[0], config, device=device, on_progress=on_progress)
+    return segmenter.evaluate(stores, targets[1])
+
+
+def fit_segmentation(
+    train: FeatureStore,
+    targets: SegmentationSet,
+    config: SegmentationConfig | None = None,
+    *,
+    device: torch.device | str = "cpu",
+    on_progress: Progress | None = None,
+) -> Segmenter:
+    """The head alone, for whoever wants its predictions, too; arguments and errors as of `linear_segmentation`."""
+    config = config or SegmentationConfig()
+    features = DenseFeatures(train, config.blocks)
+    rows, columns = features.grid
+    masks = read_targets(targets, features.numbers, (UPSAMPLING * rows, UPSAMPLING * columns))
+    names = targets.class_names
+    seen = np.bincount(masks.ravel(), minlength=256)[: len(names)]
+    if (seen > 0).sum() < 2:
+        raise ValueError(
+            f"{targets.source} has pixels of {(seen > 0).sum()} class; a head needs at least 2 to train on"
+        )
+    steps = num_steps(config.steps, len(features), config.batch_size, EPOCHS, MIN_STEPS)
+    head = LinearHead(features.channels, len(names), batch_norm=True, seed=config.seed).to(device)
+    optimizer = torch.optim.AdamW(head.parameters(), lr=config.lr, betas=config.betas, weight_decay=config.weight_decay)
+    schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda step: _rate(step, steps, config.warmup))
+    plan = Plan(steps, config.batch_size, config.seed, device)
+    train_head(head, features, masks, _cross_entropy, optimizer, schedule, plan, on_progress)
+    details = {
+        "steps": steps,
+        "train_images": len(features),
+        "blocks": list(config.blocks),
+        "classes_not_in_training": [name for name, count in zip(names, seen, strict=True) if not count],
+    }
+    return Segmenter(head, names, config, details, device)
+
+
+@dataclass(frozen=True, eq=False)
+class Segmenter:
+    """A trained head.
+
+    Attributes:
+        head: takes patch tokens, gives logits of every class.
+        class_names: of the classes.
+        config: how it was trained.
+        details: what it was trained on, in JSON types.
+        device: where the head is.
+    """
+
+    head: LinearHead
+    class_names: tuple[str, ...]
+    config: SegmentationConfig
+    details: dict[str, Any]
+    device: torch.device | str
+
+    def predict(
+        self, stores: Sequence[FeatureStore], targets: SegmentationSet, rows: Iterable[int]
+    ) -> Iterator[tuple[int, Int64[np.ndarray, "H W"]]]:
+        """The class of every pixel, at the picture's own resolution.
+
+        Args:
+            stores: of the same pictures, in one size or several, whose probabilities are averaged.
+            targets: the set they were made of.
+            rows: among the pictures that have patch tokens.
+
+        Returns:
+            The picture's position in the set, and its classes.
+        """
+        features = [DenseFeatures(store, self.config.blocks) for store in stores]
+        for row in rows:
+            number = features[0].numbers[row]
+            yield number, self._classes(features, row, image_size(targets.name(number)))
+
+    def evaluate(self, stores: Sequence[FeatureStore], targets: SegmentationSet) -> ProbeResult:
+        """Its figures, arguments as of `predict`."""
+        features = [DenseFeatures(store, self.config.blocks) for store in stores]
+        sums = []
+        with closing(map_ahead(targets.target, features[0].numbers, ahead=_MASKS_AHEAD)) as truths:
+            for row, truth in enumerate(truths):
+                predicted = self._classes(features, row, truth.shape)
+                sums.append(_counts(predicted, truth, len(self.class_names)))
+        counts = np.stack(sums)
+        right, truth, predicted = counts.sum(0)
+        with np.errstate(invalid="ignore"):
+            ious = right / (truth + predicted - right)
+        details = self.details | {
+            "val_images": len(counts),
+            "sizes": [list(store.preprocess.size) for store in stores],
+            "IoU": [
+                {"class": name, "IoU": None if np.isnan(iou) else float(iou)}
+                for name, iou in zip(self.class_names, ious, strict=True)
+            ],
+        }
+        scores = (
+            Score("mIoU", counts, kind="mIoU", unit="%"),
+            Score.mean("pixel accuracy", counts[:, 0].sum(1), counts[:, 1].sum(1), unit="%"),
+        )
+        return ProbeResult("segmentation", scores, details)
+
+    @torch.inference_mode()
+    def _classes(self, features: Sequence[DenseFeatures], row: int, size: tuple[int, ...]) -> Int64[np.ndarray, "H W"]:
+        maps = [self._logits(of_one_size, row, size) for of_one_size in features]
+        # The largest of the logits is the largest of the probabilities.
+        scores = maps[0] if len(maps) == 1 else torch.stack([logits.softmax(0) for logits in maps]).mean(0)
+        return scores.argmax(0).cpu().numpy()
+
+    def _logits(self, features: DenseFeatures, row: int, size: tuple[int, ...]) -> Float[Tensor, "K H W"]:
+        logits = self.head(features.read([row]).to(self.device))
+        maps = logits.mT.unflatten(-1, features.grid)
+        return functional.interpolate(maps, size, mode="bilinear")[0]
+
+
+def _rate(step: int, steps: int, warmup: float) -> float:
+    """Linear warm-up times linear decay, as mmsegmentation's poly schedule of power 1."""
+    return min(1.0, (step + 1) / max(1, round(warmup * steps))) * (1 - step / steps)
+
+
+def _cross_entropy(logits: Float[Tensor, "n H W K"], masks: UInt8[Tensor, "n H W"], step: int) -> Float[Tensor, ""]:
+    masks = masks.long()
+    total = functional.cross_entropy(logits.flatten(0, 2), masks.flatten(), ignore_index=IGNORED, reduction="sum")
+    # The mean of no pixel at all would be NaN.
+    return total / (masks != IGNORED).sum().clamp(min=1)
+
+
+def _counts(
+    predicted: Int64[np.ndarray, "H W"], truth: UInt8[np.ndarray, "H W"], num_classes: int
+) -> Float64[np.ndarray, "3 K"]:
+    """Pixels of each class that are right, in the truth, and predicted, among those that count."""
+    counted = truth != IGNORED
+    truth_, predicted_ = truth[counted].astype(np.int64), predicted[counted]
+    right = truth_[truth_ == predicted_]
+    return np.stack([np.bincount(x, minlength=num_classes) for x in (right, truth_, predicted_)]).astype(np.float64)
