@@ -20,7 +20,7 @@ from vitreg.images import image_size, open_box_set, open_depth, open_segmentatio
 from vitreg.probes.catalogue import PROBES, has_text_tower
 from vitreg.probes.depth import DepthConfig
 from vitreg.probes.evaluation import Data, PassConfig, evaluate, hold_out, safe_name
-from vitreg.probes.knn import KnnConfig
+from vitreg.probes.knn import KNNConfig
 from vitreg.probes.linear import LinearConfig
 from vitreg.probes.position_fit import PositionConfig
 from vitreg.probes.reconstruction import ReconstructionConfig
@@ -62,7 +62,7 @@ class EvaluationOptions:
     """print evaluation.json"""
 
 
-def evaluate_knn(*, data: str, options: EvaluationOptions, config: KnnConfig = KnnConfig()) -> int:
+def evaluate_knn(*, data: str, common: EvaluationOptions, protocol: KNNConfig = KNNConfig()) -> int:
     """Classify pictures by their nearest neighbours among labelled ones: the protocol of DINO and DINOv2.
 
     Example: vitreg evaluate knn --data imagenet/ --models dinov2_vitb14 dinov2_vitb14_reg
@@ -70,31 +70,31 @@ def evaluate_knn(*, data: str, options: EvaluationOptions, config: KnnConfig = K
     Args:
         data: labelled pictures: a folder with train/ and val/ and folders for the classes, Parquet, tars; where it is
             not divided, every fifth picture is held out.
-        options: models and pictures.
-        config: the protocol.
+        common: models and pictures.
+        protocol: its settings; by default those of the paper, or as close as can be.
     """
-    return _run(options, [_classification(data)], {"knn": config})
+    return _run(common, [_classification(data)], {"knn": protocol})
 
 
-def evaluate_linear(*, data: str, options: EvaluationOptions, config: LinearConfig = LinearConfig()) -> int:
+def evaluate_linear(*, data: str, common: EvaluationOptions, protocol: LinearConfig = LinearConfig()) -> int:
     """Train DINOv2's grid of linear classifiers: 1 or 4 blocks, mean patch or not, 13 learning rates; the best counts.
 
     Example: vitreg evaluate linear --data imagenet/ --models dinov2_vitb14 dinov2_vitb14_reg
 
     Args:
         data: labelled pictures, as for `evaluate knn`.
-        options: models and pictures.
-        config: the protocol.
+        common: models and pictures.
+        protocol: its settings; by default those of the paper, or as close as can be.
     """
-    return _run(options, [_classification(data)], {"linear": config})
+    return _run(common, [_classification(data)], {"linear": protocol})
 
 
 def evaluate_zero_shot(
     *,
     data: str,
-    options: EvaluationOptions,
+    common: EvaluationOptions,
     class_names: Path | None = None,
-    config: ZeroShotConfig = ZeroShotConfig(),
+    protocol: ZeroShotConfig = ZeroShotConfig(),
 ) -> int:
     """Classify pictures by sentences about the classes, with the text tower of a CLIP or SigLIP.
 
@@ -102,44 +102,44 @@ def evaluate_zero_shot(
 
     Args:
         data: labelled pictures, as for `evaluate knn`.
-        options: models and pictures.
+        common: models and pictures.
         class_names: a file with a name a line, in the order of the classes, where folders are not named by words.
-        config: the sentences.
+        protocol: the sentences.
     """
-    return _run(options, [_classification(data, class_names)], {"zero-shot": config})
+    return _run(common, [_classification(data, class_names)], {"zero-shot": protocol})
 
 
-def evaluate_tokens(*, data: str, options: EvaluationOptions, config: SingleTokenConfig = SingleTokenConfig()) -> int:
+def evaluate_tokens(*, data: str, common: EvaluationOptions, protocol: SingleTokenConfig = SingleTokenConfig()) -> int:
     """Classify pictures from one token: class token, a normal patch, an outlier, a register (Table 1 of the paper).
 
     Example: vitreg evaluate tokens --data imagenet/ --models dinov2_vitg14 dinov2_vitg14_reg --train-images 50000
 
     Args:
         data: labelled pictures, as for `evaluate knn`.
-        options: models and pictures.
-        config: the protocol.
+        common: models and pictures.
+        protocol: its settings; by default those of the paper, or as close as can be.
     """
-    return _run(options, [_classification(data)], {"tokens": config})
+    return _run(common, [_classification(data)], {"tokens": protocol})
 
 
-def evaluate_position(*, data: str, options: EvaluationOptions, config: PositionConfig = PositionConfig()) -> int:
+def evaluate_position(*, data: str, common: EvaluationOptions, protocol: PositionConfig = PositionConfig()) -> int:
     """Ask patches where they are: what normal patches and outliers know of their place (Figure 5b, Table 5).
 
     Example: vitreg evaluate position --data imagenet/ --models dinov2_vitg14 --train-images 5000 --val-images 1000
 
     Args:
         data: pictures, as for `evaluate knn`; labels are not needed.
-        options: models and pictures.
-        config: the protocol.
+        common: models and pictures.
+        protocol: its settings; by default those of the paper, or as close as can be.
     """
-    return _run(options, [_classification(data)], {"position": config})
+    return _run(common, [_classification(data)], {"position": protocol})
 
 
 def evaluate_reconstruction(
     *,
     data: str,
-    options: EvaluationOptions,
-    config: ReconstructionConfig = ReconstructionConfig(),
+    common: EvaluationOptions,
+    protocol: ReconstructionConfig = ReconstructionConfig(),
 ) -> int:
     """Ask patches for their pixels: what normal patches and outliers hold of the picture (Figure 5b, Table 5).
 
@@ -147,18 +147,18 @@ def evaluate_reconstruction(
 
     Args:
         data: pictures, as for `evaluate knn`; labels are not needed.
-        options: models and pictures.
-        config: the protocol.
+        common: models and pictures.
+        protocol: its settings; by default those of the paper, or as close as can be.
     """
-    return _run(options, [_classification(data)], {"reconstruction": config})
+    return _run(common, [_classification(data)], {"reconstruction": protocol})
 
 
 def evaluate_segmentation(
     *,
     data: str,
-    options: EvaluationOptions,
+    common: EvaluationOptions,
     size: tuple[int, int] | None = None,
-    config: SegmentationConfig = SegmentationConfig(),
+    protocol: SegmentationConfig = SegmentationConfig(),
 ) -> int:
     """Name the class of every pixel with a linear head on patch features; mIoU.
 
@@ -166,19 +166,19 @@ def evaluate_segmentation(
 
     Args:
         data: ade20k:PATH, voc2012:PATH, or a folder with train/ and val/, in each images/ and masks/.
-        options: models and pictures.
+        common: models and pictures.
         size: height and width that pictures are brought to, rounded to whole patches; by default the short side is 512.
-        config: the protocol.
+        protocol: its settings; by default those of the paper, or as close as can be.
     """
-    return _run(options, [_segmentation(data, size)], {"segmentation": config})
+    return _run(common, [_segmentation(data, size)], {"segmentation": protocol})
 
 
 def evaluate_depth(
     *,
     data: str,
-    options: EvaluationOptions,
+    common: EvaluationOptions,
     size: tuple[int, int] | None = None,
-    config: DepthConfig = DepthConfig(),
+    protocol: DepthConfig = DepthConfig(),
 ) -> int:
     """Tell the depth of every pixel with a linear head on patch features; RMSE.
 
@@ -186,16 +186,16 @@ def evaluate_depth(
 
     Args:
         data: a folder with train/ and val/, in each images/ and depth/ (16-bit PNG in millimetres, 0 where unknown).
-        options: models and pictures.
+        common: models and pictures.
         size: height and width that pictures are brought to, rounded to whole patches; by default the short side is 480.
-        config: the protocol.
+        protocol: its settings; by default those of the paper, or as close as can be.
     """
-    return _run(options, [_depth(data, size)], {_DEPTH[config.variant]: config})
+    return _run(common, [_depth(data, size)], {_DEPTH[protocol.variant]: protocol})
 
 
 def evaluate_all(
     *,
-    options: EvaluationOptions,
+    common: EvaluationOptions,
     data: str | None = None,
     class_names: Path | None = None,
     segmentation: str | None = None,
@@ -214,7 +214,7 @@ def evaluate_all(
     dinov2_vitb14_reg
 
     Args:
-        options: models and pictures.
+        common: models and pictures.
         data: labelled pictures, as for `evaluate knn`.
         class_names: as for `evaluate zero-shot`.
         segmentation: as --data of `evaluate segmentation`.
@@ -234,7 +234,7 @@ def evaluate_all(
     tasks = {one.task for one in found}
     unwanted = {name for variant, name in _DEPTH.items() if variant not in depth_variants}
     probes = {name: probe.config for name, probe in PROBES.items() if probe.task in tasks and name not in unwanted}
-    return _run(options, found, probes, discovery)
+    return _run(common, found, probes, discovery)
 
 
 def _run(

@@ -11,15 +11,15 @@ import torch
 
 from vitreg.images import DepthSet, ImageSet, SegmentationSet
 from vitreg.model import VisionTransformer
-from vitreg.probes.depth import DepthConfig, depth, depth_blocks
+from vitreg.probes.depth import DepthConfig, linear_depth
 from vitreg.probes.features import Progress
-from vitreg.probes.knn import KnnConfig, knn
+from vitreg.probes.knn import KNNConfig, knn
 from vitreg.probes.linear import LinearConfig, linear, linear_blocks
 from vitreg.probes.position import position
 from vitreg.probes.position_fit import PositionConfig
 from vitreg.probes.reconstruction import ReconstructionConfig, reconstruction
 from vitreg.probes.score import ProbeResult
-from vitreg.probes.segmentation import SegmentationConfig, segmentation, segmentation_blocks
+from vitreg.probes.segmentation import SegmentationConfig, linear_segmentation
 from vitreg.probes.single_token import SingleTokenConfig, single_token
 from vitreg.probes.store import FeatureStore
 from vitreg.probes.text_encoders import load_text_encoder
@@ -81,12 +81,16 @@ def _own_block(config: Any, depth: int) -> tuple[int, ...]:
     return (config.block % depth,)
 
 
-def _last_block(config: Any, depth: int) -> tuple[int, ...]:
-    return (depth - 1,)
+def _blocks(config: Any, depth: int) -> tuple[int, ...]:
+    return config.blocks
 
 
 def _depth_blocks(config: DepthConfig, depth: int) -> tuple[int, ...]:
-    return depth_blocks(depth, config.variant)
+    return config.blocks(depth)
+
+
+def _last_block(config: Any, depth: int) -> tuple[int, ...]:
+    return (depth - 1,)
 
 
 def _zero_shot(subject: Subject, config: ZeroShotConfig, on_progress: Progress) -> ProbeResult:
@@ -94,17 +98,23 @@ def _zero_shot(subject: Subject, config: ZeroShotConfig, on_progress: Progress) 
     return zero_shot(subject.val, subject.vit, text, subject.class_names, config, on_progress=on_progress)
 
 
-def _dense(function: Callable[..., ProbeResult]) -> Callable[[Subject, Any, Progress], ProbeResult]:
-    def ask(s: Subject, config: Any, on_progress: Progress) -> ProbeResult:
-        assert isinstance(s.train_images, SegmentationSet | DepthSet)
-        return function(s.train, s.val, s.train_images, s.val_images, config, device=s.device, on_progress=on_progress)
+def _segmentation(s: Subject, config: SegmentationConfig, on_progress: Progress) -> ProbeResult:
+    targets = s.train_images, s.val_images
+    assert isinstance(targets[0], SegmentationSet)
+    assert isinstance(targets[1], SegmentationSet)
+    return linear_segmentation(s.train, s.val, targets, config, device=s.device, on_progress=on_progress)
 
-    return ask
+
+def _depth(s: Subject, config: DepthConfig, on_progress: Progress) -> ProbeResult:
+    targets = s.train_images, s.val_images
+    assert isinstance(targets[0], DepthSet)
+    assert isinstance(targets[1], DepthSet)
+    return linear_depth(s.train, s.val, targets, config, device=s.device, on_progress=on_progress)
 
 
 PROBES: dict[str, Probe] = {
     "knn": Probe(
-        "k-NN", "classification", KnnConfig(), _last_block, False,
+        "k-NN", "classification", KNNConfig(), _last_block, False,
         lambda s, config, progress: knn(s.train, s.val, config, device=s.device, on_progress=progress),
     ),
     "linear": Probe(
@@ -128,11 +138,9 @@ PROBES: dict[str, Probe] = {
             s.train, s.val, s.train_images, s.val_images, config, device=s.device, on_progress=progress
         ),
     ),
-    "segmentation": Probe(
-        "segmentation", "segmentation", SegmentationConfig(), segmentation_blocks, True, _dense(segmentation)
-    ),
-    "depth": Probe("depth, lin.1", "depth", DepthConfig(variant="lin.1"), _depth_blocks, True, _dense(depth)),
-    "depth-lin4": Probe("depth, lin.4", "depth", DepthConfig(variant="lin.4"), _depth_blocks, True, _dense(depth)),
+    "segmentation": Probe("segmentation", "segmentation", SegmentationConfig(), _blocks, True, _segmentation),
+    "depth": Probe("depth, lin.1", "depth", DepthConfig(variant="lin.1"), _depth_blocks, True, _depth),
+    "depth-lin4": Probe("depth, lin.4", "depth", DepthConfig(variant="lin.4"), _depth_blocks, True, _depth),
 }  # fmt: skip
 """By the names that `vitreg evaluate` takes, in the order of a table's columns."""
 

@@ -26,24 +26,9 @@ _MEAN_ONLY_STEPS = 100
 _BASE = 0.1
 _DEPTHS_AHEAD = 8
 _EIGEN_SIZE, _EIGEN_CROP = (480, 640), (slice(45, 471), slice(41, 601))
+Variant = Literal["lin.1", "lin.4"]
+
 _PAPER_BLOCKS = {24: (4, 11, 17, 23)}
-
-
-def depth_blocks(depth: int, variant: Literal["lin.1", "lin.4"]) -> tuple[int, ...]:
-    """The blocks of DINOv2's linear depth heads, from 0: the last, or four at equal distances.
-
-    Args:
-        depth: blocks of the model.
-        variant: which head.
-
-    Raises:
-        ValueError: the model has fewer than four.
-    """
-    if variant == "lin.1":
-        return (depth - 1,)
-    if depth < 4:
-        raise ValueError(f"the model has {depth} blocks, but lin.4 reads four; choose lin.1")
-    return _PAPER_BLOCKS.get(depth, tuple(depth * quarter // 4 - 1 for quarter in range(1, 5)))
 
 
 @dataclass(frozen=True)
@@ -58,7 +43,7 @@ class DepthConfig:
     are computed once, and the loss is taken at 4 x 4 points a patch.
 
     Attributes:
-        blocks: whose tokens are concatenated; see `depth_blocks`.
+        variant: `"lin.1"` reads the last block, `"lin.4"` four, concatenated.
         batch_norm: normalise channels before the convolution, as DINOv3 does.
         bins: number of depths.
         min_depth, max_depth: metres, of the first and last bin; what is beyond is neither trained on nor judged.
@@ -69,7 +54,7 @@ class DepthConfig:
         seed: of the initial weights and the pictures' order.
     """
 
-    blocks: tuple[int, ...] = (-1,)
+    variant: Variant = "lin.1"
     batch_norm: bool = False
     bins: int = 256
     min_depth: float = 0.001
@@ -84,6 +69,21 @@ class DepthConfig:
     def __post_init__(self) -> None:
         if not 0 < self.min_depth < self.max_depth:
             raise ValueError(f"min_depth {self.min_depth} and max_depth {self.max_depth} must be above 0 and rise")
+
+    def blocks(self, depth: int) -> tuple[int, ...]:
+        """The blocks that the head reads, from 0: the last, or four at equal distances, as of DINOv2's heads.
+
+        Args:
+            depth: blocks of the model.
+
+        Raises:
+            ValueError: it has fewer than four.
+        """
+        if self.variant == "lin.1":
+            return (depth - 1,)
+        if depth < 4:
+            raise ValueError(f"the model has {depth} blocks, but lin.4 reads four; choose lin.1")
+        return _PAPER_BLOCKS.get(depth, tuple(depth * quarter // 4 - 1 for quarter in range(1, 5)))
 
     def counted(self, truth: np.ndarray) -> Bool[np.ndarray, "*shape"]:
         """Which depths are in the range; holes are not."""
@@ -131,7 +131,7 @@ def fit_depth(
 ) -> DepthEstimator:
     """The head alone, for whoever wants its predictions, too; arguments and errors as of `linear_depth`."""
     config = config or DepthConfig()
-    features = DenseFeatures(train, config.blocks, with_cls=True)
+    features = DenseFeatures(train, config.blocks(train.depth), with_cls=True)
     rows, columns = features.grid
     truth = read_targets(targets, features.numbers, (UPSAMPLING * rows, UPSAMPLING * columns))
     # What does not count becomes a hole.
@@ -157,7 +157,7 @@ def fit_depth(
         return sig_loss(found[counted], truth[counted], mean_only=step < _MEAN_ONLY_STEPS)
 
     train_head(head, features, truth, loss, optimizer, schedule, plan, on_progress)
-    details = {"steps": plan.steps, "train_images": len(features), "blocks": list(config.blocks)}
+    details = {"steps": plan.steps, "train_images": len(features), "blocks": list(config.blocks(train.depth))}
     return DepthEstimator(head, config, float(measured.mean(dtype=np.float64)), details, device)
 
 
@@ -201,14 +201,14 @@ class DepthEstimator:
         Returns:
             The picture's position in the set, and its depth.
         """
-        features = DenseFeatures(store, self.config.blocks, with_cls=True)
+        features = DenseFeatures(store, self.config.blocks(store.depth), with_cls=True)
         for row in rows:
             number = features.numbers[row]
             yield number, self._metres(features, row, image_size(targets.name(number)))
 
     def evaluate(self, store: FeatureStore, targets: DepthSet) -> ProbeResult:
         """Its figures, arguments as of `predict`."""
-        features = DenseFeatures(store, self.config.blocks, with_cls=True)
+        features = DenseFeatures(store, self.config.blocks(store.depth), with_cls=True)
         errors, baseline = np.zeros((len(features), 3)), np.zeros((len(features), 3))
         judged = np.zeros(len(features))
         with closing(map_ahead(targets.target, features.numbers, ahead=_DEPTHS_AHEAD)) as truths:
