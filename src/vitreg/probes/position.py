@@ -6,7 +6,9 @@ drawn more often: the shared probe sees patches as the model makes them.
 
 Where artifacts are always in the same places, such as the corners, *being* an outlier already says where a patch is,
 and the probe may be better on outliers than on normal patches although they hold nothing of their neighbourhood. So
-compare each row with its constant guess in `details`, and see how many positions the patches really have.
+compare each row with its constant guess in `details`, and see in how many positions the patches of a row really are.
+The class with the largest logit need not be the nearest guess: where the probe knows little, the middle of the grid has
+the smaller distance.
 """
 
 from __future__ import annotations
