@@ -78,6 +78,14 @@ class Counts:
     train: dict[Group, int]
     val: dict[Group, int]
 
+    @property
+    def details(self) -> dict[str, dict[str, int]]:
+        """In JSON types."""
+        return {
+            name: {str(group): number for group, number in counts.items()}
+            for name, counts in (("train", self.train), ("val", self.val))
+        }
+
     def why_missing(self, subject: Subject) -> str:
         """Why there is no figure; empty where there is one."""
         if Group.OUTLIER not in (subject.trained_on, subject.tested_on):

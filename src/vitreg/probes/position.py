@@ -74,11 +74,10 @@ def position(
                 of_subject = sums[subject]
                 scores.append(Score.mean(name, of_subject[:, column], of_subject[:, 2], **options))
     details = {
-        "train": counts.train,
-        "val": counts.val,
-        "epochs": {group: head.epochs for group, head in heads.items()},
+        **counts.details,
+        "epochs": {str(group): head.epochs for group, head in heads.items()},
         "constant guess": {
-            group: _constant_guess(found.positions[group], val_positions[group], val.grid)
+            str(group): _constant_guess(found.positions[group], val_positions[group], val.grid)
             for group in Group
             if counts.train[group] and counts.val[group]
         },

@@ -88,7 +88,7 @@ def reconstruction(
         {subject.tested_on: int(sums[subject.name][:, -1].sum()) for subject in SUBJECTS if subject.name in sums},
     )
     scores: list[Score] = []
-    details: dict[str, Any] = {"train": counts.train, "val": counts.val}
+    details: dict[str, Any] = {**counts.details}
     for subject in SUBJECTS:
         options = {"subject": subject.name, "lower_is_better": True}
         if reason := counts.why_missing(subject):
