@@ -40,16 +40,20 @@ class Subject:
 
 
 SUBJECTS = (
+    Subject("all", Group.ALL, Group.ALL),
     Subject("all but outliers", Group.NORMAL, Group.NORMAL),
     Subject("normal", Group.ALL, Group.NORMAL),
     Subject("outlier", Group.ALL, Group.OUTLIER),
     Subject("outlier, own probe", Group.OUTLIER, Group.OUTLIER),
-    Subject("all", Group.ALL, Group.ALL),
 )
 """Figure 5b of "Vision Transformers Need Registers" compares `normal` with `outlier`. It does not say what its linear
 model is trained on; here it is one, on all patches as they come, so that the two rows differ in nothing but the patch.
 Outliers are few, so it hardly adapts to them: `outlier, own probe` is trained on outliers alone and finds what they
-hold in a code of their own. `all but outliers` is Table 5, the row that compares a model with its fix."""
+hold in a code of their own. `all but outliers` is Table 5.
+
+Two models are best compared by `all`, whose patches are the same. Without the outliers of the one, and with those
+patches of the other, which has none, `all but outliers` compares different patches: where they are easy, as corners
+are to locate, the other model gains by that alone."""
 
 
 def marked_patches(
@@ -73,6 +77,14 @@ class Counts:
 
     train: dict[Group, int]
     val: dict[Group, int]
+
+    @property
+    def details(self) -> dict[str, dict[str, int]]:
+        """In JSON types."""
+        return {
+            name: {str(group): number for group, number in counts.items()}
+            for name, counts in (("train", self.train), ("val", self.val))
+        }
 
     def why_missing(self, subject: Subject) -> str:
         """Why there is no figure; empty where there is one."""

@@ -6,7 +6,9 @@ drawn more often: the shared probe sees patches as the model makes them.
 
 Where artifacts are always in the same places, such as the corners, *being* an outlier already says where a patch is,
 and the probe may be better on outliers than on normal patches although they hold nothing of their neighbourhood. So
-compare each row with its constant guess in `details`, and see how many positions the patches really have.
+compare each row with its constant guess in `details`, and see in how many positions the patches of a row really are.
+The class with the largest logit need not be the nearest guess: where the probe knows little, the middle of the grid has
+the smaller distance.
 """
 
 from __future__ import annotations
@@ -72,11 +74,10 @@ def position(
                 of_subject = sums[subject]
                 scores.append(Score.mean(name, of_subject[:, column], of_subject[:, 2], **options))
     details = {
-        "train": counts.train,
-        "val": counts.val,
-        "epochs": {group: head.epochs for group, head in heads.items()},
+        **counts.details,
+        "epochs": {str(group): head.epochs for group, head in heads.items()},
         "constant guess": {
-            group: _constant_guess(found.positions[group], val_positions[group], val.grid)
+            str(group): _constant_guess(found.positions[group], val_positions[group], val.grid)
             for group in Group
             if counts.train[group] and counts.val[group]
         },

@@ -56,7 +56,11 @@ def reconstruction(
     """Fit the reconstruction probe and test it.
 
     The score is the mean L2 norm of a patch's error over its `3 * p * p` values, for every subject. Pixels are
-    normalised with ImageNet's mean and standard deviation whatever the model's own, so that models can be compared.
+    normalised with ImageNet's mean and standard deviation whatever the model's own, so that models can be compared; the
+    norm grows with the patch, so compare `explained variance` between models of different patch sizes.
+
+    The paper does not say what its error is. In this unit a ViT-Ti with patches of 16 pixels has 21.9 on normal patches
+    and 30.4 on outliers, which is 19.2 and 26.6 when scaled to patches of 14; the paper's are 18.4 and 25.2.
 
     Args:
         train: features of training pictures.
@@ -84,7 +88,7 @@ def reconstruction(
         {subject.tested_on: int(sums[subject.name][:, -1].sum()) for subject in SUBJECTS if subject.name in sums},
     )
     scores: list[Score] = []
-    details: dict[str, Any] = {"train": counts.train, "val": counts.val}
+    details: dict[str, Any] = {**counts.details}
     for subject in SUBJECTS:
         options = {"subject": subject.name, "lower_is_better": True}
         if reason := counts.why_missing(subject):
