@@ -12,11 +12,20 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
 
+import numpy as np
 from rich.console import Console
 from rich.table import Table
 
 from vitreg.disk import replace_text
-from vitreg.images import image_size, open_box_set, open_depth, open_segmentation, open_split
+from vitreg.images import (
+    DenseSet,
+    SegmentationSet,
+    image_size,
+    open_box_set,
+    open_depth,
+    open_segmentation,
+    open_split,
+)
 from vitreg.probes.catalogue import PROBES, has_text_tower
 from vitreg.probes.depth import DepthConfig
 from vitreg.probes.evaluation import Data, PassConfig, evaluate, hold_out, safe_name
@@ -32,7 +41,6 @@ from vitreg.probes.tables import LEGEND, headline_table, markdown, tables, write
 from vitreg.probes.zero_shot import ZeroShotConfig
 from vitreg.terminal import INTERRUPTED, Checkpoint, positive, print_json, progress, writable_folder
 
-_PICTURES = 6
 _DEPTH = {"lin.1": "depth", "lin.4": "depth-lin4"}
 _SHORT_SIDE = {"segmentation": 512, "depth": 480}
 """Of pictures, in pixels, where no size is given: that of the usual crops of ADE20k, and NYUv2's own."""
@@ -344,13 +352,12 @@ def _write(summary: dict[str, Any], models: Sequence[Evaluated], found: Sequence
     class_names: Sequence[str] = ()
     for data in found:
         answers = [model.results[data.task] for model in models if data.task in model.results]
-        if data.task == "classification" or not answers:
-            continue
         val = data.val
-        class_names = getattr(val, "class_names", class_names)
-        for number in list(answers[0].predictions)[:_PICTURES]:
-            import numpy as np
-
+        if not isinstance(val, DenseSet) or not answers:
+            continue
+        if isinstance(val, SegmentationSet):
+            class_names = val.class_names
+        for number in answers[0].predictions:
             pictures[data.task].append(
                 DensePicture(
                     Path(val.name(number)).name,

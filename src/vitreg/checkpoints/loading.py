@@ -66,7 +66,7 @@ def _load(source: str, architecture: str | None) -> VisionTransformer:
         if (path / "checkpoints").is_dir() and '"vitreg-run/' in (path / "config.json").read_text():
             raise CheckpointError(f"{path} is a training run without a model yet; the first checkpoint brings one")
         return _from_hub(str(path))
-    if (stored := _in_checkpoint_folder(source)) is not None:
+    if (stored := in_checkpoint_folder(source)) is not None:
         if stored.is_dir():
             return _from_hub(str(stored))
         return _from_file(stored, architecture, name=_timm_name(source))
@@ -90,7 +90,7 @@ def _timm_name(source: str) -> str:
     return source.removeprefix("hf-hub:").removeprefix("timm/")
 
 
-def _in_checkpoint_folder(source: str) -> Path | None:
+def in_checkpoint_folder(source: str) -> Path | None:
     """The file or transformers folder that `VITREG_CHECKPOINTS` holds for this source under any name."""
     folder = os.environ.get(FOLDER_VARIABLE)
     if not folder:
@@ -171,13 +171,13 @@ def _from_timm_name(name: str) -> VisionTransformer:
     if not timm.models.is_model_pretrained(name):
         raise CheckpointError(f"timm has no weights for {name}; build it with timm and use from_timm")
     try:
-        with _reachable_hub():
+        with reachable_hub():
             model = timm.create_model(name, pretrained=True, **registry.official_options(base))
         return from_timm(model)
     except CheckpointError:
         raise
     except Exception as error:
-        raise _download_error(name, error) from error
+        raise download_error(name, error) from error
 
 
 def _from_hub(repository: str) -> VisionTransformer:
@@ -189,14 +189,14 @@ def _from_hub(repository: str) -> VisionTransformer:
             f'loading {repository} needs transformers: pip install "vitreg[transformers]", or use a timm name'
         ) from error
     try:
-        with _reachable_hub():
+        with reachable_hub():
             config = transformers.AutoConfig.from_pretrained(repository)
             # The class that was saved keeps its head: AutoModel would drop a classifier or CLIP's projection.
             saved = next(iter(config.architectures or ()), "")
             model = getattr(transformers, saved, transformers.AutoModel).from_pretrained(repository)
             processor = cached_file(repository, "preprocessor_config.json", _raise_exceptions_for_missing_entries=False)
     except Exception as error:
-        raise _download_error(repository, error) from error
+        raise download_error(repository, error) from error
     vit = from_transformers(model)
     if processor is not None:
         preprocess = preprocess_from_processor(json.loads(Path(processor).read_text()), vit.config.patch_size)
@@ -213,17 +213,17 @@ def _from_open_clip_name(source: str) -> VisionTransformer:
     if architecture not in open_clip.list_models():
         raise CheckpointError(f"open_clip has no architecture {architecture!r}; give open_clip:ARCH/PRETRAINED")
     try:
-        with _reachable_hub():
+        with reachable_hub():
             model = open_clip.create_model(architecture, pretrained=pretrained or None)
         return from_open_clip(model)
     except CheckpointError:
         raise
     except Exception as error:
-        raise _download_error(source, error) from error
+        raise download_error(source, error) from error
 
 
 @contextlib.contextmanager
-def _reachable_hub() -> Iterator[None]:
+def reachable_hub() -> Iterator[None]:
     """Use only what is cached where the hub's name does not resolve, instead of a minute of retries."""
     from huggingface_hub import constants
 
@@ -240,7 +240,7 @@ def _reachable_hub() -> Iterator[None]:
         constants.HF_HUB_OFFLINE = offline
 
 
-def _download_error(name: str, error: Exception) -> CheckpointError:
+def download_error(name: str, error: Exception) -> CheckpointError:
     reason = str(error).strip().splitlines()[0][:200] if str(error).strip() else type(error).__name__
     return CheckpointError(
         f"could not get {name}: {reason}. Without a network, put {name.split('/')[-1]}.safetensors into the "

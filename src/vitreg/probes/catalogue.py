@@ -99,17 +99,17 @@ def _zero_shot(subject: Subject, config: ZeroShotConfig, on_progress: Progress) 
 
 
 def _segmentation(s: Subject, config: SegmentationConfig, on_progress: Progress) -> ProbeResult:
-    targets = s.train_images, s.val_images
-    assert isinstance(targets[0], SegmentationSet)
-    assert isinstance(targets[1], SegmentationSet)
-    return linear_segmentation(s.train, s.val, targets, config, device=s.device, on_progress=on_progress)
+    train, val = s.train_images, s.val_images
+    assert isinstance(train, SegmentationSet)
+    assert isinstance(val, SegmentationSet)
+    return linear_segmentation(s.train, s.val, (train, val), config, device=s.device, on_progress=on_progress)
 
 
 def _depth(s: Subject, config: DepthConfig, on_progress: Progress) -> ProbeResult:
-    targets = s.train_images, s.val_images
-    assert isinstance(targets[0], DepthSet)
-    assert isinstance(targets[1], DepthSet)
-    return linear_depth(s.train, s.val, targets, config, device=s.device, on_progress=on_progress)
+    train, val = s.train_images, s.val_images
+    assert isinstance(train, DepthSet)
+    assert isinstance(val, DepthSet)
+    return linear_depth(s.train, s.val, (train, val), config, device=s.device, on_progress=on_progress)
 
 
 PROBES: dict[str, Probe] = {

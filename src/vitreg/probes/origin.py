@@ -73,6 +73,14 @@ class StoredModel:
     name: str
     digest: str
 
+    @classmethod
+    def of(cls, vit: VisionTransformer) -> StoredModel:
+        """That of a model."""
+        # Weights are the same under any name, and preprocessing is compared by itself.
+        architecture = dataclasses.replace(vit.config, preprocess=Preprocess(), name="", changes=())
+        name = vit.config.name or vit.config.architecture or "Vision Transformer"
+        return cls(name, digest(architecture, vit.state_dict()))
+
     def __str__(self) -> str:
         return f"{self.name} (weights {self.digest[:8]})"
 
@@ -84,6 +92,17 @@ class StoredData:
     source: str
     number: int
     digest: str
+
+    @classmethod
+    def of(cls, images: ImageSet) -> StoredData:
+        """That of a set."""
+        found = hashlib.blake2b(digest_size=16)
+        for index in range(len(images)):
+            found.update(images.name(index).encode(errors="surrogateescape") + b"\0")
+        found.update(repr(images.classes).encode())
+        if images.labels is not None:
+            found.update(np.asarray(images.labels, np.int64).tobytes())
+        return cls(images.source, len(images), found.hexdigest())
 
     def __str__(self) -> str:
         return f"{self.source} ({self.number} pictures, list {self.digest[:8]})"
@@ -101,12 +120,7 @@ class Origin:
     @classmethod
     def of(cls, vit: VisionTransformer, images: ImageSet, preprocess: Preprocess, config: FeaturesConfig) -> Origin:
         """That of the features which `extract` is about to compute."""
-        # Weights are the same under any name, and preprocessing is compared by itself.
-        architecture = dataclasses.replace(vit.config, preprocess=Preprocess(), name="", changes=())
-        model = StoredModel(
-            vit.config.name or vit.config.architecture or "Vision Transformer", digest(architecture, vit.state_dict())
-        )
-        return cls(model, preprocess, _data(images), config.for_depth(vit.config.depth))
+        return cls(StoredModel.of(vit), preprocess, StoredData.of(images), config.for_depth(vit.config.depth))
 
     @classmethod
     def from_dict(cls, values: dict[str, Any]) -> Origin:
@@ -155,16 +169,6 @@ def check_same(path: Path, stored: Origin, wanted: Origin, parts: Iterable[Part]
             raise ValueError(
                 f"{path} holds features of another {PARTS[part]}: {theirs}, not {ours}; choose another folder"
             )
-
-
-def _data(images: ImageSet) -> StoredData:
-    found = hashlib.blake2b(digest_size=16)
-    for index in range(len(images)):
-        found.update(images.name(index).encode(errors="surrogateescape") + b"\0")
-    found.update(repr(images.classes).encode())
-    if images.labels is not None:
-        found.update(np.asarray(images.labels, np.int64).tobytes())
-    return StoredData(images.source, len(images), found.hexdigest())
 
 
 def _differing(one: Any, other: Any) -> tuple[str, str]:

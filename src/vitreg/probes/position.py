@@ -53,6 +53,7 @@ def position(
     """
     config = config or PositionConfig()
     train.check_same_model(val)
+    val = val.with_threshold_of(train)
     found = TrainingSet.of(train, config)
     val_positions = _positions(val, config.block)
     counts = Counts(*({group: int(n.sum()) for group, n in of.items()} for of in (found.positions, val_positions)))

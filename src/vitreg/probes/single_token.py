@@ -79,7 +79,7 @@ def single_token(
     """
     config = config or SingleTokenConfig()
     classes = check_classes(train, val)
-    fitted, judged = _kinds(train, config, 0), _kinds(val, config, 1)
+    fitted, judged = _kinds(train, config, 0), _kinds(val.with_threshold_of(train), config, 1)
     total, done = sum(len(kind.draws) for kind in fitted.values()), 0
     scores: list[Score] = []
     details: dict[str, Any] = {

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import os
 from collections.abc import Iterator
 from pathlib import Path
@@ -70,6 +71,18 @@ class FeatureStore:
             ValueError: they are of another model or preprocessing; the message has both.
         """
         check_same(other.path, other.origin, self.origin, ("model", "preprocess"))
+
+    def with_threshold_of(self, train: FeatureStore) -> FeatureStore:
+        """The same features, with outliers as the norms of the training pictures define them.
+
+        Each set has its own threshold, which differs a little, and what is fitted on one is judged on the other.
+
+        Args:
+            train: features by the same model.
+        """
+        store = copy.copy(self)
+        store.threshold, store.block, store.onset_block = train.threshold, train.block, train.onset_block
+        return store
 
     @property
     def labels(self) -> Int[Tensor, " N"] | None:

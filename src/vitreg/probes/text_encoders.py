@@ -12,7 +12,7 @@ import torch
 from jaxtyping import Float, Int
 from torch import Tensor
 
-from vitreg.checkpoints.loading import _download_error, _in_checkpoint_folder, _reachable_hub
+from vitreg.checkpoints.loading import download_error, in_checkpoint_folder, reachable_hub
 from vitreg.checkpoints.state import CheckpointError
 from vitreg.checkpoints.text_tower import TextTower, load_text_tower
 from vitreg.probes.templates import import_open_clip
@@ -93,12 +93,12 @@ def _open_clip_text(source: str, device: torch.device | str | None) -> OpenClipT
     architecture, _, pretrained = source.removeprefix("open_clip:").partition("/")
     if architecture not in open_clip.list_models():
         raise CheckpointError(f"open_clip has no architecture {architecture!r}; give open_clip:ARCH/PRETRAINED")
-    stored = _in_checkpoint_folder(source)
+    stored = in_checkpoint_folder(source)
     try:
-        with _reachable_hub():
+        with reachable_hub():
             model = open_clip.create_model(architecture, pretrained=str(stored) if stored else pretrained or None)
             tokenizer = open_clip.get_tokenizer(architecture)
     except Exception as error:
-        raise _download_error(source, error) from error
+        raise download_error(source, error) from error
     del model.visual
     return OpenClipText(model.to(device).eval(), tokenizer)

@@ -7,7 +7,6 @@ bias of the logits do not change which class is first, so there are only cosines
 
 from __future__ import annotations
 
-import dataclasses
 from collections.abc import Sequence
 from dataclasses import dataclass
 
@@ -16,9 +15,9 @@ import torch.nn.functional as F
 from jaxtyping import Float
 from torch import Tensor
 
-from vitreg.checkpoints.digest import digest
-from vitreg.model import Preprocess, VisionTransformer
+from vitreg.model import VisionTransformer
 from vitreg.probes.features import Progress
+from vitreg.probes.origin import StoredModel
 from vitreg.probes.score import ProbeResult, Score
 from vitreg.probes.store import FeatureStore
 from vitreg.probes.templates import class_names, sentences
@@ -101,8 +100,7 @@ def image_embeddings(store: FeatureStore, vit: VisionTransformer) -> Float[Tenso
         ValueError: they are of another model.
     """
     # As `Origin.of` has it: weights are the same under any name and preprocessing.
-    architecture = dataclasses.replace(vit.config, preprocess=Preprocess(), name="", changes=())
-    if digest(architecture, vit.state_dict()) != store.model.digest:
+    if StoredModel.of(vit).digest != store.model.digest:
         raise ValueError(f"{store.path} holds features of another model, {store.model}; give that model")
     pooled = store.pooled
     if vit.head is not None:
