@@ -152,11 +152,14 @@ def fit_depth(
         optimizer, config.lr, total_steps=plan.steps + 1, pct_start=_WARMUP, div_factor=1000
     )
 
-    def loss(logits: Tensor, truth: Tensor, step: int) -> Tensor:
-        found, counted = expected_depth(logits, config), truth > 0
+    def loss(found: Tensor, truth: Tensor, step: int) -> Tensor:
+        counted = truth > 0
         return sig_loss(found[counted], truth[counted], mean_only=step < _MEAN_ONLY_STEPS)
 
-    train_head(head, features, truth, loss, optimizer, schedule, plan, on_progress)
+    def metres(logits: Tensor, _: Tensor) -> Tensor:
+        return expected_depth(logits, config)
+
+    train_head(head, features, truth, metres, loss, optimizer, schedule, plan, on_progress)
     details = {"steps": plan.steps, "train_images": len(features), "blocks": list(config.blocks)}
     return DepthEstimator(head, config, float(measured.mean(dtype=np.float64)), details, device)
 

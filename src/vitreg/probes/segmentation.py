@@ -109,7 +109,7 @@ def fit_segmentation(
     optimizer = torch.optim.AdamW(head.parameters(), lr=config.lr, betas=config.betas, weight_decay=config.weight_decay)
     schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda step: _rate(step, steps, config.warmup))
     plan = Plan(steps, config.batch_size, config.seed, device)
-    train_head(head, features, masks, _cross_entropy, optimizer, schedule, plan, on_progress)
+    train_head(head, features, masks, _per_pixel, _mean, optimizer, schedule, plan, on_progress)
     details = {
         "steps": steps,
         "train_images": len(features),
@@ -199,11 +199,17 @@ def _rate(step: int, steps: int, warmup: float) -> float:
     return min(1.0, (step + 1) / max(1, round(warmup * steps))) * (1 - step / steps)
 
 
-def _cross_entropy(logits: Float[Tensor, "n H W K"], masks: UInt8[Tensor, "n H W"], step: int) -> Float[Tensor, ""]:
-    masks = masks.long()
-    total = functional.cross_entropy(logits.flatten(0, 2), masks.flatten(), ignore_index=IGNORED, reduction="sum")
+def _per_pixel(logits: Float[Tensor, "n H W K"], masks: UInt8[Tensor, "n H W"]) -> Float[Tensor, "n H W"]:
+    """Cross-entropy; 0 where pixels do not count."""
+    flat = functional.cross_entropy(
+        logits.flatten(0, 2), masks.flatten().long(), ignore_index=IGNORED, reduction="none"
+    )
+    return flat.view(masks.shape)
+
+
+def _mean(entropies: Float[Tensor, "n H W"], masks: UInt8[Tensor, "n H W"], step: int) -> Float[Tensor, ""]:
     # The mean of no pixel at all would be NaN.
-    return total / (masks != IGNORED).sum().clamp(min=1)
+    return entropies.sum() / (masks != IGNORED).sum().clamp(min=1)
 
 
 def _counts(
