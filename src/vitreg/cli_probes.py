@@ -28,7 +28,7 @@ from vitreg.images import (
 )
 from vitreg.probes.catalogue import PROBES, has_text_tower
 from vitreg.probes.depth import DepthConfig
-from vitreg.probes.evaluation import Data, PassConfig, evaluate, hold_out, safe_name
+from vitreg.probes.evaluation import Data, PassConfig, choose, evaluate, hold_out, safe_name
 from vitreg.probes.knn import KNNConfig
 from vitreg.probes.linear import LinearConfig
 from vitreg.probes.position_fit import PositionConfig
@@ -186,6 +186,7 @@ def evaluate_depth(
     data: str,
     common: EvaluationOptions,
     size: tuple[int, int] | None = None,
+    variant: Literal["lin.1", "lin.4"] = "lin.1",
     protocol: DepthConfig = DepthConfig(),
 ) -> int:
     """Tell the depth of every pixel with a linear head on patch features; RMSE.
@@ -196,9 +197,10 @@ def evaluate_depth(
         data: a folder with train/ and val/, in each images/ and depth/ (16-bit PNG in millimetres, 0 where unknown).
         common: models and pictures.
         size: height and width that pictures are brought to, rounded to whole patches; by default the short side is 480.
+        variant: the head reads the last block (or --blocks), or four (lin.4), as DINOv2's.
         protocol: its settings; by default those of the paper, or as close as can be.
     """
-    return _run(common, [_depth(data, size)], {_DEPTH[protocol.variant]: protocol})
+    return _run(common, [_depth(data, size)], {_DEPTH[variant]: protocol})
 
 
 def evaluate_all(
@@ -229,7 +231,7 @@ def evaluate_all(
         segmentation_size: as its --size.
         depth: as --data of `evaluate depth`.
         depth_size: as its --size.
-        depth_variants: lin.1 reads the last block; lin.4 reads four, whose patch tokens are kept then.
+        depth_variants: lin.1 reads the last block; lin.4 four, whose patch tokens are kept then.
         discovery: as --data of `evaluate discovery`.
     """
     found = [
@@ -256,7 +258,13 @@ def _run(
             positive(f"--{flag.replace('_', '-')}", value)
     start = time.monotonic()
     out = writable_folder(options.out)
-    config = PassConfig(options.train_images, options.val_images, options.patch_images, options.batch_size)
+    config = PassConfig(options.patch_images, options.batch_size)
+    found = [
+        dataclasses.replace(
+            data, train=choose(data.train, options.train_images), val=choose(data.val, options.val_images)
+        )
+        for data in found
+    ]
     models: list[Evaluated] = []
     try:
         for source in options.models:
@@ -273,7 +281,7 @@ def _run(
     except KeyboardInterrupt:
         print(f"vitreg: interrupted; the same command continues, {out} keeps what is done", file=sys.stderr)
         return INTERRUPTED
-    summary = summarize(models, _described(found, config, discovery))
+    summary = summarize(models, _described(found, discovery))
     summary |= {"seconds": time.monotonic() - start, "command": f"vitreg {shlex.join(sys.argv[1:])}"}
     _write(summary, models, found, out)
     if options.json:
@@ -328,12 +336,12 @@ def _discover(vit: Any, source: str, data: str, out: Path, batch_size: int) -> P
     return ProbeResult("discovery", (score,), {"protocol": dataclasses.asdict(DEFAULT), "pictures": len(labelled)})
 
 
-def _described(found: Sequence[Data], config: PassConfig, discovery: str | None) -> dict[str, Any]:
+def _described(found: Sequence[Data], discovery: str | None) -> dict[str, Any]:
     described: dict[str, Any] = {
         data.task: {
             "source": data.train.source,
-            "num_train": min(len(data.train), config.train_images or len(data.train)),
-            "num_val": min(len(data.val), config.val_images or len(data.val)),
+            "num_train": len(data.train),
+            "num_val": len(data.val),
             "size": data.size,
         }
         for data in found

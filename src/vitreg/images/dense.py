@@ -6,7 +6,7 @@ import copy
 from abc import abstractmethod
 from collections.abc import Iterable, Sequence
 from pathlib import Path
-from typing import Self
+from typing import TypeVar
 
 import numpy as np
 from jaxtyping import Shaped
@@ -21,6 +21,7 @@ _NAMED = 3
 _HEADERS_AHEAD = 256
 
 Pair = tuple[str, str]
+Targets = TypeVar("Targets", bound="DenseSet")
 
 
 class DenseSet(ImageFiles):
@@ -50,7 +51,7 @@ class DenseSet(ImageFiles):
         found = map_ahead(self._misfit, range(len(self)), ahead=_HEADERS_AHEAD)
         refuse(f"{self.kind}s of {source} do not fit their pictures", [misfit for misfit in found if misfit])
 
-    def part(self, indices: Iterable[int]) -> Self:
+    def part(self: Targets, indices: Iterable[int]) -> Targets:
         """Some of the pictures, with their targets."""
         part, chosen = copy.copy(self), list(indices)
         part._paths = PackedStrings(self._paths[index] for index in chosen)
@@ -100,7 +101,7 @@ def refuse(what: str, found: Sequence[str]) -> None:
     """One error for what is wrong with several files.
 
     Args:
-        what: is wrong.
+        what: is wrong, of several files.
         found: a sentence about each file, maybe none.
 
     Raises:
@@ -108,7 +109,7 @@ def refuse(what: str, found: Sequence[str]) -> None:
     """
     if found:
         more = f"; and {len(found) - _NAMED} more" if len(found) > _NAMED else ""
-        raise ValueError(f"{len(found)} {what}: {'; '.join(found[:_NAMED])}{more}")
+        raise ValueError(f"{what} ({len(found)}): {'; '.join(found[:_NAMED])}{more}")
 
 
 def folder_pairs(pictures: Path, targets: Path) -> list[Pair]:

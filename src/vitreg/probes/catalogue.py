@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
@@ -11,7 +12,7 @@ import torch
 
 from vitreg.images import DepthSet, ImageSet, SegmentationSet
 from vitreg.model import VisionTransformer
-from vitreg.probes.depth import DepthConfig, linear_depth
+from vitreg.probes.depth import DepthConfig, depth_blocks, linear_depth
 from vitreg.probes.features import Progress
 from vitreg.probes.knn import KNNConfig, knn
 from vitreg.probes.linear import LinearConfig, linear, linear_blocks
@@ -85,10 +86,6 @@ def _blocks(config: Any, depth: int) -> tuple[int, ...]:
     return config.blocks
 
 
-def _depth_blocks(config: DepthConfig, depth: int) -> tuple[int, ...]:
-    return config.blocks(depth)
-
-
 def _last_block(config: Any, depth: int) -> tuple[int, ...]:
     return (depth - 1,)
 
@@ -103,6 +100,11 @@ def _segmentation(s: Subject, config: SegmentationConfig, on_progress: Progress)
     assert isinstance(train, SegmentationSet)
     assert isinstance(val, SegmentationSet)
     return linear_segmentation(s.train, s.val, (train, val), config, device=s.device, on_progress=on_progress)
+
+
+def _depth_lin4(s: Subject, config: DepthConfig, on_progress: Progress) -> ProbeResult:
+    blocks = depth_blocks(s.vit.config.depth, "lin.4")
+    return _depth(s, dataclasses.replace(config, blocks=blocks), on_progress)
 
 
 def _depth(s: Subject, config: DepthConfig, on_progress: Progress) -> ProbeResult:
@@ -139,8 +141,10 @@ PROBES: dict[str, Probe] = {
         ),
     ),
     "segmentation": Probe("segmentation", "segmentation", SegmentationConfig(), _blocks, True, _segmentation),
-    "depth": Probe("depth, lin.1", "depth", DepthConfig(variant="lin.1"), _depth_blocks, True, _depth),
-    "depth-lin4": Probe("depth, lin.4", "depth", DepthConfig(variant="lin.4"), _depth_blocks, True, _depth),
+    "depth": Probe("depth, lin.1", "depth", DepthConfig(), _blocks, True, _depth),
+    "depth-lin4": Probe(
+        "depth, lin.4", "depth", DepthConfig(), lambda _, depth: depth_blocks(depth, "lin.4"), True, _depth_lin4
+    ),
 }  # fmt: skip
 """By the names that `vitreg evaluate` takes, in the order of a table's columns."""
 

@@ -16,10 +16,14 @@ from vitreg.images import map_ahead
 from vitreg.probes.dense_features import DenseFeatures
 
 _BATCHES_AHEAD = 4
+_AT_ONCE = 2**22
+"""Numbers that upsampled logits may have at a time: what stays in the cache is computed twice as fast."""
+
 UPSAMPLING = 4
 """Heads are trained on maps of so many times the patch grid; for patches of 16, a quarter of the input's pixels."""
 
 Progress = Callable[[int, int], None]
+PerPixel = Callable[[Tensor, Tensor], Tensor]
 Loss = Callable[[Tensor, Tensor, int], Tensor]
 
 
@@ -87,6 +91,7 @@ def train_head(
     head: LinearHead,
     features: DenseFeatures,
     targets: Shaped[np.ndarray, "N H W"],
+    per_pixel: PerPixel,
     loss: Loss,
     optimizer: torch.optim.Optimizer,
     schedule: torch.optim.lr_scheduler.LRScheduler,
@@ -99,7 +104,8 @@ def train_head(
         head: trained in place, and in evaluation mode afterwards.
         features: of all pictures.
         targets: of the same.
-        loss: of the head's upsampled output `[n, H, W, K]`, targets `[n, H, W]`, and the step, from 0.
+        per_pixel: what is made of upsampled logits `[n, H, W, K]` and targets `[n, H, W]`: one number a pixel.
+        loss: of these numbers, targets, and the step, from 0.
         optimizer: of the head's parameters.
         schedule: of its learning rate, a step each.
         plan: how long.
@@ -110,11 +116,18 @@ def train_head(
     def load(rows: list[int]) -> tuple[Tensor, Tensor]:
         return features.read(rows), torch.from_numpy(targets[rows])
 
+    def numbers(tokens: Tensor, truth: Tensor) -> Tensor:
+        logits = head(tokens)
+        at_once = max(1, _AT_ONCE // (truth[0].numel() * logits.shape[-1]))
+        parts = zip(logits.split(at_once), truth.split(at_once), strict=True)
+        return torch.cat([per_pixel(upsampling(part), of_part) for part, of_part in parts])
+
     batches = _batches(len(features), plan)
     head.train()
     with closing(map_ahead(load, batches, ahead=_BATCHES_AHEAD, num_threads=1)) as loaded:
         for step, (tokens, truth) in enumerate(loaded):
-            found = loss(upsampling(head(tokens.to(plan.device))), truth.to(plan.device), step)
+            truth = truth.to(plan.device)
+            found = loss(numbers(tokens.to(plan.device), truth), truth, step)
             optimizer.zero_grad(set_to_none=True)
             found.backward()
             if plan.clip is not None:

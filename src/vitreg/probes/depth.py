@@ -17,7 +17,7 @@ from vitreg.images import DepthSet, image_size, map_ahead
 from vitreg.probes.dense_features import DenseFeatures, check_stores, check_values, read_targets
 from vitreg.probes.dense_head import UPSAMPLING, LinearHead, Plan, Progress, Upsampling, num_steps, train_head
 from vitreg.probes.depth_errors import depth_errors, sig_loss
-from vitreg.probes.score import ProbeResult, Score
+from vitreg.probes.score import NUM_SHOWN, ProbeResult, Score
 from vitreg.probes.store import FeatureStore
 
 EPOCHS, MIN_STEPS = 25, 2000
@@ -26,9 +26,24 @@ _MEAN_ONLY_STEPS = 100
 _BASE = 0.1
 _DEPTHS_AHEAD = 8
 _EIGEN_SIZE, _EIGEN_CROP = (480, 640), (slice(45, 471), slice(41, 601))
-Variant = Literal["lin.1", "lin.4"]
-
 _PAPER_BLOCKS = {24: (4, 11, 17, 23)}
+
+
+def depth_blocks(depth: int, variant: Literal["lin.1", "lin.4"]) -> tuple[int, ...]:
+    """The blocks of DINOv2's linear depth heads, from 0: the last, or four at equal distances.
+
+    Args:
+        depth: blocks of the model.
+        variant: which head.
+
+    Raises:
+        ValueError: the model has fewer than four.
+    """
+    if variant == "lin.1":
+        return (depth - 1,)
+    if depth < 4:
+        raise ValueError(f"the model has {depth} blocks, but lin.4 reads four; choose lin.1")
+    return _PAPER_BLOCKS.get(depth, tuple(depth * quarter // 4 - 1 for quarter in range(1, 5)))
 
 
 @dataclass(frozen=True)
@@ -43,7 +58,7 @@ class DepthConfig:
     are computed once, and the loss is taken at 4 x 4 points a patch.
 
     Attributes:
-        variant: `"lin.1"` reads the last block, `"lin.4"` four, concatenated.
+        blocks: whose tokens are concatenated; see `depth_blocks`.
         batch_norm: normalise channels before the convolution, as DINOv3 does.
         bins: number of depths.
         min_depth, max_depth: metres, of the first and last bin; what is beyond is neither trained on nor judged.
@@ -54,7 +69,7 @@ class DepthConfig:
         seed: of the initial weights and the pictures' order.
     """
 
-    variant: Variant = "lin.1"
+    blocks: tuple[int, ...] = (-1,)
     batch_norm: bool = False
     bins: int = 256
     min_depth: float = 0.001
@@ -69,21 +84,6 @@ class DepthConfig:
     def __post_init__(self) -> None:
         if not 0 < self.min_depth < self.max_depth:
             raise ValueError(f"min_depth {self.min_depth} and max_depth {self.max_depth} must be above 0 and rise")
-
-    def blocks(self, depth: int) -> tuple[int, ...]:
-        """The blocks that the head reads, from 0: the last, or four at equal distances, as of DINOv2's heads.
-
-        Args:
-            depth: blocks of the model.
-
-        Raises:
-            ValueError: it has fewer than four.
-        """
-        if self.variant == "lin.1":
-            return (depth - 1,)
-        if depth < 4:
-            raise ValueError(f"the model has {depth} blocks, but lin.4 reads four; choose lin.1")
-        return _PAPER_BLOCKS.get(depth, tuple(depth * quarter // 4 - 1 for quarter in range(1, 5)))
 
     def counted(self, truth: np.ndarray) -> Bool[np.ndarray, "*shape"]:
         """Which depths are in the range; holes are not."""
@@ -131,7 +131,7 @@ def fit_depth(
 ) -> DepthEstimator:
     """The head alone, for whoever wants its predictions, too; arguments and errors as of `linear_depth`."""
     config = config or DepthConfig()
-    features = DenseFeatures(train, config.blocks(train.depth), with_cls=True)
+    features = DenseFeatures(train, config.blocks, with_cls=True)
     rows, columns = features.grid
     truth = read_targets(targets, features.numbers, (UPSAMPLING * rows, UPSAMPLING * columns))
     # What does not count becomes a hole.
@@ -152,12 +152,15 @@ def fit_depth(
         optimizer, config.lr, total_steps=plan.steps + 1, pct_start=_WARMUP, div_factor=1000
     )
 
-    def loss(logits: Tensor, truth: Tensor, step: int) -> Tensor:
-        found, counted = expected_depth(logits, config), truth > 0
+    def loss(found: Tensor, truth: Tensor, step: int) -> Tensor:
+        counted = truth > 0
         return sig_loss(found[counted], truth[counted], mean_only=step < _MEAN_ONLY_STEPS)
 
-    train_head(head, features, truth, loss, optimizer, schedule, plan, on_progress)
-    details = {"steps": plan.steps, "train_images": len(features), "blocks": list(config.blocks(train.depth))}
+    def metres(logits: Tensor, _: Tensor) -> Tensor:
+        return expected_depth(logits, config)
+
+    train_head(head, features, truth, metres, loss, optimizer, schedule, plan, on_progress)
+    details = {"steps": plan.steps, "train_images": len(features), "blocks": list(config.blocks)}
     return DepthEstimator(head, config, float(measured.mean(dtype=np.float64)), details, device)
 
 
@@ -201,21 +204,25 @@ class DepthEstimator:
         Returns:
             The picture's position in the set, and its depth.
         """
-        features = DenseFeatures(store, self.config.blocks(store.depth), with_cls=True)
+        features = DenseFeatures(store, self.config.blocks, with_cls=True)
         for row in rows:
             number = features.numbers[row]
             yield number, self._metres(features, row, image_size(targets.name(number)))
 
     def evaluate(self, store: FeatureStore, targets: DepthSet) -> ProbeResult:
         """Its figures, arguments as of `predict`."""
-        features = DenseFeatures(store, self.config.blocks(store.depth), with_cls=True)
+        features = DenseFeatures(store, self.config.blocks, with_cls=True)
         errors, baseline = np.zeros((len(features), 3)), np.zeros((len(features), 3))
         judged = np.zeros(len(features))
+        shown: dict[int, np.ndarray] = {}
         with closing(map_ahead(targets.target, features.numbers, ahead=_DEPTHS_AHEAD)) as truths:
             for row, truth in enumerate(truths):
                 counted = self._counted(truth, targets.target_name(features.numbers[row]))
                 if counted.any():
-                    found = self._metres(features, row, truth.shape)[counted]
+                    metres = self._metres(features, row, truth.shape)
+                    if len(shown) < NUM_SHOWN:
+                        shown[features.numbers[row]] = metres
+                    found = metres[counted]
                     errors[row] = depth_errors(found, truth[counted])
                     baseline[row] = depth_errors(np.full_like(found, self.train_mean), truth[counted])
                     judged[row] = 1
@@ -238,7 +245,7 @@ class DepthEstimator:
             "training_mean": self.train_mean,
             "of_training_mean": mean,
         }
-        return ProbeResult("depth", scores, details)
+        return ProbeResult("depth", scores, details, shown)
 
     def _counted(self, truth: Float32[np.ndarray, "H W"], name: str) -> Bool[np.ndarray, "H W"]:
         counted = self.config.counted(truth)

@@ -49,14 +49,11 @@ class PassConfig:
     """How features are computed.
 
     Attributes:
-        train_images, val_images: so many pictures, as many of each class; None for all.
         patch_images: patch tokens are kept of so many pictures of a classification set: 10000 pictures of a ViT-L/14
             are 5 GB.
         batch_size: pictures at a time.
     """
 
-    train_images: int | None = None
-    val_images: int | None = None
     patch_images: int = 10000
     batch_size: int = 32
 
@@ -87,11 +84,10 @@ def evaluate(
     """
     config = config or PassConfig()
     name = safe_name(source)
-    sets = (choose(data.train, config.train_images), choose(data.val, config.val_images))
     preprocess = preprocessing(vit, data.size)
     features = _features_config(vit, data.task, probes, config)
     stores = []
-    for part, images in zip(("training", "validation"), sets, strict=True):
+    for part, images in (("training", data.train), ("validation", data.val)):
         # Another set, size or block is another folder, so that one evaluation never stands in the way of the next.
         digest = Origin.of(vit, images, preprocess, features).digest()[:12]
         out = folder / "features" / f"{name}-{data.task}-{part}-{digest}"
@@ -115,7 +111,7 @@ def evaluate(
         result = load_result(answer, question)
         if result is None:
             state = folder / "states" / f"{name}-{probe}-{train.id[:12]}.safetensors"
-            subject = Subject(vit, source, train, val, *sets, data.class_names, state)
+            subject = Subject(vit, source, train, val, data.train, data.val, data.class_names, state)
             with stage(f"{source}: {PROBES[probe].title}") as on_progress:
                 result = PROBES[probe].ask(subject, settings, on_progress)
             save_result(answer, question, result)

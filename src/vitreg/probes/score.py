@@ -14,6 +14,9 @@ from vitreg.bootstrap import percentile_interval, resampled_sums
 
 Kind = Literal["ratio", "mIoU"]
 
+NUM_SHOWN = 6
+"""Of so many pictures, predictions for every pixel are kept, for reports."""
+
 
 @dataclass(frozen=True, eq=False)
 class Score:
@@ -133,7 +136,7 @@ class ProbeResult:
         probe: its name.
         scores: its figures, the one for a table of all probes first.
         details: what else is worth knowing, in JSON types: what was chosen, on how many pictures.
-        predictions: maps of a few pictures of the validation set, by their rows in its store: classes or metres.
+        predictions: maps of the first pictures of the validation set, by position in the set: classes or metres.
     """
 
     probe: str

@@ -16,7 +16,7 @@ from torch.nn import functional
 from vitreg.images import IGNORED, SegmentationSet, image_size, map_ahead
 from vitreg.probes.dense_features import DenseFeatures, check_stores, check_values, read_targets
 from vitreg.probes.dense_head import UPSAMPLING, LinearHead, Plan, Progress, num_steps, train_head
-from vitreg.probes.score import ProbeResult, Score
+from vitreg.probes.score import NUM_SHOWN, ProbeResult, Score
 from vitreg.probes.store import FeatureStore
 
 EPOCHS, MIN_STEPS = 32, 2000
@@ -109,7 +109,7 @@ def fit_segmentation(
     optimizer = torch.optim.AdamW(head.parameters(), lr=config.lr, betas=config.betas, weight_decay=config.weight_decay)
     schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda step: _rate(step, steps, config.warmup))
     plan = Plan(steps, config.batch_size, config.seed, device)
-    train_head(head, features, masks, _cross_entropy, optimizer, schedule, plan, on_progress)
+    train_head(head, features, masks, _per_pixel, _mean, optimizer, schedule, plan, on_progress)
     details = {
         "steps": steps,
         "train_images": len(features),
@@ -159,10 +159,13 @@ class Segmenter:
         """Its figures, arguments as of `predict`."""
         features = [DenseFeatures(store, self.config.blocks) for store in stores]
         sums = []
+        shown: dict[int, np.ndarray] = {}
         with closing(map_ahead(targets.target, features[0].numbers, ahead=_MASKS_AHEAD)) as truths:
             for row, truth in enumerate(truths):
                 predicted = self._classes(features, row, truth.shape)
                 sums.append(_counts(predicted, truth, len(self.class_names)))
+                if row < NUM_SHOWN:
+                    shown[features[0].numbers[row]] = predicted.astype(np.uint8)
         counts = np.stack(sums)
         right, truth, predicted = counts.sum(0)
         with np.errstate(invalid="ignore"):
@@ -179,7 +182,7 @@ class Segmenter:
             Score("mIoU", counts, kind="mIoU", unit="%"),
             Score.mean("pixel accuracy", counts[:, 0].sum(1), counts[:, 1].sum(1), unit="%"),
         )
-        return ProbeResult("segmentation", scores, details)
+        return ProbeResult("segmentation", scores, details, shown)
 
     @torch.inference_mode()
     def _classes(self, features: Sequence[DenseFeatures], row: int, size: tuple[int, ...]) -> Int64[np.ndarray, "H W"]:
@@ -199,11 +202,17 @@ def _rate(step: int, steps: int, warmup: float) -> float:
     return min(1.0, (step + 1) / max(1, round(warmup * steps))) * (1 - step / steps)
 
 
-def _cross_entropy(logits: Float[Tensor, "n H W K"], masks: UInt8[Tensor, "n H W"], step: int) -> Float[Tensor, ""]:
-    masks = masks.long()
-    total = functional.cross_entropy(logits.flatten(0, 2), masks.flatten(), ignore_index=IGNORED, reduction="sum")
+def _per_pixel(logits: Float[Tensor, "n H W K"], masks: UInt8[Tensor, "n H W"]) -> Float[Tensor, "n H W"]:
+    """Cross-entropy; 0 where pixels do not count."""
+    flat = functional.cross_entropy(
+        logits.flatten(0, 2), masks.flatten().long(), ignore_index=IGNORED, reduction="none"
+    )
+    return flat.view(masks.shape)
+
+
+def _mean(entropies: Float[Tensor, "n H W"], masks: UInt8[Tensor, "n H W"], step: int) -> Float[Tensor, ""]:
     # The mean of no pixel at all would be NaN.
-    return total / (masks != IGNORED).sum().clamp(min=1)
+    return entropies.sum() / (masks != IGNORED).sum().clamp(min=1)
 
 
 def _counts(
