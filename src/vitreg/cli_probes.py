@@ -64,8 +64,8 @@ class EvaluationOptions:
     """cpu, cuda, mps; auto takes a GPU where there is one"""
     dtype: Literal["float32", "bfloat16", "float16"] = "float32"
     """precision of weights and activations"""
-    batch_size: int = 32
-    """pictures at a time"""
+    feature_batch_size: int = 32
+    """pictures at a time when features are computed"""
     json: bool = False
     """print evaluation.json"""
 
@@ -253,12 +253,12 @@ def _run(
     """Ask the probes of every model, and write and print what they say."""
     if not options.models or len(set(options.models)) < len(options.models):
         raise ValueError(f"--models {' '.join(options.models) or 'is empty'}: name at least one model, and each once")
-    for flag in ("train_images", "val_images", "patch_images", "batch_size"):
+    for flag in ("train_images", "val_images", "patch_images", "feature_batch_size"):
         if (value := getattr(options, flag)) is not None:
             positive(f"--{flag.replace('_', '-')}", value)
     start = time.monotonic()
     out = writable_folder(options.out)
-    config = PassConfig(options.patch_images, options.batch_size)
+    config = PassConfig(options.patch_images, options.feature_batch_size)
     found = [
         dataclasses.replace(
             data, train=choose(data.train, options.train_images), val=choose(data.val, options.val_images)
@@ -266,6 +266,7 @@ def _run(
         for data in found
     ]
     models: list[Evaluated] = []
+    names = _short_names(options.models)
     try:
         for source in options.models:
             vit = Checkpoint(source, device=options.device, dtype=options.dtype).load()
@@ -276,8 +277,8 @@ def _run(
                     asked.pop("zero-shot", None)
                 results |= evaluate(vit, source, data, asked, out, config, stage=progress)
             if discovery is not None:
-                results["discovery"] = _discover(vit, source, discovery, out, options.batch_size)
-            models.append(Evaluated(source, vit.num_registers, results))
+                results["discovery"] = _discover(vit, source, discovery, out, options.feature_batch_size)
+            models.append(Evaluated(names[source], vit.num_registers, results))
     except KeyboardInterrupt:
         print(f"vitreg: interrupted; the same command continues, {out} keeps what is done", file=sys.stderr)
         return INTERRUPTED
@@ -289,6 +290,12 @@ def _run(
     else:
         _print_summary(summary, out)
     return 0
+
+
+def _short_names(sources: Sequence[str]) -> dict[str, str]:
+    """Files and runs without their folders, where they still differ."""
+    short = {s: Path(s).name.removesuffix(".safetensors") if Path(s).exists() else s for s in sources}
+    return short if len(set(short.values())) == len(short) else {source: source for source in sources}
 
 
 def _classification(data: str, class_names: Path | None = None) -> Data:
