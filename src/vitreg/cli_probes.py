@@ -18,6 +18,7 @@ from rich.table import Table
 
 from vitreg.disk import replace_text
 from vitreg.images import (
+    MILLIMETRES,
     DenseSet,
     SegmentationSet,
     image_size,
@@ -166,6 +167,7 @@ def evaluate_segmentation(
     data: str,
     common: EvaluationOptions,
     size: tuple[int, int] | None = None,
+    ignore: int | None = None,
     protocol: SegmentationConfig = SegmentationConfig(),
 ) -> int:
     """Name the class of every pixel with a linear head on patch features; mIoU.
@@ -176,9 +178,10 @@ def evaluate_segmentation(
         data: ade20k:PATH, voc2012:PATH, or a folder with train/ and val/, in each images/ and masks/.
         common: models and pictures.
         size: height and width that pictures are brought to, rounded to whole patches; by default the short side is 512.
+        ignore: number in the masks of a folder that does not count, besides 255.
         protocol: its settings; by default those of the paper, or as close as can be.
     """
-    return _run(common, [_segmentation(data, size)], {"segmentation": protocol})
+    return _run(common, [_segmentation(data, size, ignore)], {"segmentation": protocol})
 
 
 def evaluate_depth(
@@ -186,6 +189,7 @@ def evaluate_depth(
     data: str,
     common: EvaluationOptions,
     size: tuple[int, int] | None = None,
+    scale: float = MILLIMETRES,
     variant: Literal["lin.1", "lin.4"] = "lin.1",
     protocol: DepthConfig = DepthConfig(),
 ) -> int:
@@ -197,10 +201,11 @@ def evaluate_depth(
         data: a folder with train/ and val/, in each images/ and depth/ (16-bit PNG in millimetres, 0 where unknown).
         common: models and pictures.
         size: height and width that pictures are brought to, rounded to whole patches; by default the short side is 480.
+        scale: metres in one step of the files' numbers; 0.001 for millimetres.
         variant: the head reads the last block (or --blocks), or four (lin.4), as DINOv2's.
         protocol: its settings; by default those of the paper, or as close as can be.
     """
-    return _run(common, [_depth(data, size)], {_DEPTH[variant]: protocol})
+    return _run(common, [_depth(data, size, scale)], {_DEPTH[variant]: protocol})
 
 
 def evaluate_all(
@@ -210,8 +215,10 @@ def evaluate_all(
     class_names: Path | None = None,
     segmentation: str | None = None,
     segmentation_size: tuple[int, int] | None = None,
+    segmentation_ignore: int | None = None,
     depth: str | None = None,
     depth_size: tuple[int, int] | None = None,
+    depth_scale: float = MILLIMETRES,
     depth_variants: tuple[Literal["lin.1", "lin.4"], ...] = ("lin.1",),
     discovery: str | None = None,
 ) -> int:
@@ -229,15 +236,17 @@ def evaluate_all(
         class_names: as for `evaluate zero-shot`.
         segmentation: as --data of `evaluate segmentation`.
         segmentation_size: as its --size.
+        segmentation_ignore: as its --ignore.
         depth: as --data of `evaluate depth`.
         depth_size: as its --size.
+        depth_scale: as its --scale.
         depth_variants: lin.1 reads the last block; lin.4 four, whose patch tokens are kept then.
         discovery: as --data of `evaluate discovery`.
     """
     found = [
         *([_classification(data, class_names)] if data else []),
-        *([_segmentation(segmentation, segmentation_size)] if segmentation else []),
-        *([_depth(depth, depth_size)] if depth else []),
+        *([_segmentation(segmentation, segmentation_size, segmentation_ignore)] if segmentation else []),
+        *([_depth(depth, depth_size, depth_scale)] if depth else []),
     ]
     if not found and not discovery:
         raise ValueError("there is nothing to evaluate on; give --data, --segmentation, --depth or --discovery")
@@ -311,13 +320,13 @@ def _classification(data: str, class_names: Path | None = None) -> Data:
     return Data("classification", train, val, class_names=names)
 
 
-def _segmentation(source: str, size: tuple[int, int] | None) -> Data:
-    train, val = open_segmentation(source)
+def _segmentation(source: str, size: tuple[int, int] | None, ignore: int | None) -> Data:
+    train, val = open_segmentation(source, ignore=ignore)
     return Data("segmentation", train, val, size or _size(train.name(0), _SHORT_SIDE["segmentation"]))
 
 
-def _depth(source: str, size: tuple[int, int] | None) -> Data:
-    train, val = open_depth(source)
+def _depth(source: str, size: tuple[int, int] | None, scale: float) -> Data:
+    train, val = open_depth(source, scale=scale)
     return Data("depth", train, val, size or _size(train.name(0), _SHORT_SIDE["depth"]))
 
 

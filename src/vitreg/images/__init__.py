@@ -5,7 +5,7 @@ from vitreg.images.batches import Batches, Images
 from vitreg.images.boxes import BoxedImage, BoxSet, open_box_set
 from vitreg.images.bundled import bundled_photographs
 from vitreg.images.dense import DenseSet, refuse
-from vitreg.images.depth import DepthSet, open_depth
+from vitreg.images.depth import MILLIMETRES, DepthSet, open_depth
 from vitreg.images.labelled import ImageSet, Part, evenly
 from vitreg.images.masks import IGNORED, SegmentationSet, open_segmentation
 from vitreg.images.reading import EXTENSIONS, MAX_PIXELS, ImageError, find_images, image_size, read_image
@@ -16,6 +16,7 @@ __all__ = [
     "EXTENSIONS",
     "IGNORED",
     "MAX_PIXELS",
+    "MILLIMETRES",
     "Batches",
     "BoxSet",
     "BoxedImage",
