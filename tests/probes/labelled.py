@@ -1,8 +1,9 @@
-"""Small stores of some classes of real pictures, for the probes of classification; also for a process that tests kill."""
+"""Small stores of some classes of real pictures, for probes of classification; also for a process that tests kill."""
 
 from __future__ import annotations
 
 import json
+import time
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -37,7 +38,8 @@ def small_stores(data: Path, folder: Path) -> tuple[FeatureStore, FeatureStore]:
 
 
 def train_killed(train: Path, val: Path, state: Path, out: Path) -> None:
-    """A linear probe that writes its state after every iteration, and its result at the end."""
+    """A linear probe that writes its state after every iteration, and its result at the end; slow enough to be hit."""
     torch.set_num_threads(1)
-    result = linear(FeatureStore.open(train), FeatureStore.open(val), KILLED, state=state, save_seconds=0)
+    stores = FeatureStore.open(train), FeatureStore.open(val)
+    result = linear(*stores, KILLED, state=state, save_seconds=0, on_progress=lambda *_: time.sleep(0.01))
     out.write_text(json.dumps([result.details, result.scores[0].sums.tolist()]))

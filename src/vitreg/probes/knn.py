@@ -15,6 +15,7 @@ from vitreg.probes.score import ProbeResult, Score
 from vitreg.probes.store import FeatureStore
 
 _QUERIES, _KEYS = 256, 16384
+_LAST_ROW = 2**32 - 1
 
 
 @dataclass(frozen=True)
@@ -112,18 +113,14 @@ def nearest(
         similarity = queries @ keys[first : first + _KEYS].T
         # One integer that sorts by similarity, then by row: the top k of equal floats would be any of them.
         rows = torch.arange(first, first + similarity.shape[1], device=keys.device)
-        ranked = (_sortable(similarity).long() << 32) + (_LAST - rows)
+        ranked = (_mirrored(similarity.view(torch.int32)).long() << 32) + (_LAST_ROW - rows)
         candidates = torch.cat([best, ranked], 1)
         best = candidates.topk(min(k, candidates.shape[1]), dim=1).values
-    return _LAST - (best & _LAST), _sortable(best >> 32).view(torch.float32)
+    return _LAST_ROW - (best & _LAST_ROW), _mirrored((best >> 32).int()).view(torch.float32)
 
 
-_LAST = 2**32 - 1
-
-
-def _sortable(values: Tensor) -> Tensor:
-    """Floats as integers in the same order, and back: the bits of negative floats are in the reverse order."""
-    bits = values.view(torch.int32) if values.dtype == torch.float32 else values.to(torch.int32)
+def _mirrored(bits: Int[Tensor, "M N"]) -> Int[Tensor, "M N"]:
+    """Bits of floats to integers in the same order, and back: those of negative floats are in the reverse order."""
     return bits ^ ((bits >> 31) & 0x7FFFFFFF)
 
 

@@ -99,7 +99,7 @@ class Heads:
     def step(self) -> None:
         """One iteration of SGD on the mean cross-entropy of a batch."""
         config = self._config
-        rows = self._batch()
+        rows = self.batch()
         labels = self._labels[rows][:, None, None].expand(-1, len(config.learning_rates), 1)
         decay = 0.5 * (1 + math.cos(math.pi * self.iteration / config.num_iterations))
         for number, features in enumerate(self._features):
@@ -134,8 +134,8 @@ class Heads:
     def _logits(self, x: Tensor, weight: Tensor, bias: Tensor) -> Float[Tensor, "B heads K"]:
         return torch.addmm(bias[:, 0], x, weight.T).unflatten(1, (-1, self._num_classes))
 
-    def _batch(self) -> Tensor:
-        """Its rows follow from the seed and the iteration alone: one shuffled pass over all after another."""
+    def batch(self) -> Int[Tensor, " B"]:
+        """Rows of the next batch, from seed and iteration alone: one shuffled pass over all after another."""
         size, total = self._config.batch_size, len(self._labels)
         first = self.iteration * size
         parts: list[Tensor] = []

