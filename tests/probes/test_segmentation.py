@@ -21,7 +21,7 @@ from probes.dense import CONFIG, all_patches, squares, stores, with_patches
 from probes.small import small_vit
 from vitreg.images import IGNORED, open_segmentation
 from vitreg.probes import FeaturesConfig, extract
-from vitreg.probes.dense_features import DenseFeatures, dense_preprocess
+from vitreg.probes.dense_features import DenseFeatures, dense_preprocess, read_targets
 from vitreg.probes.dense_head import LinearHead, Upsampling
 from vitreg.probes.segmentation import SegmentationConfig, Segmenter, fit_segmentation, linear_segmentation
 
@@ -89,7 +89,7 @@ def test_at_least_as_good_as_logistic_regression_on_the_same_patches(tiny_vit, t
     counted = labels != IGNORED
     scaled = StandardScaler()
     known = scaled.fit_transform(patches.flatten(0, 1).numpy()[counted].astype(np.float64))
-    peer = LogisticRegression(max_iter=200).fit(known, labels[counted])
+    peer = LogisticRegression(max_iter=100, tol=1e-3).fit(known, labels[counted])
     weight = peer.coef_ / scaled.scale_
     head = LinearHead(192, 11, batch_norm=False, seed=0)
     with torch.no_grad():
@@ -100,7 +100,6 @@ def test_at_least_as_good_as_logistic_regression_on_the_same_patches(tiny_vit, t
     theirs = Segmenter(head, sets[1].class_names, SHORT, {}, "cpu").evaluate([val], sets[1]).scores[0].value
     ours = linear_segmentation(train, val, sets, dataclasses.replace(SHORT, steps=300)).scores[0].value
     assert theirs > 25
-    print("LR", theirs, ours)
     assert ours > theirs - 1
 
 
@@ -223,3 +222,25 @@ def test_features_that_are_not_finite(sets, features, tmp_path):
     save_file(tensors, file, note)
     with pytest.raises(ValueError, match="train-1 holds features that are not finite; run the feature pass again"):
         fit_segmentation(train, sets[0], SHORT)
+
+
+def test_targets_are_resized_to_the_nearest_pixel(sets):
+    read = read_targets(sets[1], [3, 0], (33, 50))
+    for found, number in zip(read, (3, 0), strict=True):
+        whole = torch.from_numpy(sets[1].target(number))[None, None].float()
+        theirs = functional.interpolate(whole, (33, 50), mode="nearest-exact")[0, 0]
+        np.testing.assert_array_equal(found, theirs.numpy().astype(np.uint8))
+
+
+def test_the_learning_rate_rises_and_falls_to_zero(sets, features, monkeypatch):
+    """Warm-up times decay, as mmsegmentation's poly schedule of power 1."""
+    rates, step = [], torch.optim.AdamW.step
+
+    def watched(self, *args, **kwargs):
+        rates.append(self.param_groups[0]["lr"])
+        return step(self, *args, **kwargs)
+
+    monkeypatch.setattr(torch.optim.AdamW, "step", watched)
+    fit_segmentation(features[0], sets[0], dataclasses.replace(SHORT, steps=20, warmup=0.2))
+    expected = [1e-3 * min(1, (i + 1) / 4) * (1 - i / 20) for i in range(20)]
+    assert rates == pytest.approx(expected)
