@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import math
+import sys
 
 import numpy as np
 import pytest
@@ -15,7 +16,6 @@ import vitreg
 from probes.labelled import ALL_BLOCKS, pictures_of, small_stores
 from probes.small import small_vit
 from vitreg.probes import FeatureStore, extract
-from vitreg.probes import knn as module
 from vitreg.probes.knn import KNNConfig, knn, nearest
 
 Stores = tuple[FeatureStore, FeatureStore]
@@ -51,7 +51,7 @@ def test_predictions_are_those_of_scikit_learn(stores):
 
 
 def test_many_classes_and_several_chunks(monkeypatch):
-    monkeypatch.setattr(module, "_KEYS", 700)
+    monkeypatch.setattr(sys.modules[nearest.__module__], "_KEYS", 700)
     torch.manual_seed(0)
     means, y = torch.randn(40, 32), torch.arange(3000) % 40
     x, queries = (normalize(means[y] + 3 * torch.randn(3000, 32), dim=1) for _ in range(2))
@@ -62,7 +62,7 @@ def test_many_classes_and_several_chunks(monkeypatch):
 
 
 def test_of_equal_neighbours_the_first_count(monkeypatch):
-    monkeypatch.setattr(module, "_KEYS", 7)
+    monkeypatch.setattr(sys.modules[nearest.__module__], "_KEYS", 7)
     x = normalize(torch.tensor([[1.0, 0.0], [0.0, 1.0], [-1.0, 1.0]]), dim=1).repeat(10, 1)
     rows, similarity = nearest(x, x[[1, 0]], 12)
     assert rows[0].tolist() == [*range(1, 30, 3), 2, 5]

@@ -78,6 +78,18 @@ def test_dependent_and_constant_columns_and_fewer_rows_than_columns(train):
     ours, theirs = fit_logistic(x, y[::10], CLASSES, tolerance=1e-8), peer(x, y[::10], 1.0, 1e-8)
     assert ours.converged
     assert error(ours.weight, torch.from_numpy(theirs.coef_)) < 1e-3
+    # Rounding makes the Hessian indefinite where nearly nothing is penalised.
+    loose = fit_logistic(100 * x.float() + 300, y[::10], CLASSES, C=1e6)
+    assert torch.equal(loose.predict(100 * x.float() + 300), y[::10])
+
+
+def test_a_fit_that_rounding_stops_before_the_tolerance_ends(train):
+    x, y = train
+    ours = fit_logistic(100 * x.float() + 1000, y, CLASSES, C=1e-3, tolerance=1e-12)
+    assert ours.converged
+    assert ours.num_iterations < 1000
+    reference = fit_logistic(100 * x + 1000, y, CLASSES, C=1e-3, tolerance=1e-8)
+    assert error(ours.weight, reference.weight.float()) < 0.05
 
 
 def test_too_few_iterations_are_said(train):

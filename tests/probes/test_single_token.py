@@ -12,9 +12,10 @@ import torch
 from sklearn.linear_model import LogisticRegression
 
 from probes.labelled import ALL_BLOCKS, pictures_of, small_stores
+from probes.small import small_vit
 from vitreg.probes import FeaturesConfig, FeatureStore, extract
 from vitreg.probes.logistic import LogisticConfig
-from vitreg.probes.single_token import SingleTokenConfig, single_token
+from vitreg.probes.single_token import SingleTokenConfig, _kinds, single_token
 
 CONFIG = SingleTokenConfig(draws=3, min_images=5, logistic=LogisticConfig(C=(0.01,)))
 Stores = tuple[FeatureStore, FeatureStore]
@@ -69,27 +70,22 @@ def test_every_patch_is_of_its_kind_and_draws_differ(real, monkeypatch):
     train, _ = real
     assert train.threshold is not None
     norms, plain = train.norms[:, train.block].flatten(1), FeatureStore.patches
-    drawn: dict[float, list[torch.Tensor]] = {}
 
     def patches(store, block):
         for rows, tokens in plain(store, block):
             assert store.path == train.path
             yield rows, norms[rows][:, :, None] + 0 * tokens
 
-    from vitreg.probes import single_token as module
-
     monkeypatch.setattr(FeatureStore, "patches", patches)
-    kinds = module._kinds(train, CONFIG, 0)
+    kinds = _kinds(train, CONFIG, 0)
     normal, outlier = kinds["normal patch"].draws[:, :, 0], kinds["outlier patch"].draws[:, :, 0]
     assert normal.shape == outlier.shape == (3, 30)
     assert (normal < train.threshold).all()
     assert (outlier >= train.threshold).all()
     for drawn in (normal, outlier):
         assert not torch.equal(drawn[0], drawn[1])
-    assert torch.equal(normal, module._kinds(train, CONFIG, 0)["normal patch"].draws[:, :, 0])
-    assert not torch.equal(
-        normal, module._kinds(train, dataclasses.replace(CONFIG, seed=1), 0)["normal patch"].draws[:, :, 0]
-    )
+    assert torch.equal(normal, _kinds(train, CONFIG, 0)["normal patch"].draws[:, :, 0])
+    assert not torch.equal(normal, _kinds(train, dataclasses.replace(CONFIG, seed=1), 0)["normal patch"].draws[:, :, 0])
 
 
 def test_pictures_without_an_outlier_count_for_nothing(real, monkeypatch):
@@ -137,8 +133,6 @@ def test_a_class_without_outliers_counts_as_wrong(real, monkeypatch):
 
 def test_patches_of_some_pictures(stores, test_data, tmp_path):
     """All kinds are fitted and judged on them, so that they can be compared."""
-    from probes.small import small_vit
-
     config = dataclasses.replace(ALL_BLOCKS, patches=30)
     train = extract(small_vit(), pictures_of(test_data, "train", (3, 7), 24), tmp_path / "train", config)
     result = single_token(train, train, CONFIG)

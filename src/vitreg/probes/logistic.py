@@ -185,25 +185,30 @@ class _Problem:
     def __init__(self, features: Tensor, labels: Tensor, num_classes: int) -> None:
         check_every_class(labels, num_classes)
         check_finite(features, "the table of features")
-        self._features, self._labels, self._num_classes = features, labels, num_classes
+        # The bias takes up what is subtracted; without it, large means would cost float32 its digits.
+        self._mean = features.mean(0)
+        self._features, self._labels, self._num_classes = features - self._mean, labels, num_classes
 
     def fit(self, C: float, max_iter: int, tolerance: float, start: Logistic | None = None) -> Logistic:
         """L-BFGS from scipy, in preconditioned variables, which are chosen anew from time to time."""
         penalty = 1 / (C * len(self._features))
         weights = torch.zeros(self._num_classes, self._features.shape[1] + 1, dtype=torch.float64)
         if start is not None:
-            weights[:, :-1], weights[:, -1] = start.weight, start.bias
+            weights[:, :-1], weights[:, -1] = start.weight, start.bias + start.weight @ self._mean
         done, rounds, converged = 0, _FIRST_ROUND, False
         while not converged and done < max_iter:
             weights, iterations, converged = self._minimize(weights, penalty, min(rounds, max_iter - done), tolerance)
             done, rounds = done + iterations, 2 * rounds
         weights = weights.to(self._features)
-        return Logistic(weights[:, :-1].contiguous(), weights[:, -1].contiguous(), done, converged)
+        weight = weights[:, :-1].contiguous()
+        return Logistic(weight, weights[:, -1] - weight @ self._mean, done, converged)
 
     def _minimize(self, weights: Tensor, penalty: float, max_iter: int, tolerance: float) -> tuple[Tensor, int, bool]:
         """From given weights, in the coordinates that suit them: new weights, iterations, and whether these are it."""
-        inverse = self._inverse_root(weights, penalty)
-        worst = np.inf
+        inverse, mean = self._inverse_root(weights, penalty), self._mean.double().cpu()
+        # Smaller changes of the loss are of rounding: it is a mean over many rows.
+        rounding = torch.finfo(self._features.dtype).eps / 64
+        worst, losses = np.inf, []
 
         def objective(flat: np.ndarray) -> tuple[float, np.ndarray]:
             nonlocal worst
@@ -212,7 +217,10 @@ class _Problem:
             loss, gradient = self._loss(moved)
             loss += 0.5 * penalty * moved[:, :-1].square().sum().item()
             gradient[:, :-1] += penalty * moved[:, :-1]
-            worst = gradient.abs().max().item()
+            # Of the features as they are given, so that the tolerance is that of scikit-learn.
+            given = gradient[:, :-1] + gradient[:, -1:] * mean
+            worst = max(given.abs().max().item(), gradient[:, -1].abs().max().item())
+            losses.append(loss)
             return loss, (gradient @ inverse.T).numpy().ravel()
 
         def stop(intermediate_result: OptimizeResult) -> None:
@@ -225,12 +233,12 @@ class _Problem:
             jac=True,
             method="L-BFGS-B",
             callback=stop,
-            # Smaller steps than this are of rounding: the loss is a mean over many rows.
-            options={"maxiter": max_iter, "gtol": 0, "ftol": torch.finfo(self._features.dtype).eps / 64},
+            options={"maxiter": max_iter, "gtol": 0, "ftol": rounding},
         )
         weights = weights + torch.from_numpy(result.x).view(weights.shape) @ inverse
-        # Where not even the first step makes the loss smaller, the gradient is of rounding.
-        return weights, int(result.nit), worst <= tolerance or result.status == 0 or result.nit == 0
+        # A line search that fails starts anew, in other coordinates, but not for ever.
+        gained = losses[0] - result.fun > 64 * rounding * max(1.0, losses[0])
+        return weights, int(result.nit), worst <= tolerance or result.status == 0 or not gained
 
     def _chunks(self, weights: Tensor) -> Iterator[tuple[Tensor, Tensor, Tensor]]:
         """Features, labels and log-probabilities of some rows."""
@@ -263,8 +271,8 @@ class _Problem:
             hessian += ((extended * spread).T @ extended).double().cpu()
         hessian /= self._num_classes * len(self._features)
         diagonal = hessian.diagonal()
-        # Features may be linearly dependent.
-        diagonal += 1e-9 * diagonal.mean()
+        # Features may be linearly dependent, but for rounding.
+        diagonal += torch.finfo(self._features.dtype).eps * diagonal.sum()
         diagonal[:-1] += penalty
         root = torch.linalg.cholesky(hessian)
         return torch.linalg.solve_triangular(root, torch.eye(width, dtype=torch.float64), upper=False)
