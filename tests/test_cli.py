@@ -168,7 +168,7 @@ def test_ctrl_c_leaves_a_report(test_data, tmp_path):
     process = subprocess.Popen([sys.executable, "-c", code], env=env, stderr=subprocess.PIPE, text=True)
     assert process.stderr is not None
     # At the second the first is counted; interrupted in the first, there is nothing to report.
-    assert ["batch", "batch"] == [process.stderr.readline().strip() for _ in range(2)]
+    assert [process.stderr.readline().strip() for _ in range(2)] == ["batch", "batch"]
     process.send_signal(signal.SIGINT)
     start = time.monotonic()
     process.communicate(timeout=60)
