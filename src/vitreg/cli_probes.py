@@ -42,6 +42,7 @@ from vitreg.probes.tables import LEGEND, headline_table, markdown, tables, write
 from vitreg.probes.zero_shot import ZeroShotConfig
 from vitreg.terminal import INTERRUPTED, Checkpoint, positive, print_json, progress, writable_folder
 
+_SEGMENTATION = {"linear": "segmentation", "+ms": "segmentation-ms"}
 _DEPTH = {"lin.1": "depth", "lin.4": "depth-lin4"}
 _SHORT_SIDE = {"segmentation": 512, "depth": 480}
 """Of pictures, in pixels, where no size is given: that of the usual crops of ADE20k, and NYUv2's own."""
@@ -168,6 +169,7 @@ def evaluate_segmentation(
     common: EvaluationOptions,
     size: tuple[int, int] | None = None,
     ignore: int | None = None,
+    variant: Literal["linear", "+ms"] = "linear",
     protocol: SegmentationConfig = SegmentationConfig(),
 ) -> int:
     """Name the class of every pixel with a linear head on patch features; mIoU.
@@ -179,9 +181,10 @@ def evaluate_segmentation(
         common: models and pictures.
         size: height and width that pictures are brought to, rounded to whole patches; by default the short side is 512.
         ignore: number in the masks of a folder that does not count, besides 255.
+        variant: linear reads the last block (or --blocks); +ms four, and averages over three sizes of the pictures.
         protocol: its settings; by default those of the paper, or as close as can be.
     """
-    return _run(common, [_segmentation(data, size, ignore)], {"segmentation": protocol})
+    return _run(common, [_segmentation(data, size, ignore)], {_SEGMENTATION[variant]: protocol})
 
 
 def evaluate_depth(
@@ -216,6 +219,7 @@ def evaluate_all(
     segmentation: str | None = None,
     segmentation_size: tuple[int, int] | None = None,
     segmentation_ignore: int | None = None,
+    segmentation_variants: tuple[Literal["linear", "+ms"], ...] = ("linear",),
     depth: str | None = None,
     depth_size: tuple[int, int] | None = None,
     depth_scale: float = MILLIMETRES,
@@ -237,10 +241,11 @@ def evaluate_all(
         segmentation: as --data of `evaluate segmentation`.
         segmentation_size: as its --size.
         segmentation_ignore: as its --ignore.
+        segmentation_variants: as its --variant; several make a column each.
         depth: as --data of `evaluate depth`.
         depth_size: as its --size.
         depth_scale: as its --scale.
-        depth_variants: lin.1 reads the last block; lin.4 four, whose patch tokens are kept then.
+        depth_variants: as its --variant.
         discovery: as --data of `evaluate discovery`.
     """
     found = [
@@ -251,7 +256,8 @@ def evaluate_all(
     if not found and not discovery:
         raise ValueError("there is nothing to evaluate on; give --data, --segmentation, --depth or --discovery")
     tasks = {one.task for one in found}
-    unwanted = {name for variant, name in _DEPTH.items() if variant not in depth_variants}
+    wanted = {_SEGMENTATION[variant] for variant in segmentation_variants} | {_DEPTH[v] for v in depth_variants}
+    unwanted = {*_SEGMENTATION.values(), *_DEPTH.values()} - wanted
     probes = {name: probe.config for name, probe in PROBES.items() if probe.task in tasks and name not in unwanted}
     return _run(common, found, probes, discovery)
 
@@ -375,10 +381,12 @@ def _write(summary: dict[str, Any], models: Sequence[Evaluated], found: Sequence
     pictures: dict[str, list[DensePicture]] = {"segmentation": [], "depth": []}
     class_names: Sequence[str] = ()
     for data in found:
-        answers = [model.results[data.task] for model in models if data.task in model.results]
         val = data.val
-        if not isinstance(val, DenseSet) or not answers:
+        if not isinstance(val, DenseSet):
             continue
+        # Of several variants the first is shown.
+        probe = next(name for name in models[0].results if PROBES[name].task == data.task)
+        answers = [model.results[probe] for model in models]
         if isinstance(val, SegmentationSet):
             class_names = val.class_names
         for number in answers[0].predictions:

@@ -36,7 +36,8 @@ class Subject:
     Attributes:
         vit: the model.
         source: what it was loaded from, which has the text tower of a CLIP.
-        train, val: its features.
+        train: its features of the training pictures.
+        vals: its features of the validation pictures, first in the size of `train`, then in each of `Probe.enlarged`.
         train_images, val_images: the pictures that they are of.
         class_names: words for the classes, where the set has only numbers.
         state: a file for what a probe keeps while it trains.
@@ -45,11 +46,16 @@ class Subject:
     vit: VisionTransformer
     source: str
     train: FeatureStore
-    val: FeatureStore
+    vals: tuple[FeatureStore, ...]
     train_images: ImageSet
     val_images: ImageSet
     class_names: tuple[str, ...] | None
     state: Path
+
+    @property
+    def val(self) -> FeatureStore:
+        """Its features of the validation pictures, in the size of `train`."""
+        return self.vals[0]
 
     @property
     def device(self) -> torch.device:
@@ -68,6 +74,8 @@ class Probe:
         blocks: whose tokens it needs, of a model of so many blocks.
         patches: whether it needs patch tokens of these blocks.
         ask: what makes it.
+        enlarged: by how much the validation pictures are enlarged besides, for predictions that are averaged over
+            sizes.
     """
 
     title: str
@@ -76,6 +84,7 @@ class Probe:
     blocks: Callable[[Any, int], tuple[int, ...]]
     patches: bool
     ask: Callable[[Subject, Any, Progress], ProbeResult]
+    enlarged: tuple[float, ...] = ()
 
 
 def _own_block(config: Any, depth: int) -> tuple[int, ...]:
@@ -90,6 +99,10 @@ def _last_block(config: Any, depth: int) -> tuple[int, ...]:
     return (depth - 1,)
 
 
+def _last_four_blocks(config: Any, depth: int) -> tuple[int, ...]:
+    return tuple(range(max(0, depth - 4), depth))
+
+
 def _zero_shot(subject: Subject, config: ZeroShotConfig, on_progress: Progress) -> ProbeResult:
     text = load_text_encoder(subject.source, device=subject.device)
     return zero_shot(subject.val, subject.vit, text, subject.class_names, config, on_progress=on_progress)
@@ -99,7 +112,13 @@ def _segmentation(s: Subject, config: SegmentationConfig, on_progress: Progress)
     train, val = s.train_images, s.val_images
     assert isinstance(train, SegmentationSet)
     assert isinstance(val, SegmentationSet)
-    return linear_segmentation(s.train, s.val, (train, val), config, device=s.device, on_progress=on_progress)
+    return linear_segmentation(s.train, s.vals, (train, val), config, device=s.device, on_progress=on_progress)
+
+
+def _segmentation_ms(s: Subject, config: SegmentationConfig, on_progress: Progress) -> ProbeResult:
+    return _segmentation(
+        s, dataclasses.replace(config, blocks=_last_four_blocks(config, s.vit.config.depth)), on_progress
+    )
 
 
 def _depth_lin4(s: Subject, config: DepthConfig, on_progress: Progress) -> ProbeResult:
@@ -141,6 +160,10 @@ PROBES: dict[str, Probe] = {
         ),
     ),
     "segmentation": Probe("segmentation", "segmentation", SegmentationConfig(), _blocks, True, _segmentation),
+    "segmentation-ms": Probe(
+        "segmentation, +ms", "segmentation", SegmentationConfig(), _last_four_blocks, True, _segmentation_ms,
+        enlarged=(1.32, 1.73),
+    ),
     "depth": Probe("depth, lin.1", "depth", DepthConfig(), _blocks, True, _depth),
     "depth-lin4": Probe(
         "depth, lin.4", "depth", DepthConfig(), lambda _, depth: depth_blocks(depth, "lin.4"), True, _depth_lin4

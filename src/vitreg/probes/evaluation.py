@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import dataclasses
 from collections.abc import Callable, Mapping
 from contextlib import AbstractContextManager
 from dataclasses import dataclass
@@ -15,10 +14,12 @@ import numpy as np
 from vitreg.images import DenseSet, ImageSet, Part, evenly
 from vitreg.model import Preprocess, VisionTransformer
 from vitreg.probes.catalogue import PROBES, Subject, Task
+from vitreg.probes.dense_features import dense_preprocess
 from vitreg.probes.features import Progress, extract
 from vitreg.probes.origin import FeaturesConfig, Origin
 from vitreg.probes.saved import load_result, save_result
 from vitreg.probes.score import ProbeResult
+from vitreg.probes.store import FeatureStore
 
 _HELD_OUT = 5
 
@@ -84,34 +85,41 @@ def evaluate(
     """
     config = config or PassConfig()
     name = safe_name(source)
-    preprocess = preprocessing(vit, data.size)
     features = _features_config(vit, data.task, probes, config)
-    stores = []
-    for part, images in (("training", data.train), ("validation", data.val)):
+
+    def store(images: ImageSet, part: str, scale: float = 1.0) -> FeatureStore:
+        size = None if data.size is None else (scale * data.size[0], scale * data.size[1])
+        preprocess = preprocessing(vit, size)
         # Another set, size or block is another folder, so that one evaluation never stands in the way of the next.
         digest = Origin.of(vit, images, preprocess, features).digest()[:12]
         out = folder / "features" / f"{name}-{data.task}-{part}-{digest}"
-        with stage(f"{source}: features of {len(images)} {part} pictures") as on_progress:
-            stores.append(
-                extract(
-                    vit,
-                    images,
-                    out,
-                    features,
-                    preprocess=preprocess,
-                    batch_size=config.batch_size,
-                    on_progress=on_progress,
-                )
+        enlarged = "" if scale == 1 else f", {scale:g} times as large"
+        with stage(f"{source}: features of {len(images)} {part} pictures{enlarged}") as on_progress:
+            return extract(
+                vit,
+                images,
+                out,
+                features,
+                preprocess=preprocess,
+                batch_size=config.batch_size,
+                on_progress=on_progress,
             )
-    train, val = stores
+
+    train, val = store(data.train, "training"), store(data.val, "validation")
+    enlarged = {
+        scale: store(data.val, "validation", scale)
+        for scale in dict.fromkeys(scale for probe in probes for scale in PROBES[probe].enlarged)
+    }
     found = {}
     for probe, settings in probes.items():
-        question = f"vitreg {metadata.version('vitreg')}, {probe}, {settings}, {data.class_names}, {train.id}, {val.id}"
+        vals = (val, *(enlarged[scale] for scale in PROBES[probe].enlarged))
+        ids = [one.id for one in (train, *vals)]
+        question = f"vitreg {metadata.version('vitreg')}, {probe}, {settings}, {data.class_names}, {ids}"
         answer = folder / "answers" / f"{name}-{probe}.safetensors"
         result = load_result(answer, question)
         if result is None:
             state = folder / "states" / f"{name}-{probe}-{train.id[:12]}.safetensors"
-            subject = Subject(vit, source, train, val, data.train, data.val, data.class_names, state)
+            subject = Subject(vit, source, train, vals, data.train, data.val, data.class_names, state)
             with stage(f"{source}: {PROBES[probe].title}") as on_progress:
                 result = PROBES[probe].ask(subject, settings, on_progress)
             save_result(answer, question, result)
@@ -144,7 +152,7 @@ def _features_config(
     )
 
 
-def preprocessing(vit: VisionTransformer, size: tuple[int, int] | None) -> Preprocess:
+def preprocessing(vit: VisionTransformer, size: tuple[float, float] | None) -> Preprocess:
     """The checkpoint's, or that which brings whole pictures to a size, as probes of every pixel need it.
 
     Args:
@@ -155,7 +163,7 @@ def preprocessing(vit: VisionTransformer, size: tuple[int, int] | None) -> Prepr
         return vit.preprocess
     patch = vit.config.patch_size
     height, width = (max(1, round(side / patch)) * patch for side in size)
-    return dataclasses.replace(vit.preprocess, size=(height, width), crop="squash", crop_fraction=1.0)
+    return dense_preprocess(vit.preprocess, height, width)
 
 
 def choose(images: ImageSet, count: int | None) -> ImageSet:

@@ -88,11 +88,7 @@ def write_evaluation(
         s=summary,
         tables=tables,
         legend=legend,
-        # Only those models made predictions.
-        models={
-            probe: [model["name"] for model in summary["models"] if probe in model["probes"]]
-            for probe in ("segmentation", "depth")
-        },
+        models=[model["name"] for model in summary["models"]],
         masks=[_mask_card(picture, colours) for picture in masks],
         classes=[(class_names[c] if c < len(class_names) else str(c), _css(colours[c])) for c in present],
         depths=[_depth_card(picture) for picture in depths],
