@@ -17,6 +17,7 @@ import pytest
 from PIL import Image
 
 from vitreg import cli
+from vitreg.cli_probes import EvaluationOptions
 
 TINY = "vit_tiny_patch16_224.augreg_in21k_ft_in1k"
 
@@ -225,7 +226,18 @@ def test_the_command_line_is_frozen():
             "batch_size", "bias", "block", "center", "facet", "images", "json", "k_patches", "max_objects", "method",
             "model", "normalize", "out", "overlays", "strict",
         ],
+        "evaluate all": [
+            "class_names", "common", "data", "depth", "depth_scale", "depth_size", "depth_variants", "discovery",
+            "segmentation", "segmentation_ignore", "segmentation_size", "segmentation_variants",
+        ],
+        "evaluate depth": ["common", "data", "protocol", "scale", "size", "variant"],
         "evaluate discovery": ["batch_size", "data", "device", "dtype", "json", "models", "out", "sweep"],
+        **{
+            f"evaluate {probe}": ["common", "data", "protocol"]
+            for probe in ("knn", "linear", "position", "reconstruction", "tokens")
+        },
+        "evaluate segmentation": ["common", "data", "ignore", "protocol", "size", "variant"],
+        "evaluate zero-shot": ["class_names", "common", "data", "protocol"],
         "models": ["filter", "json"],
         "timeline": ["json", "out", "runs"],
         "train": [
@@ -235,6 +247,9 @@ def test_the_command_line_is_frozen():
             "steps", "val", "warmup_steps", "weight_decay", "workers",
         ],
     }  # fmt: skip
+    assert list(EvaluationOptions.__dataclass_fields__) == [
+        "models", "out", "train_images", "val_images", "patch_images", "device", "dtype", "feature_batch_size", "json",
+    ]  # fmt: skip
     assert list(cli.ModelOptions.__dataclass_fields__) == ["model", "architecture", "device", "dtype", "size"]
 
 

@@ -6,6 +6,7 @@ import re
 import shlex
 import shutil
 from pathlib import Path
+from typing import get_type_hints
 
 import pytest
 
@@ -54,5 +55,7 @@ def test_shown_commands_parse():
         _, *rest = shlex.split(line)
         command = " ".join(rest[:2]) if " ".join(rest[:2]) in cli.COMMANDS else rest[0]
         flags = {part.removeprefix("--").replace("-", "_") for part in rest if part.startswith("--")}
-        known = set(cli.COMMANDS[command].__annotations__) | set(cli.ModelOptions.__dataclass_fields__)
+        hints = get_type_hints(cli.COMMANDS[command])
+        options = [set(getattr(hint, "__dataclass_fields__", ())) for hint in hints.values()]
+        known = set(hints).union(cli.ModelOptions.__dataclass_fields__, *options)
         assert flags <= known, line

@@ -30,7 +30,7 @@ Task = Literal["classification", "segmentation", "depth"]
 
 
 @dataclass(frozen=True)
-class Subject:
+class Case:
     """A model on a set of pictures, as probes see it.
 
     Attributes:
@@ -83,7 +83,7 @@ class Probe:
     config: Any
     blocks: Callable[[Any, int], tuple[int, ...]]
     patches: bool
-    ask: Callable[[Subject, Any, Progress], ProbeResult]
+    ask: Callable[[Case, Any, Progress], ProbeResult]
     enlarged: tuple[float, ...] = ()
 
 
@@ -103,30 +103,30 @@ def _last_four_blocks(config: Any, depth: int) -> tuple[int, ...]:
     return tuple(range(max(0, depth - 4), depth))
 
 
-def _zero_shot(subject: Subject, config: ZeroShotConfig, on_progress: Progress) -> ProbeResult:
-    text = load_text_encoder(subject.source, device=subject.device)
-    return zero_shot(subject.val, subject.vit, text, subject.class_names, config, on_progress=on_progress)
+def _zero_shot(case: Case, config: ZeroShotConfig, on_progress: Progress) -> ProbeResult:
+    text = load_text_encoder(case.source, device=case.device)
+    return zero_shot(case.val, case.vit, text, case.class_names, config, on_progress=on_progress)
 
 
-def _segmentation(s: Subject, config: SegmentationConfig, on_progress: Progress) -> ProbeResult:
+def _segmentation(s: Case, config: SegmentationConfig, on_progress: Progress) -> ProbeResult:
     train, val = s.train_images, s.val_images
     assert isinstance(train, SegmentationSet)
     assert isinstance(val, SegmentationSet)
     return linear_segmentation(s.train, s.vals, (train, val), config, device=s.device, on_progress=on_progress)
 
 
-def _segmentation_ms(s: Subject, config: SegmentationConfig, on_progress: Progress) -> ProbeResult:
+def _segmentation_ms(s: Case, config: SegmentationConfig, on_progress: Progress) -> ProbeResult:
     return _segmentation(
         s, dataclasses.replace(config, blocks=_last_four_blocks(config, s.vit.config.depth)), on_progress
     )
 
 
-def _depth_lin4(s: Subject, config: DepthConfig, on_progress: Progress) -> ProbeResult:
+def _depth_lin4(s: Case, config: DepthConfig, on_progress: Progress) -> ProbeResult:
     blocks = depth_blocks(s.vit.config.depth, "lin.4")
     return _depth(s, dataclasses.replace(config, blocks=blocks), on_progress)
 
 
-def _depth(s: Subject, config: DepthConfig, on_progress: Progress) -> ProbeResult:
+def _depth(s: Case, config: DepthConfig, on_progress: Progress) -> ProbeResult:
     train, val = s.train_images, s.val_images
     assert isinstance(train, DepthSet)
     assert isinstance(val, DepthSet)

@@ -13,7 +13,7 @@ import numpy as np
 
 from vitreg.images import DenseSet, ImageSet, Part, evenly
 from vitreg.model import Preprocess, VisionTransformer
-from vitreg.probes.catalogue import PROBES, Subject, Task
+from vitreg.probes.catalogue import PROBES, Case, Task
 from vitreg.probes.dense_features import dense_preprocess
 from vitreg.probes.features import Progress, extract
 from vitreg.probes.origin import FeaturesConfig, Origin
@@ -119,9 +119,9 @@ def evaluate(
         result = load_result(answer, question)
         if result is None:
             state = folder / "states" / f"{name}-{probe}-{train.id[:12]}.safetensors"
-            subject = Subject(vit, source, train, vals, data.train, data.val, data.class_names, state)
+            case = Case(vit, source, train, vals, data.train, data.val, data.class_names, state)
             with stage(f"{source}: {PROBES[probe].title}") as on_progress:
-                result = PROBES[probe].ask(subject, settings, on_progress)
+                result = PROBES[probe].ask(case, settings, on_progress)
             save_result(answer, question, result)
             state.unlink(missing_ok=True)
         found[probe] = result

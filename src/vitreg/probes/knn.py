@@ -95,7 +95,7 @@ def knn(
         "classes_without_val": classes.without_val,
         "temperature": config.temperature,
     }
-    return ProbeResult("k-NN", scores, details)
+    return ProbeResult("knn", scores, details)
 
 
 def nearest(

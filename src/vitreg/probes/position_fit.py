@@ -21,8 +21,8 @@ from vitreg.probes.store import FeatureStore
 class PositionConfig:
     """How the position probe is trained. The paper publishes none of it.
 
-    Adam, a cosine schedule, at most 30 epochs and a patience of 3 are of a later paper's probe (Baxevanakis et al., as
-    the project's reference cites it), without its squared error beside the cross-entropy; the other numbers are ours.
+    Adam, a cosine schedule, at most 30 epochs and a patience of 3 are of a later paper's probe (Baxevanakis et al.,
+    from a summary of it), without its squared error beside the cross-entropy; the other numbers are ours.
 
     Attributes:
         block: whose patch tokens, counted from 0, negative from the end.

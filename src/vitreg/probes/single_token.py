@@ -96,7 +96,7 @@ def single_token(
         done += len(kind.draws)
         if on_progress is not None:
             on_progress(done, total)
-    return ProbeResult("single token", tuple(scores), details)
+    return ProbeResult("tokens", tuple(scores), details)
 
 
 def _judge(

@@ -44,7 +44,7 @@ def summarize(models: Sequence[Evaluated], data: Mapping[str, Mapping[str, Any]]
             "num_registers": model.num_registers,
             "compared_with": None if pair is None else models[pair].name,
             "probes": {
-                probe: _probe(result, None if pair is None else models[pair].results.get(probe))
+                probe: _probe(probe, result, None if pair is None else models[pair].results.get(probe))
                 for probe, result in model.results.items()
             },
         }
@@ -98,10 +98,10 @@ def pair_up(num_registers: Sequence[int]) -> list[int | None]:
     ]
 
 
-def _probe(result: ProbeResult, other: ProbeResult | None) -> dict[str, Any]:
+def _probe(name: str, result: ProbeResult, other: ProbeResult | None) -> dict[str, Any]:
     theirs = {} if other is None else {(score.name, score.subject): score for score in other.scores}
     scores = [_score(score, theirs.get((score.name, score.subject))) for score in result.scores]
-    return {"title": TITLES[result.probe], "scores": scores, "details": result.details}
+    return {"title": TITLES[name], "scores": scores, "details": result.details}
 
 
 def _score(score: Score, other: Score | None) -> dict[str, Any]:

@@ -1,0 +1,248 @@
+"""`vitreg evaluate knn`, `linear` and the others as a user runs them, on the models that come with the package."""
+
+from __future__ import annotations
+
+import csv
+import errno
+import json
+import os
+import signal
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+from PIL import Image
+
+from probes.dense import squares
+from vitreg import cli
+from vitreg.images import open_image_set
+
+PAIR = ("vitreg_tiny", "vitreg_tiny_reg4")
+
+
+@pytest.fixture(autouse=True)
+def _checkpoints(test_data, monkeypatch):
+    monkeypatch.setenv("VITREG_CHECKPOINTS", str(test_data / "weights"))
+
+
+def run(*args: object) -> int | str:
+    with pytest.raises(SystemExit) as stop:
+        cli.main([str(a) for a in args])
+    return stop.value.code or 0
+
+
+@pytest.fixture(scope="module")
+def folders(test_data, tmp_path_factory) -> Path:
+    """train/ and val/ with four classes each, and 12 and 5 pictures of a class."""
+    root = tmp_path_factory.mktemp("folders")
+    for part, number in (("train", 12), ("val", 5)):
+        images = open_image_set(test_data / "tiny-imagenet-100" / f"{part}.parquet")
+        for label in (3, 7, 20, 50):
+            (root / part / f"class {label}").mkdir(parents=True)
+            for index in [i for i, found in enumerate(images.labels) if found == label][:number]:
+                images.picture(index).save(root / part / f"class {label}" / f"{index}.png")
+    return root
+
+
+def test_evaluate_knn_writes_four_files(folders, tmp_path, capsys):
+    out = tmp_path / "out"
+    arguments = ("evaluate", "knn", "--data", folders, "--models", *PAIR, "--out", out, "--k", 1, 5)
+    assert run(*arguments, "--json") == 0
+    printed = json.loads(capsys.readouterr().out)
+    assert printed == json.loads((out / "evaluation.json").read_text())
+    assert printed["format"] == "vitreg-evaluation/1"
+    assert [model["name"] for model in printed["models"]] == list(PAIR)
+    assert [model["compared_with"] for model in printed["models"]] == [None, "vitreg_tiny"]
+    scores = printed["models"][1]["probes"]["knn"]["scores"]
+    assert {score["subject"] for score in scores} == {"k = 1", "k = 5"}
+    for score in scores:
+        assert score["interval"][0] <= score["value"] <= score["interval"][1]
+        assert score["difference"] is not None
+    rows = list(csv.DictReader((out / "evaluation.csv").open()))
+    assert [float(row["value"]) for row in rows if row["model"] == PAIR[1]] == [score["value"] for score in scores]
+    for page in ("evaluation.md", "report.html"):
+        text = (out / page).read_text()
+        assert all(name in text for name in PAIR)
+        assert f"{scores[0]['value']:.1f} [" in text
+    # The features and the answers are there: nothing is loaded twice, and the same is printed for people.
+    before = {path: path.stat().st_mtime_ns for path in (out / "features").rglob("*.safetensors")}
+    assert run(*arguments) == 0
+    assert {path: path.stat().st_mtime_ns for path in (out / "features").rglob("*.safetensors")} == before
+    table = capsys.readouterr().out
+    assert f"{scores[0]['value']:.1f} [" in table
+    assert "report.html" in table
+
+
+def test_evaluate_all_asks_every_probe(folders, photographs, tmp_path, capsys):
+    dense = squares(tmp_path / "dense", train=6, val=3)
+    boxes = tmp_path / "boxes"
+    for part in ("images", "labels"):
+        (boxes / part).mkdir(parents=True)
+    for number, path in enumerate(photographs[:2]):
+        Image.open(path).resize((96, 64)).save(boxes / f"images/{number}.png")
+        (boxes / f"labels/{number}.txt").write_text("0 0.5 0.5 0.9 0.9\n")
+    out = tmp_path / "out"
+    status = run(
+        "evaluate", "all", "--models", *PAIR, "--out", out, "--json", "--data", folders, "--train-images", 24,
+        "--segmentation", dense, "--segmentation-size", 64, 96, "--depth", dense, "--depth-size", 64, 96,
+        "--depth-variants", "lin.1", "lin.4", "--discovery", f"yolo:{boxes}",
+    )  # fmt: skip
+    assert status == 0
+    printed = json.loads(capsys.readouterr().out)
+    expected = {
+        "knn", "linear", "tokens", "position", "reconstruction", "segmentation", "depth", "depth-lin4", "discovery",
+    }  # fmt: skip
+    assert all(set(model["probes"]) == expected for model in printed["models"])
+    assert printed["data"]["classification"]["num_train"] == 24
+    for model in printed["models"]:
+        assert len(model["probes"]["tokens"]["scores"]) > model["num_registers"]
+        missing = [s for p in model["probes"].values() for s in p["scores"] if s["subject"] == "outlier"]
+        assert missing
+        assert all(score["value"] is None and "outlier" in score["missing"] for score in missing), "said, not zero"
+    page = (out / "report.html").read_text()
+    assert page.count('alt="truth of') == 6
+    assert "http" not in page.replace("http://www.w3.org", "")
+    header = (out / "evaluation.md").read_text().splitlines()[0]
+    assert header.count("|") == len(expected) + 2
+
+
+def test_progress_is_no_part_of_the_output(folders, tmp_path):
+    process = subprocess.run(
+        [sys.executable, "-m", "vitreg.cli", "evaluate", "knn", "--data", folders, "--models", PAIR[0], "--k", "5",
+         "--out", tmp_path / "out", "--json"],
+        capture_output=True, text=True, check=True,
+    )  # fmt: skip
+    assert json.loads(process.stdout)["models"][0]["name"] == PAIR[0]
+    assert "features of 48 training pictures" in process.stderr
+
+
+def one_class(root: Path) -> list[object]:
+    for part in ("train", "val"):
+        (root / part / "only").mkdir(parents=True)
+        for i in range(3):
+            Image.new("RGB", (64, 64), (i, 80, 90)).save(root / part / "only" / f"{i}.png")
+    return ["knn", "--data", root]
+
+
+def class_missing(root: Path) -> list[object]:
+    for part, classes in (("train", "abc"), ("val", "ab")):
+        for name in classes:
+            (root / part / name).mkdir(parents=True)
+            Image.new("RGB", (64, 64)).save(root / part / name / "0.png")
+    return ["linear", "--data", root]
+
+
+def mask_of_another_size(root: Path) -> list[object]:
+    squares(root, train=3, val=2)
+    Image.new("L", (7, 5)).save(root / "train/masks/01.png")
+    return ["segmentation", "--data", root]
+
+
+def mask_missing(root: Path) -> list[object]:
+    squares(root, train=3, val=2)
+    (root / "val/masks/01.png").unlink()
+    return ["segmentation", "--data", root]
+
+
+def only_holes(root: Path) -> list[object]:
+    squares(root, train=3, val=2)
+    for path in (root / "train/depth").iterdir():
+        Image.fromarray(np.zeros((80, 120), np.uint16)).save(path)
+    return ["depth", "--data", root]
+
+
+def eight_bits(root: Path) -> list[object]:
+    squares(root, train=3, val=2)
+    Image.new("RGB", (120, 80)).save(root / "train/depth/02.png")
+    return ["depth", "--data", root]
+
+
+def no_folder(root: Path) -> list[object]:
+    return ["all", "--segmentation", root / "absent"]
+
+
+def nothing(root: Path) -> list[object]:
+    return ["all"]
+
+
+def broken_picture(root: Path) -> list[object]:
+    for part in ("train", "val"):
+        for name in "ab":
+            (root / part / name).mkdir(parents=True)
+            (root / part / name / "0.png").write_text("no picture")
+    return ["tokens", "--data", root]
+
+
+def no_text_tower(root: Path) -> list[object]:
+    return ["zero-shot", "--data", class_missing(root)[-1]]
+
+
+def wrong_option(root: Path) -> list[object]:
+    return [*class_missing(root), "--train-images", 0]
+
+
+@pytest.mark.parametrize(
+    ("prepare", "message"),
+    [
+        (one_class, "class"),
+        (class_missing, "c"),
+        (mask_of_another_size, "01.png"),
+        (mask_missing, "01.png"),
+        (only_holes, "depth"),
+        (eight_bits, "02.png"),
+        (no_folder, "absent"),
+        (nothing, "--segmentation"),
+        (broken_picture, "0.png"),
+        (no_text_tower, "text"),
+        (wrong_option, "--train-images"),
+    ],
+)
+def test_bad_input_is_one_sentence(prepare, message, tmp_path, capsys):
+    probe, *rest = prepare(tmp_path / "data")
+    assert run("evaluate", probe, "--models", PAIR[0], "--out", tmp_path / "out", *rest) not in (0, None)
+    captured = capsys.readouterr()
+    assert captured.out == ""
+    *_, last = captured.err.strip().splitlines()
+    assert message in last
+    assert "Traceback" not in captured.err
+    print(last)
+
+
+def test_every_model_once(folders, tmp_path, capsys):
+    assert run("evaluate", "knn", "--data", folders, "--models", PAIR[0], PAIR[0], "--out", tmp_path) != 0
+    assert "each once" in capsys.readouterr().err
+
+
+def test_a_full_disk_is_one_sentence(folders, tmp_path, capsys, monkeypatch):
+    def full(*_):
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+    monkeypatch.setattr("vitreg.probes.shards.save_file", full)
+    assert run("evaluate", "knn", "--data", folders, "--models", PAIR[0], "--out", tmp_path / "out") != 0
+    error = capsys.readouterr().err.strip().splitlines()[-1]
+    assert "space" in error.lower()
+    monkeypatch.undo()
+    monkeypatch.setenv("VITREG_CHECKPOINTS", "")
+    assert run("evaluate", "knn", "--data", folders, "--models", PAIR[0], "--out", tmp_path / "out", "--k", 5) == 0
+
+
+def test_ctrl_c_keeps_what_is_done(folders, tmp_path):
+    """Interrupted after the first model's features; the same command goes on."""
+    command = [
+        sys.executable, "-m", "vitreg.cli", "evaluate", "linear", "--data", str(folders), "--models", *PAIR,
+        "--out", str(tmp_path / "out"), "--epochs", "1", "--epoch-length", "100000",
+    ]  # fmt: skip
+    process = subprocess.Popen(command, stderr=subprocess.PIPE, stdout=subprocess.PIPE, text=True)
+    assert process.stderr is not None
+    seen = ""
+    while ": linear" not in seen:
+        character = process.stderr.read(1)
+        assert character, seen
+        seen += character
+    process.send_signal(signal.SIGINT)
+    _, error = process.communicate(timeout=60)
+    assert process.returncode == 130
+    assert "the same command continues" in error.splitlines()[-1]
+    assert len(list((tmp_path / "out" / "features").iterdir())) == 2
