@@ -236,7 +236,7 @@ def evaluate_all(
 
     Args:
         common: models and pictures.
-        data: labelled pictures, as for `evaluate knn`.
+        data: pictures, as for `evaluate knn`; without labels only position and reconstruction are asked.
         class_names: as for `evaluate zero-shot`.
         segmentation: as --data of `evaluate segmentation`.
         segmentation_size: as its --size.
@@ -258,6 +258,9 @@ def evaluate_all(
     tasks = {one.task for one in found}
     wanted = {_SEGMENTATION[variant] for variant in segmentation_variants} | {_DEPTH[v] for v in depth_variants}
     unwanted = {*_SEGMENTATION.values(), *_DEPTH.values()} - wanted
+    if any(one.task == "classification" and one.train.labels is None for one in found):
+        # Where a patch is, and what it looks like, can be asked of any picture.
+        unwanted |= {name for name, probe in PROBES.items() if probe.labels}
     probes = {name: probe.config for name, probe in PROBES.items() if probe.task in tasks and name not in unwanted}
     return _run(common, found, probes, discovery)
 

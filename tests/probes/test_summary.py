@@ -62,7 +62,7 @@ def test_differences_are_marked_where_they_exceed_their_interval(summary):
     better, equal = summary["verdict"]
     assert better.startswith("plain | reg against plain: better in top-1, k = 10 (k-NN) by +")
     assert "position distance, normal (position) by -0.1 patches [-0.1, -0.1]" in better
-    assert equal == "other reg against other: 2 figures differ by no more than chance."
+    assert equal == "other reg against other: 2 figures do not differ significantly."
 
 
 def test_tables(summary):

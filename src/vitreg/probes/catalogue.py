@@ -74,6 +74,8 @@ class Probe:
         blocks: whose tokens it needs, of a model of so many blocks.
         patches: whether it needs patch tokens of these blocks.
         ask: what makes it.
+        labels: whether it needs the classes of pictures.
+        trains: whether it needs training pictures.
         enlarged: by how much the validation pictures are enlarged besides, for predictions that are averaged over
             sizes.
     """
@@ -84,11 +86,13 @@ class Probe:
     blocks: Callable[[Any, int], tuple[int, ...]]
     patches: bool
     ask: Callable[[Case, Any, Progress], ProbeResult]
+    labels: bool = False
+    trains: bool = True
     enlarged: tuple[float, ...] = ()
 
 
 def _own_block(config: Any, depth: int) -> tuple[int, ...]:
-    return (config.block % depth,)
+    return (config.block,)
 
 
 def _blocks(config: Any, depth: int) -> tuple[int, ...]:
@@ -137,17 +141,22 @@ PROBES: dict[str, Probe] = {
     "knn": Probe(
         "k-NN", "classification", KNNConfig(), _last_block, False,
         lambda s, config, progress: knn(s.train, s.val, config, device=s.device, on_progress=progress),
+        labels=True,
     ),
     "linear": Probe(
         "linear", "classification", LinearConfig(), lambda config, depth: linear_blocks(depth, config), False,
         lambda s, config, progress: linear(
             s.train, s.val, config, device=s.device, state=s.state, on_progress=progress
         ),
+        labels=True,
     ),
-    "zero-shot": Probe("zero-shot", "classification", ZeroShotConfig(), _last_block, False, _zero_shot),
+    "zero-shot": Probe(
+        "zero-shot", "classification", ZeroShotConfig(), _last_block, False, _zero_shot, labels=True, trains=False
+    ),
     "tokens": Probe(
         "one token", "classification", SingleTokenConfig(), _own_block, True,
         lambda s, config, progress: single_token(s.train, s.val, config, device=s.device, on_progress=progress),
+        labels=True,
     ),
     "position": Probe(
         "position", "classification", PositionConfig(), _own_block, True,

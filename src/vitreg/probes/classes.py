@@ -8,6 +8,7 @@ import torch
 from jaxtyping import Float, Int
 from torch import Tensor
 
+from vitreg.images import ImageSet
 from vitreg.images.labels import check_same_classes, some_names
 from vitreg.probes.store import FeatureStore
 
@@ -41,28 +42,48 @@ def check_classes(train: FeatureStore, val: FeatureStore) -> Classes:
     """The labels of two stores of one model, which mean the same.
 
     Raises:
-        ValueError: the stores are of two models, one has no labels, their classes differ, there is one class only, or
-            there are validation pictures of a class without training pictures; the message has the classes.
+        ValueError: the stores are of two models, or as `classes_of_pictures`.
     """
     train.check_same_model(val)
-    ours, theirs = _labels(train), _labels(val)
-    check_same_classes(train.classes, val.classes, str(train.path), str(val.path))
+    return _classes((train.labels, train.classes, str(train.path)), (val.labels, val.classes, str(val.path)))
+
+
+def classes_of_pictures(train: ImageSet, val: ImageSet) -> Classes:
+    """The labels of two sets, before a model sees their pictures.
+
+    Raises:
+        ValueError: one has no labels, their classes differ, there is one class only, or there are validation pictures
+            of a class without training pictures; the message has the classes.
+    """
+    known = [
+        (None if images.labels is None else torch.tensor(list(images.labels)), images.classes, images.source)
+        for images in (train, val)
+    ]
+    return _classes(*known)
+
+
+_Known = tuple[Tensor | None, tuple[str, ...], str]
+
+
+def _classes(train: _Known, val: _Known) -> Classes:
+    """From labels, names of the classes, and where they are from."""
+    (ours, names, source), (theirs, val_names, val_source) = train, val
+    for labels, where in ((ours, source), (theirs, val_source)):
+        if labels is None:
+            raise ValueError(f"{where} has no labels; give pictures in folders of their classes, two at least")
+    assert ours is not None
+    assert theirs is not None
+    check_same_classes(names, val_names, source, val_source)
     present, number = ours.unique(return_inverse=True)
-    names = tuple(train.classes[label] for label in present.tolist())
-    if len(names) == 1:
-        raise ValueError(f"{train.path} holds pictures of {names[0]} only; a classifier needs two classes at least")
+    found = tuple(names[label] for label in present.tolist())
+    if len(found) == 1:
+        raise ValueError(f"{source} holds pictures of {found[0]} only; a classifier needs two classes at least")
     if lacking := sorted(set(theirs.tolist()) - set(present.tolist())):
-        missing = some_names([train.classes[label] for label in lacking])
+        missing = some_names([names[label] for label in lacking])
         raise ValueError(
-            f"{train.path} holds no picture of {missing}, of which {val.path} does; add some, or leave them out"
+            f"{source} holds no picture of {missing}, of which {val_source} does; add some, or leave them out"
         )
-    return Classes(number, torch.searchsorted(present, theirs), names)
-
-
-def _labels(store: FeatureStore) -> Tensor:
-    if store.labels is None:
-        raise ValueError(f"{store.path} holds no labels; run the feature pass on pictures in folders of their classes")
-    return store.labels
+    return Classes(number, torch.searchsorted(present, theirs), found)
 
 
 def check_every_class(labels: Int[Tensor, " N"], num_classes: int) -> None:

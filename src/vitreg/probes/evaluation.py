@@ -14,6 +14,7 @@ import numpy as np
 from vitreg.images import DenseSet, ImageSet, Part, evenly
 from vitreg.model import Preprocess, VisionTransformer
 from vitreg.probes.catalogue import PROBES, Case, Task
+from vitreg.probes.classes import classes_of_pictures
 from vitreg.probes.dense_features import dense_preprocess
 from vitreg.probes.features import Progress, extract
 from vitreg.probes.origin import FeaturesConfig, Origin
@@ -85,6 +86,8 @@ def evaluate(
     """
     config = config or PassConfig()
     name = safe_name(source)
+    if any(PROBES[probe].labels for probe in probes):
+        classes_of_pictures(data.train, data.val)
     features = _features_config(vit, data.task, probes, config)
 
     def store(images: ImageSet, part: str, scale: float = 1.0) -> FeatureStore:
@@ -105,7 +108,10 @@ def evaluate(
                 on_progress=on_progress,
             )
 
-    train, val = store(data.train, "training"), store(data.val, "validation")
+    # Those that train nothing never look at the training pictures, which may be a million.
+    train = store(data.train, "training") if any(PROBES[probe].trains for probe in probes) else None
+    val = store(data.val, "validation")
+    train = train or val
     enlarged = {
         scale: store(data.val, "validation", scale)
         for scale in dict.fromkeys(scale for probe in probes for scale in PROBES[probe].enlarged)
@@ -142,7 +148,7 @@ def _features_config(
     if task == "classification":
         asked = {name: probe.config for name, probe in PROBES.items() if probe.task == task} | asked
     for name, settings in asked.items():
-        needed = {block % depth for block in PROBES[name].blocks(settings, depth)}
+        needed = set(PROBES[name].blocks(settings, depth))
         blocks |= needed
         patch_blocks |= needed if PROBES[name].patches else set()
     return FeaturesConfig(

@@ -31,7 +31,7 @@ class LogisticConfig:
             (DINOv2 asks for 1e-12 in float64, which float32 cannot reach.)
         held_back: random share of the training set on which C is chosen; one picture of every class is always fitted.
         patience: larger C are not tried after so many in a row that did worse than the best.
-        seed: of the choice of what is held back.
+        held_back_seed: of the choice of what is held back.
     """
 
     C: tuple[float, ...] = tuple(float(c) for c in 10 ** np.linspace(-6, 5, 45))
@@ -39,7 +39,7 @@ class LogisticConfig:
     tolerance: float = 1e-5
     held_back: float = 0.1
     patience: int = 8
-    seed: int = 0
+    held_back_seed: int = 0
 
     def __post_init__(self) -> None:
         if not self.C or min(self.C) <= 0:
@@ -146,7 +146,7 @@ def choose_logistic(
     C, accuracies, start = config.C[0], {}, None
     if len(config.C) > 1:
         path = sorted(config.C)
-        held = _held_back(labels, config.held_back, config.seed)
+        held = _held_back(labels, config.held_back, config.held_back_seed)
         problem = _Problem(features[~held], labels[~held], num_classes)
         worse = 0
         for candidate in path:

@@ -86,8 +86,8 @@ def _verdict(row: dict[str, Any]) -> list[str]:
         if changes[better]
     ]
     if equal:
-        figures = "figure differs" if equal == 1 else "figures differ"
-        sentences.append(f"{against}: {equal} {figures} by no more than chance.")
+        figures = "figure does" if equal == 1 else "figures do"
+        sentences.append(f"{against}: {equal} {figures} not differ significantly.")
     return sentences
 
 
