@@ -224,10 +224,6 @@ def no_such_block(root: Path) -> list[object]:
     return ["position", "--data", two_classes(root), "--block", 12]
 
 
-def no_such_number(root: Path) -> list[object]:
-    return ["linear", "--data", two_classes(root), "--learning-rates", 0]
-
-
 @pytest.mark.parametrize(
     ("prepare", "message"),
     [
@@ -244,7 +240,6 @@ def no_such_number(root: Path) -> list[object]:
         (wrong_option, "--train-images"),
         (fewer_pictures_than_classes, "only"),
         (no_such_block, "block 12 does not exist"),
-        (no_such_number, "learning_rates"),
     ],
 )
 def test_bad_input_is_one_sentence(prepare, message, tmp_path, capsys):
@@ -256,6 +251,12 @@ def test_bad_input_is_one_sentence(prepare, message, tmp_path, capsys):
     assert message in last
     assert "Traceback" not in captured.err
     print(last)
+
+
+def test_settings_that_make_no_sense_are_refused(folders, tmp_path, capsys):
+    arguments = ("--data", folders, "--models", PAIR[0], "--out", tmp_path / "out", "--learning-rates", 0)
+    assert run("evaluate", "linear", *arguments) == 2
+    assert "all must be above 0" in " ".join(capsys.readouterr().err.replace("│", " ").split())
 
 
 def test_every_model_once(folders, tmp_path, capsys):
