@@ -198,10 +198,10 @@ def evaluate_depth(
 ) -> int:
     """Tell the depth of every pixel with a linear head on patch features; RMSE.
 
-    Example: vitreg evaluate depth --data nyu/ --models dinov2_vitb14 dinov2_vitb14_reg
+    Example: vitreg evaluate depth --data nyu:NYU --models dinov2_vitb14 dinov2_vitb14_reg
 
     Args:
-        data: a folder with train/ and val/, in each images/ and depth/ (16-bit PNG in millimetres, 0 where unknown).
+        data: nyu:PATH, or a folder with train/ and val/, in each images/ and depth/ (16-bit PNG, 0 where unknown).
         common: models and pictures.
         size: height and width that pictures are brought to, rounded to whole patches; by default the short side is 480.
         scale: metres in one step of the files' numbers; 0.001 for millimetres.
@@ -231,7 +231,7 @@ def evaluate_all(
     Writes report.html, evaluation.json, evaluation.csv and evaluation.md. Every model sees every picture once, whatever
     the number of probes; zero-shot classification is asked of models with a text tower.
 
-    Example: vitreg evaluate all --data imagenet/ --segmentation ade20k:ADE --depth nyu/ --models dinov2_vitb14
+    Example: vitreg evaluate all --data imagenet/ --segmentation ade20k:ADE --depth nyu:NYU --models dinov2_vitb14
     dinov2_vitb14_reg
 
     Args:
