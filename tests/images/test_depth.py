@@ -63,6 +63,8 @@ def test_nyu_as_exported_for_bts(tmp_path):
         open_depth(f"nyu:{tmp_path}")
     depth_map(tmp_path / "bathroom/sync_depth_00001.png")
     train, val = open_depth(f"nyu:{tmp_path}")
+    assert train.eigen_crop
+    assert val.part([0]).eigen_crop
     assert train.name(0) == str(tmp_path / "kitchen_0028b/rgb_00045.jpg")
     assert train.target(0)[1, 1] == 2.5
     assert len(val) == 1

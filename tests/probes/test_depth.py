@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import dataclasses
 import shutil
 
@@ -166,6 +167,10 @@ def test_bad_depth(sets, features, folder, tmp_path):
     train, val = features
     with pytest.raises(ValueError, match=r"00\.png is 80 x 120, but the Eigen crop is one of 480 x 640"):
         linear_depth(train, val, sets, dataclasses.replace(SHORT, steps=1, eigen_crop=True))
+    custom = [copy.copy(one) for one in sets]
+    custom[1].eigen_crop = True
+    with pytest.raises(ValueError, match=r"00\.png is 80 x 120, but the Eigen crop"):
+        linear_depth(train, val, (custom[0], custom[1]), dataclasses.replace(SHORT, steps=1))
     with pytest.raises(ValueError, match=r"no depth from 4\.0 to 5\.0 m; a step .* 0\.001 m: check the scale"):
         linear_depth(train, val, sets, dataclasses.replace(SHORT, min_depth=4.0))
     with pytest.raises(ValueError, match=r"min_depth 2\.0 and max_depth 1\.0 must be above 0 and rise"):

@@ -22,10 +22,19 @@ class DepthSet(DenseSet):
     modes = frozenset({"I;16", "I;16B", "I"})
     wanted = "one channel of 16 bits"
 
-    def __init__(self, source: str, pairs: Sequence[Pair], scale: float = MILLIMETRES) -> None:
-        """As of `DenseSet`; `scale` is a metre's part that one step of a file's numbers is."""
+    def __init__(
+        self, source: str, pairs: Sequence[Pair], scale: float = MILLIMETRES, *, eigen_crop: bool = False
+    ) -> None:
+        """As of `DenseSet`.
+
+        Args:
+            source: of the set.
+            pairs: pictures and their depth maps.
+            scale: metres in one step of a file's numbers.
+            eigen_crop: whether it is the custom to judge by the middle of the pictures (Eigen et al. 2014).
+        """
         super().__init__(source, pairs)
-        self.scale = scale
+        self.scale, self.eigen_crop = scale, eigen_crop
 
     def target(self, index: int) -> Float32[np.ndarray, "H W"]:
         """Metres; 0 where nothing was measured.
@@ -80,4 +89,4 @@ def _listed(folder: Path, part: str, scale: float) -> DepthSet:
             raise ValueError(f"{listed} is malformed: {line!r} is not a picture and its depth")
         # Paths begin with a slash there, and are of the folder all the same.
         pairs.append((str(folder / picture.lstrip("/")), str(folder / rest[0].lstrip("/"))))
-    return DepthSet(str(listed), existing_pairs(listed, pairs), scale)
+    return DepthSet(str(listed), existing_pairs(listed, pairs), scale, eigen_crop=True)

@@ -62,7 +62,8 @@ class DepthConfig:
         batch_norm: normalise channels before the convolution, as DINOv3 does.
         bins: number of depths.
         min_depth, max_depth: metres, of the first and last bin; what is beyond is neither trained on nor judged.
-        eigen_crop: judge by the middle of 480 x 640 pictures only (Eigen et al. 2014), as is the custom for NYUv2.
+        eigen_crop: judge by the middle of 480 x 640 pictures only (Eigen et al. 2014); by default those of NYUv2, for
+            which it is the custom.
         lr, weight_decay: of AdamW.
         batch_size: pictures a step.
         steps: of training; by default 25 epochs, at least 2000 steps.
@@ -74,7 +75,7 @@ class DepthConfig:
     bins: int = 256
     min_depth: float = 0.001
     max_depth: float = 10.0
-    eigen_crop: bool = False
+    eigen_crop: bool | None = None
     lr: float = 5e-3
     weight_decay: float = 0.01
     batch_size: int = 16
@@ -214,10 +215,11 @@ class DepthEstimator:
         features = DenseFeatures(store, self.config.blocks, with_cls=True)
         errors, baseline = np.zeros((len(features), 3)), np.zeros((len(features), 3))
         judged = np.zeros(len(features))
+        cropped = targets.eigen_crop if self.config.eigen_crop is None else self.config.eigen_crop
         shown: dict[int, np.ndarray] = {}
         with closing(map_ahead(targets.target, features.numbers, ahead=_DEPTHS_AHEAD)) as truths:
             for row, truth in enumerate(truths):
-                counted = self._counted(truth, targets.target_name(features.numbers[row]))
+                counted = self._counted(truth, cropped, targets.target_name(features.numbers[row]))
                 if counted.any():
                     metres = self._metres(features, row, truth.shape)
                     if len(shown) < NUM_SHOWN:
@@ -241,15 +243,15 @@ class DepthEstimator:
             "val_images": int(judged.sum()),
             "val_images_without_depth": int((judged == 0).sum()),
             "size": list(store.preprocess.size),
-            "eigen_crop": self.config.eigen_crop,
+            "eigen_crop": cropped,
             "training_mean": self.train_mean,
             "of_training_mean": mean,
         }
         return ProbeResult("depth", scores, details, shown)
 
-    def _counted(self, truth: Float32[np.ndarray, "H W"], name: str) -> Bool[np.ndarray, "H W"]:
+    def _counted(self, truth: Float32[np.ndarray, "H W"], cropped: bool, name: str) -> Bool[np.ndarray, "H W"]:
         counted = self.config.counted(truth)
-        if not self.config.eigen_crop:
+        if not cropped:
             return counted
         if truth.shape != _EIGEN_SIZE:
             height, width = _EIGEN_SIZE
@@ -257,9 +259,9 @@ class DepthEstimator:
                 f"{name} is {truth.shape[0]} x {truth.shape[1]}, but the Eigen crop is one of {height} x {width}; "
                 "leave out eigen_crop"
             )
-        cropped = np.zeros_like(counted)
-        cropped[_EIGEN_CROP] = counted[_EIGEN_CROP]
-        return cropped
+        middle = np.zeros_like(counted)
+        middle[_EIGEN_CROP] = counted[_EIGEN_CROP]
+        return middle
 
     @torch.inference_mode()
     def _metres(self, features: DenseFeatures, row: int, size: tuple[int, ...]) -> Float32[np.ndarray, "H W"]:
