@@ -105,7 +105,7 @@ def test_classes_must_be_the_same(stores, test_data, tmp_path):
         knn(train, other)
     images.labels = None
     unlabelled = extract(small_vit(), images, tmp_path / "unlabelled", ALL_BLOCKS)
-    with pytest.raises(ValueError, match="unlabelled holds no labels"):
+    with pytest.raises(ValueError, match="unlabelled has no labels"):
         knn(train, unlabelled)
 
 
