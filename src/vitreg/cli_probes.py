@@ -418,6 +418,7 @@ def _print_summary(summary: dict[str, Any], out: Path) -> None:
     parts = [("", *headline_table(summary), []), *tables(summary)]
     for title, header, rows, notes in parts:
         table = Table(*header, title=title or None, title_justify="left", box=None, pad_edge=False)
+        table.columns[0].overflow = "fold"
         for row in rows:
             table.add_row(*row)
         console.print(table)

@@ -77,3 +77,7 @@ def test_nothing_is_not_zero():
 def test_models_are_compared_on_the_same_pictures():
     with pytest.raises(ValueError, match="5 pictures and of 4"):
         Score.mean("top-1", np.ones(5)).minus(Score.mean("top-1", np.ones(4)))
+    # The same pictures, but not the same patches of them.
+    fewer = Score.mean("error", np.ones(3), np.array([4, 4, 3]))
+    assert fewer.minus(Score.mean("error", np.ones(3), np.array([4, 4, 4]))) is None
+    assert fewer.minus(fewer) is not None

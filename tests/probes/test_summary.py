@@ -61,7 +61,7 @@ def test_differences_are_marked_where_they_exceed_their_interval(summary):
     assert [row["compared_with"] for row in summary["models"]] == [None, "plain", None, "other"]
     better, equal = summary["verdict"]
     assert better.startswith("plain | reg against plain: better in top-1, k = 10 (k-NN) by +")
-    assert "position distance, normal (position) by -0.1 patches [-0.1, -0.1]" in better
+    assert "position distance, normal (position) by -0.100 patches [-0.100, -0.100]" in better
     assert equal == "other reg against other: 2 figures do not differ significantly."
 
 

@@ -88,7 +88,10 @@ class Score:
         return float(low), float(high)
 
     def minus(self, other: Score) -> Difference | None:
-        """How much it differs from another model's on the same pictures, resampled in pairs; None where one is missing.
+        """How much it differs from another model's on the same pictures, resampled in pairs.
+
+        None where one is missing, or where the two are of other things: patches that are normal in one model are not
+        those that are normal in the other.
 
         Raises:
             ValueError: the two are not of the same pictures.
@@ -99,6 +102,9 @@ class Score:
             raise ValueError(
                 f"{self.name} is of {len(self.sums)} pictures and of {len(other.sums)}; they must be the same"
             )
+        # Counts, and pixels of each class in the truth.
+        if not np.array_equal(self.sums[:, 1], other.sums[:, 1]):
+            return None
         resampled = self._figure(resampled_sums(self.sums)) - other._figure(resampled_sums(other.sums))
         low, high = percentile_interval(resampled)
         return Difference(self.value - other.value, (float(low), float(high)))

@@ -74,7 +74,7 @@ def _verdict(row: dict[str, Any]) -> list[str]:
             low, high = difference["interval"]
             of = f", {score['subject']}" if score["subject"] else ""
             unit = f" {score['unit']}" if score["unit"] not in ("", "%") else ""
-            digits = ".1f" if score["unit"] == "%" else ".3g"
+            digits = ".1f" if score["unit"] == "%" else "#.3g"
             changes[difference["better"]].append(
                 f"{score['name']}{of} ({probe['title']}) by "
                 f"{difference['value']:+{digits}}{unit} [{low:+{digits}}, {high:+{digits}}]"

@@ -9,7 +9,8 @@ from typing import Any
 
 LEGEND = (
     "In brackets: 95 % bootstrap interval over the validation pictures. ▲ better, ▼ worse than the model above with "
-    "fewer registers, by more than the paired interval of the difference. ± is the deviation over random choices."
+    "fewer registers, by more than the paired interval of the difference. Rows whose patches are not the same in both "
+    "models have no mark. ± is the deviation over random choices."
 )
 _COLUMNS = (
     "model", "num_registers", "compared_with", "probe", "figure", "of", "unit", "value", "low", "high", "deviation",
@@ -99,7 +100,7 @@ def _figure(score: Mapping[str, Any]) -> str:
 def _number(value: float | None, score: Mapping[str, Any]) -> str:
     if value is None:
         return "–"
-    return f"{value:.1f}" if score["unit"] == "%" else f"{value:.3g}"
+    return f"{value:.1f}" if score["unit"] == "%" else f"{value:#.3g}".removesuffix(".")
 
 
 def _deviation(score: Mapping[str, Any]) -> str:
