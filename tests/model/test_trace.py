@@ -204,7 +204,7 @@ def test_nothing_is_kept_unless_asked_for():
         trace.hidden,
         trace.embeddings,
     )
-    assert kept == (None,) * 7
+    assert kept == (None,) * 8
     assert trace.register_norms.shape == (4, 2, 0)
     assert vit.trace(images, facets=("keys",)).queries is None
 
