@@ -220,6 +220,12 @@ def fewer_pictures_than_classes(root: Path) -> list[object]:
     return ["knn", "--data", two_classes(root), "--train-images", 1]
 
 
+def one_picture(root: Path) -> list[object]:
+    root.mkdir()
+    Image.new("RGB", (64, 64)).save(root / "only.png")
+    return ["position", "--data", root]
+
+
 def no_such_block(root: Path) -> list[object]:
     return ["position", "--data", two_classes(root), "--block", 12]
 
@@ -239,6 +245,7 @@ def no_such_block(root: Path) -> list[object]:
         (no_text_tower, "text"),
         (wrong_option, "--train-images"),
         (fewer_pictures_than_classes, "only"),
+        (one_picture, "1 pictures, of which none can be held out"),
         (no_such_block, "block 12 does not exist"),
     ],
 )

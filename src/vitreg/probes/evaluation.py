@@ -180,7 +180,16 @@ def choose(images: ImageSet, count: int | None) -> ImageSet:
 
 
 def hold_out(images: ImageSet) -> tuple[ImageSet, ImageSet]:
-    """Training and validation pictures of a set that is not divided: every fifth is held out, of each class alike."""
+    """Training and validation pictures of a set that is not divided: every fifth is held out, of each class alike.
+
+    Raises:
+        ValueError: it has fewer than five pictures.
+    """
+    if len(images) < _HELD_OUT:
+        raise ValueError(
+            f"{images.source} has {len(images)} pictures, of which none can be held out; give at least {_HELD_OUT}, "
+            "or a folder with train/ and val/"
+        )
     held_out = np.zeros(len(images), dtype=bool)
     held_out[_by_class(images)[_HELD_OUT // 2 :: _HELD_OUT]] = True
     return _part(images, np.flatnonzero(~held_out)), _part(images, np.flatnonzero(held_out))

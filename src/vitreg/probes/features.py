@@ -53,9 +53,11 @@ def extract(
         on_progress: called with the number of pictures done and their total.
 
     Raises:
-        ValueError: `out` holds features of something else, there is no room, no picture can be read, or the model's
-            tokens are not finite.
+        ValueError: `out` holds features of something else, there is no room, there is no picture or none can be read,
+            or the model's tokens are not finite.
     """
+    if not len(images):
+        raise ValueError(f"{images.source} holds no pictures")
     preprocess = preprocess or vit.preprocess
     if preprocess.crop in ("none", "pad"):
         raise ValueError(f"crop {preprocess.crop!r} gives pictures of several sizes, but features need one; crop them")
