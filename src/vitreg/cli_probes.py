@@ -392,7 +392,7 @@ def _write(summary: dict[str, Any], models: Sequence[Evaluated], found: Sequence
         answers = [model.results[probe] for model in models]
         if isinstance(val, SegmentationSet):
             class_names = val.class_names
-        for number in answers[0].predictions:
+        for number in sorted(answers[0].predictions):
             pictures[data.task].append(
                 DensePicture(
                     Path(val.name(number)).name,

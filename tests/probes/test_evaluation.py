@@ -101,6 +101,7 @@ def test_several_sizes_are_passes_of_their_own(counted, tmp_path):
     assert found["segmentation"].details["sizes"] == [list(size)]
     assert found["segmentation-ms"].details["sizes"] == [[64, 96], [80, 128], [112, 160]]
     assert found["segmentation-ms"].details["blocks"] == [0, 1, 2]
+    assert sorted(found["segmentation"].predictions) == [0, 1, 2, 4, 5, 6], "six of seven, evenly spread"
     assert all(result.scores[0].value > 60 for result in found.values()), "colours are told apart"
 
 

@@ -13,7 +13,7 @@ from jaxtyping import Bool, Float, Float32
 from torch import Tensor
 from torch.nn import functional
 
-from vitreg.images import DepthSet, image_size, map_ahead
+from vitreg.images import DepthSet, evenly, image_size, map_ahead
 from vitreg.probes.dense_features import DenseFeatures, check_stores, check_values, read_targets
 from vitreg.probes.dense_head import UPSAMPLING, LinearHead, Plan, Progress, Upsampling, num_steps, train_head
 from vitreg.probes.depth_errors import depth_errors, sig_loss
@@ -217,12 +217,13 @@ class DepthEstimator:
         judged = np.zeros(len(features))
         cropped = targets.eigen_crop if self.config.eigen_crop is None else self.config.eigen_crop
         shown: dict[int, np.ndarray] = {}
+        to_show = set(evenly(len(features), NUM_SHOWN).tolist())
         with closing(map_ahead(targets.target, features.numbers, ahead=_DEPTHS_AHEAD)) as truths:
             for row, truth in enumerate(truths):
                 counted = self._counted(truth, cropped, targets.target_name(features.numbers[row]))
                 if counted.any():
                     metres = self._metres(features, row, truth.shape)
-                    if len(shown) < NUM_SHOWN:
+                    if row in to_show:
                         shown[features.numbers[row]] = metres
                     found = metres[counted]
                     errors[row] = depth_errors(found, truth[counted])

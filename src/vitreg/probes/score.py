@@ -15,7 +15,7 @@ from vitreg.bootstrap import percentile_interval, resampled_sums
 Kind = Literal["ratio", "mIoU"]
 
 NUM_SHOWN = 6
-"""Of so many pictures, predictions for every pixel are kept, for reports."""
+"""Of so many pictures, evenly spread over the set, predictions for every pixel are kept, for reports."""
 
 
 @dataclass(frozen=True, eq=False)
@@ -142,7 +142,7 @@ class ProbeResult:
         probe: its name.
         scores: its figures, the one for a table of all probes first.
         details: what else is worth knowing, in JSON types: what was chosen, on how many pictures.
-        predictions: maps of the first pictures of the validation set, by position in the set: classes or metres.
+        predictions: maps of some pictures of the validation set, by position in the set: classes or metres.
     """
 
     probe: str

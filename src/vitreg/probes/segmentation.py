@@ -13,7 +13,7 @@ from jaxtyping import Float, Float64, Int64, UInt8
 from torch import Tensor
 from torch.nn import functional
 
-from vitreg.images import IGNORED, SegmentationSet, image_size, map_ahead
+from vitreg.images import IGNORED, SegmentationSet, evenly, image_size, map_ahead
 from vitreg.probes.dense_features import DenseFeatures, check_stores, check_values, read_targets
 from vitreg.probes.dense_head import UPSAMPLING, LinearHead, Plan, Progress, num_steps, train_head
 from vitreg.probes.score import NUM_SHOWN, ProbeResult, Score
@@ -160,11 +160,12 @@ class Segmenter:
         features = [DenseFeatures(store, self.config.blocks) for store in stores]
         sums = []
         shown: dict[int, np.ndarray] = {}
+        to_show = set(evenly(len(features), NUM_SHOWN).tolist())
         with closing(map_ahead(targets.target, features[0].numbers, ahead=_MASKS_AHEAD)) as truths:
             for row, truth in enumerate(truths):
                 predicted = self._classes(features, row, truth.shape)
                 sums.append(_counts(predicted, truth, len(self.class_names)))
-                if row < NUM_SHOWN:
+                if row in to_show:
                     shown[features[0].numbers[row]] = predicted.astype(np.uint8)
         counts = np.stack(sums)
         right, truth, predicted = counts.sum(0)
