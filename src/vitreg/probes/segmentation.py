@@ -160,7 +160,7 @@ class Segmenter:
         features = [DenseFeatures(store, self.config.blocks) for store in stores]
         sums = []
         shown: dict[int, np.ndarray] = {}
-        to_show = set(evenly(len(features), NUM_SHOWN).tolist())
+        to_show = set(evenly(len(features[0]), NUM_SHOWN).tolist())
         with closing(map_ahead(targets.target, features[0].numbers, ahead=_MASKS_AHEAD)) as truths:
             for row, truth in enumerate(truths):
                 predicted = self._classes(features, row, truth.shape)
