@@ -27,7 +27,7 @@ from vitreg.images import (
     open_segmentation,
     open_split,
 )
-from vitreg.probes.catalogue import PROBES, has_text_tower
+from vitreg.probes.catalogue import PROBES
 from vitreg.probes.depth import DepthConfig
 from vitreg.probes.evaluation import Data, PassConfig, choose, evaluate, hold_out, safe_name
 from vitreg.probes.knn import KNNConfig
@@ -39,6 +39,7 @@ from vitreg.probes.segmentation import SegmentationConfig
 from vitreg.probes.single_token import SingleTokenConfig
 from vitreg.probes.summary import Evaluated, summarize
 from vitreg.probes.tables import LEGEND, headline_table, markdown, tables, write_csv
+from vitreg.probes.text_encoders import has_text_tower
 from vitreg.probes.zero_shot import ZeroShotConfig
 from vitreg.terminal import INTERRUPTED, Checkpoint, positive, print_json, progress, writable_folder
 

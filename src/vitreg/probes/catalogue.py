@@ -182,9 +182,3 @@ PROBES: dict[str, Probe] = {
 
 TITLES = {name: probe.title for name, probe in PROBES.items()} | {"discovery": "object discovery"}
 """For tables, object discovery included, which has a protocol of its own."""
-
-
-def has_text_tower(source: str) -> bool:
-    """Whether a model came with one, so that zero-shot classification can be asked."""
-    path = Path(source).expanduser()
-    return source.startswith("open_clip:") or any((p / "text.safetensors").is_file() for p in (path, path.parent))

@@ -14,9 +14,7 @@ from torch import Tensor
 
 from vitreg.images import DenseSet, ImageError, map_ahead, refuse
 from vitreg.model import Preprocess
-from vitreg.probes.manifest import read_manifest
 from vitreg.probes.origin import check_same
-from vitreg.probes.shards import open_shard
 from vitreg.probes.store import FeatureStore
 
 _TARGETS_AHEAD = 32
@@ -56,17 +54,13 @@ class DenseFeatures:
             ValueError: the store lacks patch tokens or a block, or its pictures were cropped.
         """
         _check_whole(store)
-        manifest = read_manifest(store.path)
-        assert manifest is not None
-        assert manifest.finding is not None
         self.path, self.grid = store.path, store.grid
-        found = [open_shard(store.path, index, manifest.id) for index in range(manifest.num_shards)]
-        filled = [shard for shard in found if shard.num_with_patches]
+        filled = [shard for shard in store.shards if shard.num_with_patches]
         self._patches: list[list[Tensor]] = []
         self._cls: list[Tensor] = []
         for block in blocks:
             store.patches(block)  # refuses what is not there
-            number = block % manifest.finding.depth
+            number = block % store.depth
             self._patches.append([shard.read(f"patches.{number}") for shard in filled])
             if with_cls and f"cls.{number}" in filled[0].names:
                 self._cls.append(torch.cat([shard.read(f"cls.{number}")[shard.read("patch_rows")] for shard in filled]))

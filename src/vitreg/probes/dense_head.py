@@ -14,6 +14,7 @@ from torch.nn import functional
 
 from vitreg.images import map_ahead
 from vitreg.probes.dense_features import DenseFeatures
+from vitreg.probes.features import Progress
 
 _BATCHES_AHEAD = 4
 _AT_ONCE = 2**22
@@ -22,7 +23,6 @@ _AT_ONCE = 2**22
 UPSAMPLING = 4
 """Heads are trained on maps of so many times the patch grid; on CamVid, 2, 4 and 8 give the same mIoU within 0.2."""
 
-Progress = Callable[[int, int], None]
 PerPixel = Callable[[Tensor, Tensor], Tensor]
 Loss = Callable[[Tensor, Tensor, int], Tensor]
 

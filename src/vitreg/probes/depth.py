@@ -15,8 +15,9 @@ from torch.nn import functional
 
 from vitreg.images import DepthSet, evenly, image_size, map_ahead
 from vitreg.probes.dense_features import DenseFeatures, check_stores, check_values, read_targets
-from vitreg.probes.dense_head import UPSAMPLING, LinearHead, Plan, Progress, Upsampling, num_steps, train_head
+from vitreg.probes.dense_head import UPSAMPLING, LinearHead, Plan, Upsampling, num_steps, train_head
 from vitreg.probes.depth_errors import depth_errors, sig_loss
+from vitreg.probes.features import Progress
 from vitreg.probes.score import NUM_SHOWN, ProbeResult, Score
 from vitreg.probes.store import FeatureStore
 

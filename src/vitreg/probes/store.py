@@ -31,6 +31,7 @@ class FeatureStore:
         depth: blocks of the model.
         grid: rows and columns of patches.
         num_images: rows.
+        shards: the files that hold rows.
         classes: names of the classes, none where there are no labels.
         skipped: pictures that could not be read.
         threshold, block, onset_block: as of a `Diagnosis` of the same pictures.
@@ -39,7 +40,7 @@ class FeatureStore:
     def __init__(self, path: Path, manifest: Manifest, finding: Finding, shards: tuple[Shard, ...]) -> None:
         self.path, self.id, self.depth = path, manifest.id, finding.depth
         # A shard is empty where none of its pictures could be read.
-        self._shards = tuple(shard for shard in shards if shard.num_images)
+        self.shards = tuple(shard for shard in shards if shard.num_images)
         self.origin, self.classes, self.grid = manifest.origin, manifest.classes, finding.grid
         self.model, self.preprocess, self.data = self.origin.model, self.origin.preprocess, self.origin.data
         self.config, self.blocks = self.origin.config, self.origin.config.blocks
@@ -87,7 +88,7 @@ class FeatureStore:
     @property
     def labels(self) -> Int[Tensor, " N"] | None:
         """Class number of every picture; None where there are no labels."""
-        return self._rows("labels") if "labels" in self._shards[0].names else None
+        return self._rows("labels") if "labels" in self.shards[0].names else None
 
     @property
     def numbers(self) -> Int[Tensor, " N"]:
@@ -101,7 +102,7 @@ class FeatureStore:
             ValueError: the store does not have the block; the same holds for the methods below.
         """
         name = f"cls.{self._kept(block)}"
-        return self._rows(name).float() if name in self._shards[0].names else None
+        return self._rows(name).float() if name in self.shards[0].names else None
 
     def registers(self, block: int) -> Float[Tensor, "N R D"]:
         """The registers; R is 0 where the model has none."""
@@ -125,7 +126,7 @@ class FeatureStore:
         """Which patches are outliers after `block`; none where there is no threshold."""
         if self.threshold is None:
             return torch.zeros(self.num_images, *self.grid, dtype=torch.bool)
-        return torch.cat([shard.read("norms", block=self.block) >= self.threshold for shard in self._shards])
+        return torch.cat([shard.read("norms", block=self.block) >= self.threshold for shard in self.shards])
 
     def patches(self, block: int) -> Iterator[tuple[Int[Tensor, " n"], Float[Tensor, "n P D"]]]:
         """Patch tokens, file by file, so that memory does not grow with their number.
@@ -137,21 +138,21 @@ class FeatureStore:
             ValueError: no patch tokens were kept.
         """
         name = f"patches.{self._kept(block)}"
-        if not any(shard.num_with_patches for shard in self._shards):
+        if not any(shard.num_with_patches for shard in self.shards):
             raise ValueError(f"{self.path} holds no patch tokens; run the feature pass with patches=None, or a number")
-        if name not in self._shards[0].names:
+        if name not in self.shards[0].names:
             raise ValueError(f"{self.path} holds no patch tokens of block {block}; name it in patch_blocks")
         return self._patches(name)
 
     def _patches(self, name: str) -> Iterator[tuple[Tensor, Tensor]]:
         first = 0
-        for shard in self._shards:
+        for shard in self.shards:
             if shard.num_with_patches:
                 yield shard.read("patch_rows") + first, shard.read(name).float()
             first += shard.num_images
 
     def _rows(self, name: str) -> Tensor:
-        return torch.cat([shard.read(name) for shard in self._shards])
+        return torch.cat([shard.read(name) for shard in self.shards])
 
     def _kept(self, block: int) -> int:
         """A block's number from 0."""

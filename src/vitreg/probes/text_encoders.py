@@ -59,6 +59,12 @@ class TrainedText:
         return self.tower(self.tower.tokenize(sentences).to(device)).float()
 
 
+def has_text_tower(source: str | os.PathLike[str]) -> bool:
+    """Whether a model came with one, so that zero-shot classification can be asked."""
+    file = _trained_file(source)
+    return str(source).startswith("open_clip:") or (file.name == "text.safetensors" and file.is_file())
+
+
 def load_text_encoder(
     source: str | os.PathLike[str], *, device: torch.device | str | None = None
 ) -> OpenClipText | TrainedText:
@@ -76,16 +82,21 @@ def load_text_encoder(
     """
     if str(source).startswith("open_clip:"):
         return _open_clip_text(str(source), device)
-    path = Path(source).expanduser()
-    if path.is_file() and path.name != "text.safetensors" and (path.parent / "text.safetensors").is_file():
-        path = path.parent
-    file = path / "text.safetensors" if path.is_dir() else path
+    file = _trained_file(source)
     if not file.is_file():
         raise CheckpointError(
             f"{source} has no text tower; zero-shot classification takes open_clip:ARCH/PRETRAINED or the folder of a "
             f"run of the clip recipe"
         )
     return TrainedText(load_text_tower(file, device=device))
+
+
+def _trained_file(source: str | os.PathLike[str]) -> Path:
+    """Where the text tower of a run is, if it has one: in its folder, beside its weights, or the source itself."""
+    path = Path(source).expanduser()
+    if path.is_file() and path.name != "text.safetensors" and (path.parent / "text.safetensors").is_file():
+        path = path.parent
+    return path / "text.safetensors" if path.is_dir() else path
 
 
 def _open_clip_text(source: str, device: torch.device | str | None) -> OpenClipText:
