@@ -4,10 +4,14 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
+import os
 from collections import Counter
+from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
+from PIL import Image
 
 from probes.dense import COLUMNS, ROWS, squares
 from probes.labelled import pictures_of
@@ -19,10 +23,12 @@ from vitreg.probes.evaluation import Data, choose, evaluate, hold_out, preproces
 from vitreg.probes.linear import LinearConfig
 from vitreg.probes.position_fit import PositionConfig
 from vitreg.probes.reconstruction import ReconstructionConfig
+from vitreg.probes.score import ProbeResult
 from vitreg.probes.segmentation import SegmentationConfig
 from vitreg.probes.single_token import SingleTokenConfig
 
 LABELS = (3, 7, 20)
+SIZE = (16 * ROWS, 16 * COLUMNS)
 SHORT = {
     "knn": PROBES["knn"].config,
     "linear": LinearConfig(learning_rates=(0.1,), epochs=1, epoch_length=20, batch_size=8),
@@ -87,8 +93,7 @@ def test_several_sizes_are_passes_of_their_own(counted, tmp_path):
     """+ms reads four blocks, and the validation pictures in two more sizes."""
     vit, seen = counted
     train, val = open_segmentation(str(squares(tmp_path / "data")))
-    size = (16 * ROWS, 16 * COLUMNS)
-    data = Data("segmentation", train, val, size)
+    data = Data("segmentation", train, val, SIZE)
     config = SegmentationConfig(steps=60)
     found = evaluate(
         vit, "small", data, {"segmentation": config, "segmentation-ms": config}, tmp_path / "out", stage=silent
@@ -98,11 +103,61 @@ def test_several_sizes_are_passes_of_their_own(counted, tmp_path):
         ROWS * COLUMNS + extra: len(train) + len(val),
         **{round(ROWS * s) * round(COLUMNS * s) + extra: len(val) for s in (1.32, 1.73)},
     }
-    assert found["segmentation"].details["sizes"] == [list(size)]
+    assert found["segmentation"].details["sizes"] == [list(SIZE)]
     assert found["segmentation-ms"].details["sizes"] == [[64, 96], [80, 128], [112, 160]]
     assert found["segmentation-ms"].details["blocks"] == [0, 1, 2]
     assert sorted(found["segmentation"].predictions) == [0, 1, 2, 4, 5, 6], "six of seven, evenly spread"
     assert all(result.scores[0].value > 60 for result in found.values()), "colours are told apart"
+
+
+def asked(data: Data, out: Path, **settings: Any) -> ProbeResult:
+    """What the probe of a dense task says of the small model."""
+    config = dataclasses.replace(PROBES[data.task].config, steps=5, **settings)
+    return evaluate(small_vit(), "small", data, {data.task: config}, out, stage=silent)[data.task]
+
+
+def test_another_scale_is_not_answered_with_the_figures_of_the_first(tmp_path):
+    root, out = str(squares(tmp_path / "data", train=4, val=2)), tmp_path / "out"
+    first, other = (asked(Data("depth", *open_depth(root, scale=scale), SIZE), out) for scale in (0.001, 0.0005))
+    assert first.details["training_mean"] == pytest.approx(2 * other.details["training_mean"])
+    assert first.scores[0].value != other.scores[0].value
+    again = asked(Data("depth", *open_depth(root), SIZE), out)
+    assert again.scores[0].value == first.scores[0].value
+    assert len(list((out / "features").iterdir())) == 2, "features do not depend on targets"
+
+
+def test_another_ignored_class_is_not_answered_with_the_figures_of_the_first(tmp_path):
+    root, out = str(squares(tmp_path / "data", train=4, val=2)), tmp_path / "out"
+    first, other = (
+        asked(Data("segmentation", *open_segmentation(root, ignore=ignore), SIZE), out) for ignore in (None, 2)
+    )
+    assert [len(result.details["IoU"]) for result in (first, other)] == [3, 2]
+
+
+@pytest.mark.parametrize("part", ["train", "val"])
+def test_replaced_masks_are_not_answered_with_the_figures_of_the_first(part, tmp_path):
+    """By files of the same size, at the same time."""
+    root, out = squares(tmp_path / "data", train=4, val=2), tmp_path / "out"
+    for path in (root / part / "masks").iterdir():
+        mask = np.asarray(Image.open(path))
+        path.unlink()
+        Image.fromarray(mask).save(path.with_suffix(".bmp"))
+    first = asked(Data("segmentation", *open_segmentation(str(root)), SIZE), out)
+    for path in (root / part / "masks").iterdir():
+        before, mask = path.stat(), np.asarray(Image.open(path))
+        Image.fromarray(np.where(mask == 0, 1, mask)).save(path)
+        os.utime(path, ns=(before.st_atime_ns, before.st_mtime_ns))
+        assert path.stat().st_size == before.st_size
+    other = asked(Data("segmentation", *open_segmentation(str(root)), SIZE), out)
+    assert other.details["IoU"] != first.details["IoU"]
+
+
+def test_replaced_images_are_computed_again(tmp_path):
+    root, out = squares(tmp_path / "data", train=4, val=2), tmp_path / "out"
+    first = asked(Data("depth", *open_depth(str(root)), SIZE), out)
+    for path in (root / "val" / "images").iterdir():
+        Image.fromarray(np.asarray(Image.open(path))[::-1]).save(path)
+    assert asked(Data("depth", *open_depth(str(root)), SIZE), out).scores[0].value != first.scores[0].value
 
 
 def test_sizes_are_whole_patches():

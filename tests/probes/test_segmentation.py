@@ -195,8 +195,11 @@ def test_bad_masks_are_named_before_training(folder, tmp_path):
 
 def test_features_that_are_not_of_these_pictures(sets, features, folder, tmp_path):
     train, val = features
-    with pytest.raises(ValueError, match=r"features of .*train \(24 pictures\), but the targets are of .*val \(7\)"):
+    with pytest.raises(ValueError, match=r"features of .*train \(24 pictures.*\), not of .*val \(7 pictures"):
         linear_segmentation(train, val, (sets[1], sets[0]), SHORT)
+    other_order = sets[1].part(reversed(range(7)))
+    with pytest.raises(ValueError, match=r"features of .*val \(7 pictures.*\), not of .*val \(7 pictures"):
+        linear_segmentation(train, val, (sets[0], other_order), SHORT)
     vit = small_vit()
     cropped = extract(vit, sets[0], tmp_path / "cropped", CONFIG)
     with pytest.raises(ValueError, match=r"cropped pictures \(crop 'center', size 64 x 64\); every pixel needs"):

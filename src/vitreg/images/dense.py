@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import hashlib
 from abc import abstractmethod
 from collections.abc import Iterable, Sequence
 from pathlib import Path
@@ -61,6 +62,28 @@ class DenseSet(ImageFiles):
     def target_name(self, index: int) -> str:
         """What to call a target in messages: its path."""
         return self._targets[index]
+
+    @property
+    @abstractmethod
+    def meaning(self) -> tuple[object, ...]:
+        """All that a target follows from besides its file."""
+
+    def targets_digest(self) -> str:
+        """32 hexadecimal digits that change with any byte of the targets' files, their order, and what they mean.
+
+        The files are read: a mask is often replaced by one of the same size.
+        """
+
+        def content(index: int) -> bytes:
+            try:
+                return hashlib.blake2b(Path(self.target_name(index)).read_bytes(), digest_size=16).digest()
+            except OSError:  # `target` will say so
+                return b"missing"
+
+        found = hashlib.blake2b(repr(self.meaning).encode(), digest_size=16)
+        for digest in map_ahead(content, range(len(self)), ahead=_HEADERS_AHEAD):
+            found.update(digest)
+        return found.hexdigest()
 
     @abstractmethod
     def target(self, index: int) -> Shaped[np.ndarray, "H W"]:

@@ -36,6 +36,11 @@ class DepthSet(DenseSet):
         super().__init__(source, pairs)
         self.scale, self.eigen_crop = scale, eigen_crop
 
+    @property
+    def meaning(self) -> tuple[object, ...]:
+        """The unit, and which part counts."""
+        return self.scale, self.eigen_crop
+
     def target(self, index: int) -> Float32[np.ndarray, "H W"]:
         """Metres; 0 where nothing was measured.
 

@@ -80,6 +80,11 @@ class SegmentationSet(DenseSet):
         """Of the classes that a target holds, from 0."""
         return self._meaning.names
 
+    @property
+    def meaning(self) -> tuple[object, ...]:
+        """The class of every number."""
+        return self._meaning.names, self._meaning.table.tolist(), self._meaning.known.tolist()
+
     def target(self, index: int) -> UInt8[np.ndarray, "H W"]:
         """The class of every pixel, `IGNORED` (255) where it does not count.
 

@@ -79,6 +79,9 @@ class ParquetImages(ImageSet):
         file, row = self._place(index)
         return f"{self._files[file]}, row {row}"
 
+    def file(self, index: int) -> str:
+        return str(self._files[self._place(index)[0]])
+
     def captions(self, index: int) -> tuple[str, ...]:
         if not self._captions:
             return ()

@@ -78,6 +78,9 @@ class TarImages(ImageSet):
     def name(self, index: int) -> str:
         return f"{self._archives[self._archive[index]]}, {self._names[index]}"
 
+    def file(self, index: int) -> str:
+        return str(self._archives[self._archive[index]])
+
     def captions(self, index: int) -> tuple[str, ...]:
         data = self._read(index, self._caption)
         if not data:

@@ -134,11 +134,7 @@ def check_stores(train: FeatureStore, val: Sequence[FeatureStore], targets: tupl
     """
     train.check_same_model(val[0])
     for store, of in zip((train, *val), (targets[0], *[targets[1]] * len(val)), strict=True):
-        if (store.data.source, store.data.number) != (of.source, len(of)):
-            raise ValueError(
-                f"{store.path} holds features of {store.data.source} ({store.data.number} pictures), but the targets "
-                f"are of {of.source} ({len(of)}); run the feature pass on that set"
-            )
+        store.check_images(of)
     for other in val[1:]:
         check_same(other.path, other.origin, val[0].origin, ("model", "data"))
         if not torch.equal(other.numbers, val[0].numbers):

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping
 from contextlib import AbstractContextManager
 from dataclasses import dataclass
+from functools import cached_property
 from importlib import metadata
 from pathlib import Path
 from typing import Any
@@ -44,6 +45,12 @@ class Data:
     val: ImageSet
     size: tuple[int, int] | None = None
     class_names: tuple[str, ...] | None = None
+
+    @cached_property
+    def targets(self) -> str:
+        """Changes with what answers follow from besides features, which know images, labels and classes."""
+        dense = [one.targets_digest() for one in (self.train, self.val) if isinstance(one, DenseSet)]
+        return f"targets {dense}, class names {self.class_names}"
 
 
 @dataclass(frozen=True)
@@ -120,7 +127,7 @@ def evaluate(
     for probe, settings in probes.items():
         vals = (val, *(enlarged[scale] for scale in PROBES[probe].enlarged))
         ids = [one.id for one in (train, *vals)]
-        question = f"vitreg {metadata.version('vitreg')}, {probe}, {settings}, {data.class_names}, {ids}"
+        question = f"vitreg {metadata.version('vitreg')}, {probe}, {settings}, {data.targets}, {ids}"
         answer = folder / "answers" / f"{name}-{probe}.safetensors"
         result = load_result(answer, question)
         if result is None:

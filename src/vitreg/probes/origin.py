@@ -9,8 +9,6 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal, get_args
 
-import numpy as np
-
 from vitreg.checkpoints.digest import digest
 from vitreg.images import ImageSet
 from vitreg.model import Preprocess, VisionTransformer
@@ -87,7 +85,7 @@ class StoredModel:
 
 @dataclass(frozen=True)
 class StoredData:
-    """The pictures: where they are from, how many, and a digest of their names, labels and classes."""
+    """The pictures: where they are from, how many, and `ImageSet.digest`."""
 
     source: str
     number: int
@@ -96,13 +94,7 @@ class StoredData:
     @classmethod
     def of(cls, images: ImageSet) -> StoredData:
         """That of a set."""
-        found = hashlib.blake2b(digest_size=16)
-        for index in range(len(images)):
-            found.update(images.name(index).encode(errors="surrogateescape") + b"\0")
-        found.update(repr(images.classes).encode())
-        if images.labels is not None:
-            found.update(np.asarray(images.labels, np.int64).tobytes())
-        return cls(images.source, len(images), found.hexdigest())
+        return cls(images.source, len(images), images.digest())
 
     def __str__(self) -> str:
         return f"{self.source} ({self.number} pictures, list {self.digest[:8]})"

@@ -23,7 +23,6 @@ from vitreg.images import ImageSet, map_ahead
 from vitreg.model.preprocess import IMAGENET_MEAN, IMAGENET_STD
 from vitreg.probes.features import Progress
 from vitreg.probes.least_squares import LinearMap, Moments, fit_linear
-from vitreg.probes.origin import StoredData
 from vitreg.probes.patch_kinds import SUBJECTS, Counts, Group, marked_patches
 from vitreg.probes.score import ProbeResult, Score
 from vitreg.probes.store import FeatureStore
@@ -78,8 +77,7 @@ def reconstruction(
     train.check_same_model(val)
     val = val.with_threshold_of(train)
     for store, images in ((train, train_images), (val, val_images)):
-        if (given := StoredData.of(images)).digest != store.data.digest:
-            raise ValueError(f"{store.path} holds features of {store.data}, not of {given}; give the pictures it is of")
+        store.check_images(images)
     source = _Source(config.block, torch.device(device), train.num_images + val.num_images, on_progress)
     moments = _moments(source.batches(train, train_images))
     fits = {group: fit_linear(of_group) for group, of_group in moments.items() if of_group.count}

@@ -11,8 +11,9 @@ import torch
 from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
+from vitreg.images import ImageSet
 from vitreg.probes.manifest import Finding, Manifest, read_manifest
-from vitreg.probes.origin import check_same
+from vitreg.probes.origin import StoredData, check_same
 from vitreg.probes.shards import Shard, Skipped, open_shard
 
 
@@ -72,6 +73,15 @@ class FeatureStore:
             ValueError: they are of another model or preprocessing; the message has both.
         """
         check_same(other.path, other.origin, self.origin, ("model", "preprocess"))
+
+    def check_images(self, images: ImageSet) -> None:
+        """Refuse images, and the targets that belong to them, of which these are not the features.
+
+        Raises:
+            ValueError: they are of others, or of files that were replaced since; the message has both.
+        """
+        if (given := StoredData.of(images)).digest != self.data.digest:
+            raise ValueError(f"{self.path} holds features of {self.data}, not of {given}; give the pictures it is of")
 
     def with_threshold_of(self, train: FeatureStore) -> FeatureStore:
         """The same features, with outliers as the norms of the training pictures define them.
