@@ -25,11 +25,11 @@ from timing import interleaved, machine, median_ratio
 from torch import Tensor
 
 import vitreg
-from vitreg.cli_discovery import discover
+from vitreg.cli.discover import discover
+from vitreg.cli.options import Checkpoint
 from vitreg.discovery.discover import native_stream
 from vitreg.discovery.lost import lost
 from vitreg.images import find_images
-from vitreg.terminal import Checkpoint
 
 
 def literal(features: Tensor, grid: tuple[int, int], k_patches: int = 100) -> tuple[int, int, int, int]:

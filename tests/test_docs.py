@@ -43,6 +43,7 @@ def test_links_lead_somewhere(page):
 def test_shown_commands_parse():
     """Every `vitreg ...` line of the documentation is a command with flags that exist."""
     from vitreg import cli
+    from vitreg.cli.options import ModelOptions
 
     lines = [
         line.split("#")[0].strip()
@@ -55,7 +56,7 @@ def test_shown_commands_parse():
         _, *rest = shlex.split(line)
         command = " ".join(rest[:2]) if " ".join(rest[:2]) in cli.COMMANDS else rest[0]
         flags = {part.removeprefix("--").replace("-", "_") for part in rest if part.startswith("--")}
-        hints = get_type_hints(cli.COMMANDS[command])
+        hints = get_type_hints(cli.command(command))
         options = [set(getattr(hint, "__dataclass_fields__", ())) for hint in hints.values()]
-        known = set(hints).union(cli.ModelOptions.__dataclass_fields__, *options)
+        known = set(hints).union(ModelOptions.__dataclass_fields__, *options)
         assert flags <= known, line

@@ -1,9 +1,8 @@
-"""The commands of training: `vitreg train` and `vitreg timeline`."""
+"""`vitreg train`: Vision Transformers with registers, from scratch."""
 
 from __future__ import annotations
 
 import dataclasses
-import json as jsonlib
 import os
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -13,18 +12,17 @@ from typing import TYPE_CHECKING, Annotated, Any, Literal
 from rich.console import Console
 from tyro.conf import Positional, arg
 
-from vitreg.terminal import INTERRUPTED, print_json, writable_folder
+from vitreg.cli.output import INTERRUPTED, print_json
 
 if TYPE_CHECKING:
     from vitreg.training import TrainingConfig
     from vitreg.training.run_folder import RunFolder
 
+
 Recipe = Annotated[
     Positional[Literal["deit3", "dinov2", "clip"] | None],
     arg(metavar="RECIPE", help="deit3 (labels), dinov2 (pictures alone) or clip (captions); left out with --resume"),
 ]
-
-Runs = Annotated[Positional[list[Path]], arg(metavar="RUN", help="folders of training runs, finished or not")]
 
 
 def train(
@@ -228,32 +226,3 @@ def _conclude(folder: RunFolder, done: bool, *, as_json: bool) -> int:
         if last.get("skipped") and not as_json:
             print(f"{last['skipped']} pictures could not be read and were replaced by others; see {folder.skipped}")
     return 0 if done else INTERRUPTED
-
-
-def timeline(runs: Runs, *, out: Path = Path("vitreg-out"), json: bool = False) -> int:
-    """Draw when artifacts appear in training runs: norms by block, by training step and by model size.
-
-    Reads the diagnoses that the runs recorded, computes nothing anew, and can be asked while they train. Writes
-    timeline.png and timeline.json. Runs with and without registers are best drawn together.
-
-    Example: vitreg timeline runs/no-registers runs/four-registers --out timeline
-
-    Args:
-        runs: folders of training runs.
-        out: folder for what is written.
-        json: print timeline.json.
-    """
-    from vitreg.report import timeline_figure
-    from vitreg.training.timeline import read_timeline
-
-    found = read_timeline(runs)
-    out = writable_folder(out)
-    (out / "timeline.json").write_text(jsonlib.dumps(found, indent=1))
-    timeline_figure(found, out / "timeline.png")
-    if json:
-        print_json(found)
-        return 0
-    for run in found["runs"]:
-        print(f"{run['name']}: {run['verdict']}")
-    print(f"see {out / 'timeline.png'}")
-    return 0

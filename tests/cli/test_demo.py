@@ -14,7 +14,7 @@ from PIL import Image
 import vitreg
 from vitreg.artifacts import plant_artifacts
 from vitreg.cli import main
-from vitreg.cli_demo import GRID
+from vitreg.cli.demo import GRID
 from vitreg.images import bundled_photographs, read_image
 
 FILES = {"report.html", "demo.json", "demo.png"}

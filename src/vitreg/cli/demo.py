@@ -1,4 +1,4 @@
-"""The command `vitreg demo`: two small models, without registers and with, and what a fix does to the first."""
+"""`vitreg demo`: two small models, without registers and with, and what a fix does to the first."""
 
 from __future__ import annotations
 
@@ -14,7 +14,8 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from vitreg.terminal import Checkpoint, print_json, status, writable_folder
+from vitreg.cli.options import Checkpoint, writable_folder
+from vitreg.cli.output import print_json, status
 
 if TYPE_CHECKING:
     from jaxtyping import Float
@@ -24,8 +25,10 @@ if TYPE_CHECKING:
     from vitreg import AttentionRows, Comparison, Detection, Diagnosis, VisionTransformer
     from vitreg.report import Panels, Photograph
 
+
 GRID = 20
 """Patches along each side of a photograph: in the 8 of a training picture there would be little to see."""
+
 
 PHOTO_SIZE = 320
 """Pixels along each side of a photograph in the report."""

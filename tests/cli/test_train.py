@@ -15,7 +15,8 @@ from PIL import Image
 
 import vitreg
 from training.runs import real_diagnoses, write_run
-from vitreg import cli, cli_training
+from vitreg import cli
+from vitreg.cli.train import train
 from vitreg.training.sizes import SIZES
 
 SMALL = (*("--image-size", "32", "--patch-size", "16", "--batch-size", "8"), "--workers", "0", "--device", "cpu")
@@ -170,11 +171,11 @@ def test_bad_training_input_is_one_sentence_and_status_2(args, message, classes,
 
 
 def test_sizes_on_the_command_line_are_all_sizes():
-    hints = get_type_hints(cli_training.train, include_extras=False)
+    hints = get_type_hints(train, include_extras=False)
     assert {value for part in get_args(hints["size"]) for value in get_args(part)} == set(SIZES)
 
 
 def test_every_flag_of_training_is_explained():
-    explained = inspect.getdoc(cli_training.train) or ""
-    for name in inspect.signature(cli_training.train).parameters:
+    explained = inspect.getdoc(train) or ""
+    for name in inspect.signature(train).parameters:
         assert f"\n    {name}: " in explained, name

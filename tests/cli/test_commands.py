@@ -17,7 +17,8 @@ import pytest
 from PIL import Image
 
 from vitreg import cli
-from vitreg.cli_probes import EvaluationOptions
+from vitreg.cli.evaluate.run import EvaluationOptions
+from vitreg.cli.options import ModelOptions
 
 TINY = "vit_tiny_patch16_224.augreg_in21k_ft_in1k"
 
@@ -200,7 +201,7 @@ def test_the_command_line_is_frozen():
     """A flag is a promise: a change here is a change for users, and belongs into the changelog."""
     import inspect
 
-    flags = {name: sorted(inspect.signature(command).parameters) for name, command in cli.COMMANDS.items()}
+    flags = {name: sorted(inspect.signature(cli.command(name)).parameters) for name in cli.COMMANDS}
     assert flags == {
         "attention": ["block", "crop", "images", "json", "model", "out", "queries", "strict"],
         "compare": [
@@ -250,7 +251,7 @@ def test_the_command_line_is_frozen():
     assert list(EvaluationOptions.__dataclass_fields__) == [
         "models", "out", "train_images", "val_images", "patch_images", "device", "dtype", "feature_batch_size", "json",
     ]  # fmt: skip
-    assert list(cli.ModelOptions.__dataclass_fields__) == ["model", "architecture", "device", "dtype", "size"]
+    assert list(ModelOptions.__dataclass_fields__) == ["model", "architecture", "device", "dtype", "size"]
 
 
 def test_the_public_names_are_frozen():
@@ -268,7 +269,7 @@ def test_a_full_disk_is_one_sentence_that_says_what_to_do(monkeypatch, tmp_path,
     def full(*args: object, **kwargs: object) -> None:
         raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC), str(tmp_path / "models.json"))
 
-    monkeypatch.setitem(cli.COMMANDS, "models", full)
+    monkeypatch.setattr("vitreg.cli.models.models", full)
     assert run("models") == 2
     told = f"vitreg: the disk has no room left for {tmp_path / 'models.json'}; make room, or choose another --out\n"
     assert capsys.readouterr().err == told

@@ -1,0 +1,115 @@
+"""The command line. Each command is a module of this package, which is imported when it is called."""
+
+from __future__ import annotations
+
+import difflib
+import importlib
+import os
+import sys
+import traceback
+from collections.abc import Callable
+from importlib import metadata
+from typing import Any
+
+from vitreg.cli.output import INTERRUPTED, first_line
+
+# The words of a command are its module and its function; help shows what its docstring says first.
+COMMANDS = {
+    "diagnose": "Tell whether a model has artifacts: where, from which block on, and what they do to its attention.",
+    "attention": "Write the attention maps of a block: every head and their mean, as images and as arrays.",
+    "fix": "Move a model's artifacts into registers, without training, and save the fixed model.",
+    "compare": "Show a model before and after: norms, attention, features, and whether the artifacts are gone.",
+    "discover": "Find the main object of every image, without labels or training.",
+    "evaluate all": "Ask every probe with its default protocol, and object discovery: one table, as in the paper.",
+    "evaluate knn": "Classify images by their nearest labelled neighbors: the protocol of DINO and DINOv2.",
+    "evaluate linear": "Train DINOv2's grid of linear classifiers on class token and patches; the best counts.",
+    "evaluate zero-shot": "Classify images by sentences about the classes, with the text tower of a CLIP or SigLIP.",
+    "evaluate tokens": "Classify images from one token: class token, a normal patch, an outlier, a register (Table 1).",
+    "evaluate position": "Ask patches where they are: what normal patches and outliers know of their place (Table 5).",
+    "evaluate reconstruction": "Ask patches for their pixels: what normal patches and outliers hold (Table 5).",
+    "evaluate segmentation": "Name the class of every pixel with a linear head on patch features; mIoU.",
+    "evaluate depth": "Tell the depth of every pixel with a linear head on patch features; RMSE.",
+    "evaluate discovery": "Measure CorLoc: in how many images the box that LOST finds is an object's.",
+    "train": "Train a Vision Transformer with registers, and record when artifacts appear.",
+    "timeline": "Draw when artifacts appear in training runs: norms by block, by step and by model size.",
+    "models": "List checkpoints by name: parameters, patch size, registers, license.",
+    "demo": "Diagnose two small models, without and with registers, fix the first, and discover objects with each.",
+}
+
+GROUPS = {"evaluate": "Ask what the features of models are worth, and what their tokens know."}
+"""Commands of two words, by the first."""
+
+
+def command(name: str) -> Callable[..., int]:
+    """The function of a command, from its module: `evaluate zero-shot` is `zero_shot` of `evaluate/zero_shot.py`."""
+    path = name.replace("-", "_").replace(" ", ".")
+    return getattr(importlib.import_module(f"{__name__}.{path}"), path.rpartition(".")[2])
+
+
+def main(argv: list[str] | None = None) -> None:
+    """Run a command; errors are one line on stderr and exit status 2 (`--debug` shows where they arose)."""
+    args = sys.argv[1:] if argv is None else argv
+    debug = "--debug" in args
+    try:
+        status = _run([arg for arg in args if arg != "--debug"])
+    except KeyboardInterrupt:
+        print("vitreg: interrupted", file=sys.stderr)
+        status = INTERRUPTED
+    except BrokenPipeError:
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        status = 0
+    except (ValueError, OSError, MemoryError) as error:
+        if debug:
+            traceback.print_exc()
+        else:
+            print(f"vitreg: {first_line(error)}", file=sys.stderr)
+        status = 2
+    sys.exit(status)
+
+
+def _run(args: list[str]) -> int:
+    """Answer without a command, or call the one that the arguments begin with."""
+    if args == ["--version"]:
+        print(metadata.version("vitreg"))
+        return 0
+    group = args[0] if args and args[0] in GROUPS else ""
+    named, rest = args[: 1 + bool(group)], args[1 + bool(group) :]
+    name = " ".join(named)
+    if name in COMMANDS:
+        return _call(name, rest)
+    asked = named[bool(group) :]
+    if asked in ([], ["--help"], ["-h"]):
+        print(_help(group), file=sys.stdout if asked else sys.stderr)
+        return 0 if asked else 2
+    near = difflib.get_close_matches(name, COMMANDS, 1)
+    hint = f"did you mean {near[0]}?" if near else f"see {' '.join(['vitreg', group]).strip()} --help"
+    raise ValueError(f"there is no command {name}; {hint}")
+
+
+def _call(name: str, args: list[str]) -> int:
+    import tyro
+
+    config: Any = (tyro.conf.OmitArgPrefixes, tyro.conf.FlagCreatePairsOff)
+    return tyro.cli(command(name), prog=f"vitreg {name}", args=args, config=config)
+
+
+def _help(group: str) -> str:
+    """The commands, or those of a group, a line each."""
+    if group:
+        lines = {
+            name.removeprefix(f"{group} "): says for name, says in COMMANDS.items() if name.startswith(f"{group} ")
+        }
+    else:
+        lines = {name: says for name, says in COMMANDS.items() if " " not in name} | GROUPS
+    import textwrap
+
+    prog = f"vitreg {group}".strip()
+    about = GROUPS.get(group, "Find the artifacts of any Vision Transformer, and see what they do.")
+    told = [f"usage: {prog} COMMAND ...", "", about, ""]
+    for name, says in lines.items():
+        told += textwrap.wrap(says, 78, initial_indent=f"  {name:15}", subsequent_indent=" " * 17)
+    return "\n".join([*told, "", f"{prog} COMMAND --help explains a command; --debug shows tracebacks."])
+
+
+if __name__ == "__main__":
+    main()

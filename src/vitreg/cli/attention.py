@@ -1,0 +1,112 @@
+"""`vitreg attention`: the attention maps of a block."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Literal
+
+from vitreg.cli.options import Images, ModelOptions, writable_folder
+from vitreg.cli.output import INTERRUPTED, print_json, print_skipped, progress, unused
+
+if TYPE_CHECKING:
+    from vitreg import VisionTransformer
+    from vitreg.images import ImageBatch
+
+
+Query = Literal["cls", "registers"] | tuple[int, int]
+
+
+def attention(
+    images: Images,
+    *,
+    model: ModelOptions,
+    block: int = -1,
+    queries: tuple[str, ...] = ("cls",),
+    out: Path = Path("vitreg-out"),
+    crop: Literal["checkpoint", "none"] = "checkpoint",
+    strict: bool = False,
+    json: bool = False,
+) -> int:
+    """Write the attention maps of a block: every head and their mean, as images and as arrays.
+
+    For each picture and query: NAME.npy (float32, heads x rows x columns, the share of attention each patch gets; with
+    the shares of class token and registers it adds up to one, or to 1 - lambda in differential attention), NAME.png
+    (every head) and NAME_overlay.png (the mean).
+
+    Example: vitreg attention dog.jpg --model dinov2_vits14_reg --queries cls registers 4,7 --out maps
+
+    Args:
+        images: files, folders or globs.
+        model: the model and what it sees.
+        block: counted from 0; -1 is the last.
+        queries: who attends: cls, registers, or a patch as COLUMN,ROW of the grid, counted from 0.
+        out: folder for the maps.
+        crop: checkpoint crops as the model was trained; none keeps the whole picture and its aspect.
+        strict: a picture that cannot be read is an error.
+        json: print what was written as JSON.
+    """
+    from vitreg.images import ImageStream, find_images
+
+    out = writable_folder(out)
+    paths = find_images(images)
+    vit = model.load()
+    wanted: list[Query] = [_query(query) for query in queries]
+    preprocess = vit.preprocess if crop == "checkpoint" else dataclasses.replace(vit.preprocess, crop="none")
+    stream = ImageStream(paths, preprocess, batch_size=1, strict=strict, device=next(vit.parameters()).device)
+    written: list[dict[str, object]] = []
+    names: set[str] = set()
+    interrupted = False
+    with progress("drawing attention") as on_progress:
+        try:
+            for batch in stream:
+                names.add(name := unused(batch.paths[0].stem, names))
+                written += _attention_maps(vit, batch, name, out, block, wanted)
+                on_progress(len(names), len(paths))
+        except KeyboardInterrupt:
+            interrupted = True
+    skipped = [{"path": str(skip.path), "reason": skip.reason} for skip in stream.skipped]
+    if not written and not interrupted:
+        raise ValueError(f"there were no pictures to look at{': ' + skipped[0]['reason'] if skipped else ''}")
+    if json:
+        print_json({"maps": written, "skipped": skipped, "interrupted": interrupted})
+    else:
+        print_skipped([skip["reason"] for skip in skipped])
+        print(f"{len(written)} maps in {out}")
+    return INTERRUPTED if interrupted else 0
+
+
+def _attention_maps(
+    vit: VisionTransformer, batch: ImageBatch, name: str, out: Path, block: int, queries: Sequence[Query]
+) -> list[dict[str, object]]:
+    """Trace one picture and write a set of files for each query."""
+    import torch
+
+    from vitreg.report import write_attention
+
+    with torch.inference_mode():
+        trace = vit.trace(batch.images, blocks=[block], attention_from=queries)
+    rows = trace.attention
+    assert rows is not None
+    photo = vit.preprocess.unnormalize(batch.images)[0].permute(1, 2, 0).cpu().numpy()
+    written = []
+    for q, query in enumerate(rows.queries):
+        maps = rows.to_patches[0, 0, :, q].cpu().numpy()
+        paths = write_attention(photo, maps, query=query, block=trace.blocks[0], name=name, folder=out)
+        shares = {"to_patches": float(maps.sum((1, 2)).mean())}
+        if rows.to_cls is not None:
+            shares["to_class_token"] = float(rows.to_cls[0, 0, :, q].mean())
+        if vit.num_registers:
+            shares["to_registers"] = float(rows.to_registers[0, 0, :, q].sum(-1).mean())
+        written.append({"image": str(batch.paths[0]), "query": query, "block": trace.blocks[0], **shares, **paths})
+    return written
+
+
+def _query(text: str) -> Query:
+    if text in ("cls", "registers"):
+        return text
+    column, _, row = text.partition(",")
+    if not (column.strip().isdigit() and row.strip().isdigit()):
+        raise ValueError(f"--queries {text!r} is unknown; use cls, registers, or a patch as COLUMN,ROW")
+    return int(row), int(column)

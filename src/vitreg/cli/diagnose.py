@@ -1,0 +1,80 @@
+"""`vitreg diagnose`: does a model have artifacts?"""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from vitreg.cli.options import Images, ModelOptions, positive, writable_folder
+from vitreg.cli.output import INTERRUPTED, print_json, print_skipped, progress
+
+if TYPE_CHECKING:
+    from vitreg import Diagnosis
+
+
+def diagnose(
+    images: Images,
+    *,
+    model: ModelOptions,
+    out: Path = Path("vitreg-out"),
+    threshold: str = "auto",
+    block: str = "auto",
+    batch_size: int = 32,
+    limit: int | None = None,
+    strict: bool = False,
+    json: bool = False,
+) -> int:
+    """Tell whether a model has artifacts: where, from which block on, and what they do to its attention.
+
+    Writes report.html (open it in a browser, or send it) and diagnosis.json. Files that cannot be read are skipped
+    and listed.
+
+    Example: vitreg diagnose photos/ --model dinov2_vitb14 --out report
+
+    Args:
+        images: files, folders or globs.
+        model: the model and what it sees.
+        out: folder for the report.
+        threshold: auto (two separated modes of the norms, or none), a norm such as 150, mean+3sd, or 5xmedian.
+        block: the block to report, or auto.
+        batch_size: pictures at a time.
+        limit: look at this many pictures only.
+        strict: a picture that cannot be read is an error.
+        json: print the result as JSON.
+    """
+    import vitreg
+
+    out = writable_folder(out)
+    vit = model.load()
+    with progress("looking at pictures") as on_progress:
+        diagnosis = vitreg.diagnose(
+            vit,
+            images,
+            threshold=threshold,
+            block=block if block == "auto" else _integer("--block", block),
+            batch_size=positive("--batch-size", batch_size),
+            limit=limit,
+            strict=strict,
+            keep_partial=True,
+            on_progress=on_progress,
+        )
+    report = diagnosis.save(out)
+    _print_diagnosis(diagnosis, report, as_json=json)
+    return INTERRUPTED if diagnosis.interrupted else 0
+
+
+def _integer(flag: str, text: str) -> int:
+    try:
+        return int(text)
+    except ValueError:
+        raise ValueError(f"{flag} {text!r} is not a block; give auto or a number") from None
+
+
+def _print_diagnosis(diagnosis: Diagnosis, report: Path, *, as_json: bool) -> None:
+    if as_json:
+        print_json({**diagnosis.to_dict(), "report": str(report)})
+        return
+    for sentence in diagnosis.verdict:
+        print(sentence)
+    print_skipped([skip.reason for skip in diagnosis.skipped])
+    print(f"{diagnosis.num_images} images in {diagnosis.seconds:.1f} s; the report is {report}")

@@ -1,0 +1,75 @@
+"""`vitreg evaluate all`: every probe, in one table."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Literal
+
+from vitreg.cli.evaluate.data import (
+    DEPTH_PROBES,
+    SEGMENTATION_PROBES,
+    classification_data,
+    depth_data,
+    segmentation_data,
+)
+from vitreg.cli.evaluate.run import EvaluationOptions, run_evaluation
+from vitreg.images import (
+    MILLIMETRES,
+)
+from vitreg.probes.catalogue import PROBES
+
+
+def all(
+    *,
+    common: EvaluationOptions,
+    data: str | None = None,
+    class_names: Path | None = None,
+    segmentation: str | None = None,
+    segmentation_size: tuple[int, int] | None = None,
+    segmentation_ignore: int | None = None,
+    segmentation_variants: tuple[Literal["linear", "+ms"], ...] = ("linear",),
+    depth: str | None = None,
+    depth_size: tuple[int, int] | None = None,
+    depth_scale: float = MILLIMETRES,
+    depth_variants: tuple[Literal["lin.1", "lin.4"], ...] = ("lin.1",),
+    discovery: str | None = None,
+) -> int:
+    """Ask every probe with its default protocol, and object discovery: one table, as in the paper.
+
+    Writes report.html, evaluation.json, evaluation.csv and evaluation.md. Every model sees every picture once, whatever
+    the number of probes; zero-shot classification is asked of models with a text tower.
+
+    Example: vitreg evaluate all --data imagenet/ --segmentation ade20k:ADE --depth nyu:NYU --models dinov2_vitb14
+    dinov2_vitb14_reg
+
+    Args:
+        common: models and pictures.
+        data: pictures, as for `evaluate knn`; without labels only position and reconstruction are asked.
+        class_names: as for `evaluate zero-shot`.
+        segmentation: as --data of `evaluate segmentation`.
+        segmentation_size: as its --size.
+        segmentation_ignore: as its --ignore.
+        segmentation_variants: as its --variant; several make a column each.
+        depth: as --data of `evaluate depth`.
+        depth_size: as its --size.
+        depth_scale: as its --scale.
+        depth_variants: as its --variant.
+        discovery: as --data of `evaluate discovery`.
+    """
+    found = [
+        *([classification_data(data, class_names)] if data else []),
+        *([segmentation_data(segmentation, segmentation_size, segmentation_ignore)] if segmentation else []),
+        *([depth_data(depth, depth_size, depth_scale)] if depth else []),
+    ]
+    if not found and not discovery:
+        raise ValueError("there is nothing to evaluate on; give --data, --segmentation, --depth or --discovery")
+    tasks = {one.task for one in found}
+    wanted = {SEGMENTATION_PROBES[variant] for variant in segmentation_variants} | {
+        DEPTH_PROBES[v] for v in depth_variants
+    }
+    unwanted = {*SEGMENTATION_PROBES.values(), *DEPTH_PROBES.values()} - wanted
+    if any(one.task == "classification" and one.train.labels is None for one in found):
+        # Where a patch is, and what it looks like, can be asked of any picture.
+        unwanted |= {name for name, probe in PROBES.items() if probe.labels}
+    probes = {name: probe.config for name, probe in PROBES.items() if probe.task in tasks and name not in unwanted}
+    return run_evaluation(common, found, probes, discovery)

@@ -1,0 +1,39 @@
+"""`vitreg evaluate depth`."""
+
+from __future__ import annotations
+
+from typing import Literal
+
+from vitreg.cli.evaluate.data import (
+    DEPTH_PROBES,
+    depth_data,
+)
+from vitreg.cli.evaluate.run import EvaluationOptions, run_evaluation
+from vitreg.images import (
+    MILLIMETRES,
+)
+from vitreg.probes.depth import DepthConfig
+
+
+def depth(
+    *,
+    data: str,
+    common: EvaluationOptions,
+    size: tuple[int, int] | None = None,
+    scale: float = MILLIMETRES,
+    variant: Literal["lin.1", "lin.4"] = "lin.1",
+    protocol: DepthConfig = DepthConfig(),
+) -> int:
+    """Tell the depth of every pixel with a linear head on patch features; RMSE.
+
+    Example: vitreg evaluate depth --data nyu:NYU --models dinov2_vitb14 dinov2_vitb14_reg
+
+    Args:
+        data: nyu:PATH, or a folder with train/ and val/, in each images/ and depth/ (16-bit PNG, 0 where unknown).
+        common: models and pictures.
+        size: height and width that pictures are brought to, rounded to whole patches; by default the short side is 480.
+        scale: metres in one step of the files' numbers; 0.001 for millimetres.
+        variant: the head reads the last block (or --blocks), or four (lin.4), as DINOv2's.
+        protocol: its settings; by default those of the paper, or as close as can be.
+    """
+    return run_evaluation(common, [depth_data(data, size, scale)], {DEPTH_PROBES[variant]: protocol})

@@ -1,0 +1,126 @@
+"""`vitreg evaluate discovery`: CorLoc, over sweeps of settings."""
+
+from __future__ import annotations
+
+import json as jsonlib
+import sys
+from pathlib import Path
+from typing import Any, Literal
+
+from rich.console import Console
+from rich.table import Table
+
+from vitreg.cli.options import Checkpoint, positive, writable_folder
+from vitreg.cli.output import INTERRUPTED, print_json, progress
+from vitreg.discovery.protocol import DEFAULT
+from vitreg.discovery.summary import describe, hits, summarize
+from vitreg.discovery.sweep import Axis, find_boxes, settings
+from vitreg.images import open_box_set
+
+_ROWS = 15
+
+
+def discovery(
+    *,
+    data: str,
+    models: tuple[str, ...],
+    sweep: tuple[Axis, ...] = (),
+    out: Path = Path("vitreg-out/discovery"),
+    device: str = "auto",
+    dtype: Literal["float32", "bfloat16", "float16"] = "float32",
+    batch_size: int = 8,
+    json: bool = False,
+) -> int:
+    """Measure CorLoc: in how many images the box that LOST finds is an object's.
+
+    Always measured is the documented protocol; --sweep adds every combination of the axes it names: the last four
+    blocks, queries, keys and values, raw and normalised, centred or not, biases from -0.4 to 0.1. Writes
+    discovery.json, discovery.png, and boxes-MODEL.jsonl, which holds what is done: the same command continues an
+    interrupted run.
+
+    Example: vitreg evaluate discovery --data voc2007:VOC --models dinov2_vitl14 dinov2_vitl14_reg --sweep blocks facets
+
+    Args:
+        data: voc2007:FOLDER, voc2012:FOLDER, coco20k:FOLDER, yolo:FOLDER or json:FILE.
+        models: names or files, as for --model; the others are compared with the first.
+        sweep: any of blocks, facets, normalize, center, bias.
+        out: folder for results, and of an earlier run to continue.
+        device: cpu, cuda, mps; auto takes a GPU where there is one.
+        dtype: precision of weights and activations.
+        batch_size: pictures at a time, of equal size.
+        json: print discovery.json.
+    """
+    from vitreg.report import sweep_figure
+
+    if not models or len(set(models)) < len(models):
+        raise ValueError(f"--models {' '.join(models) or 'is empty'}: name at least one model, and each once")
+    swept = settings(sweep)
+    protocols = swept if DEFAULT in swept else [DEFAULT, *swept]
+    out = writable_folder(out)
+    boxed = open_box_set(data)
+    labelled = [image for image in boxed.images if len(image.boxes)]
+    if not labelled:
+        raise ValueError(f"{data} has {len(boxed.images)} pictures and not one box; CorLoc needs boxes")
+    positive("--batch-size", batch_size)
+    found = {}
+    try:
+        for name in models:
+            vit = Checkpoint(name, device=device, dtype=dtype).load()
+            record = out / f"boxes-{''.join(c if c.isalnum() or c in '-_.' else '-' for c in name)}.jsonl"
+            with progress(f"looking at pictures with {name}") as on_progress:
+                boxes = find_boxes(
+                    vit, name, labelled, protocols, record, batch_size=batch_size, on_progress=on_progress
+                )
+            found[name] = hits(boxes, labelled)
+    except KeyboardInterrupt:
+        print(f"vitreg: interrupted; the same command continues, {out} keeps what is done", file=sys.stderr)
+        return INTERRUPTED
+    summary = summarize(found, protocols, labelled, data=data, boxed=boxed, swept=swept)
+    (out / "discovery.json").write_text(jsonlib.dumps(summary, indent=1))
+    sweep_figure(summary, out / "discovery.png")
+    if json:
+        print_json(summary)
+    else:
+        _print_summary(summary, out)
+    return 0
+
+
+def _print_summary(summary: dict[str, Any], out: Path) -> None:
+    table = Table("setting", *(model["model"] for model in summary["models"]), box=None, pad_edge=False)
+    table.add_row("protocol: " + describe(DEFAULT), *(_percent(model["protocol"]) for model in summary["models"]))
+    columns = [model.get("settings", []) for model in summary["models"]]
+    rows = sorted(zip(*columns, strict=True), key=lambda row: -sum(entry["corloc"] for entry in row))
+    for row in rows[:_ROWS]:
+        table.add_row(row[0]["name"], *(_percent(entry) for entry in row))
+    if rows:
+        label = f"mean of {len(rows)} settings"
+        table.add_row(label, *(_percent(model["mean"]) for model in summary["models"]))
+    table.add_row("the whole picture", *[_percent(summary["whole_picture"])] * len(summary["models"]))
+    Console(width=None if sys.stdout.isatty() else 160).print(table)
+    if len(rows) > _ROWS:
+        print(f"the {_ROWS} best of {len(rows)} settings; the others are in {out / 'discovery.json'}")
+    for model in summary["models"]:
+        if halves := model.get("halves"):
+            chosen, judged = halves["on_the_half_that_chose_it"], halves["on_the_other_half"]
+            print(f"{model['model']}: best is {model['best']['name']}, {_percent(model['best'])}")
+            print(
+                f"{model['model']}: best on one half of the pictures is {halves['name']}, "
+                f"{chosen['corloc']:.1f} there and {_percent(judged)} on the other half"
+            )
+    for difference in summary["differences"]:
+        for what in ("protocol", "mean"):
+            if what in difference:
+                print(
+                    f"{difference['model']} minus {difference['minus']}, {what}: {_percent(difference[what], '+.1f')}, "
+                    "paired"
+                )
+    without, missing = summary["num_images_without_boxes"], summary["missing_images"]
+    print(f"CorLoc in percent [95 % interval] on {summary['num_images']} pictures; left out: {without} without boxes")
+    if missing:
+        print(f"and {len(missing)} that the annotations name and that do not exist, the first {missing[0]}")
+    print(f"see {out}")
+
+
+def _percent(share: dict[str, Any], form: str = ".1f") -> str:
+    low, high = share["interval"]
+    return f"{share['corloc']:{form}} [{low:{form}}, {high:{form}}]"

@@ -1,0 +1,23 @@
+"""`vitreg evaluate knn`."""
+
+from __future__ import annotations
+
+from vitreg.cli.evaluate.data import (
+    classification_data,
+)
+from vitreg.cli.evaluate.run import EvaluationOptions, run_evaluation
+from vitreg.probes.knn import KNNConfig
+
+
+def knn(*, data: str, common: EvaluationOptions, protocol: KNNConfig = KNNConfig()) -> int:
+    """Classify images by their nearest labelled neighbors: the protocol of DINO and DINOv2.
+
+    Example: vitreg evaluate knn --data imagenet/ --models dinov2_vitb14 dinov2_vitb14_reg
+
+    Args:
+        data: labelled pictures: a folder with train/ and val/ and folders for the classes, Parquet, tars; where it is
+            not divided, every fifth picture is held out.
+        common: models and pictures.
+        protocol: its settings; by default those of the paper, or as close as can be.
+    """
+    return run_evaluation(common, [classification_data(data)], {"knn": protocol})

@@ -1,0 +1,22 @@
+"""`vitreg evaluate linear`."""
+
+from __future__ import annotations
+
+from vitreg.cli.evaluate.data import (
+    classification_data,
+)
+from vitreg.cli.evaluate.run import EvaluationOptions, run_evaluation
+from vitreg.probes.linear import LinearConfig
+
+
+def linear(*, data: str, common: EvaluationOptions, protocol: LinearConfig = LinearConfig()) -> int:
+    """Train DINOv2's grid of linear classifiers on class token and patches; the best counts.
+
+    Example: vitreg evaluate linear --data imagenet/ --models dinov2_vitb14 dinov2_vitb14_reg
+
+    Args:
+        data: labelled pictures, as for `evaluate knn`.
+        common: models and pictures.
+        protocol: its settings; by default those of the paper, or as close as can be.
+    """
+    return run_evaluation(common, [classification_data(data)], {"linear": protocol})

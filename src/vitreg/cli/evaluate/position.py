@@ -1,0 +1,22 @@
+"""`vitreg evaluate position`."""
+
+from __future__ import annotations
+
+from vitreg.cli.evaluate.data import (
+    classification_data,
+)
+from vitreg.cli.evaluate.run import EvaluationOptions, run_evaluation
+from vitreg.probes.position_fit import PositionConfig
+
+
+def position(*, data: str, common: EvaluationOptions, protocol: PositionConfig = PositionConfig()) -> int:
+    """Ask patches where they are: what normal patches and outliers know of their place (Table 5).
+
+    Example: vitreg evaluate position --data imagenet/ --models dinov2_vitg14 --train-images 5000 --val-images 1000
+
+    Args:
+        data: pictures, as for `evaluate knn`; labels are not needed.
+        common: models and pictures.
+        protocol: its settings; by default those of the paper, or as close as can be.
+    """
+    return run_evaluation(common, [classification_data(data)], {"position": protocol})

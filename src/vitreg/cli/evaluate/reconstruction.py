@@ -1,0 +1,27 @@
+"""`vitreg evaluate reconstruction`."""
+
+from __future__ import annotations
+
+from vitreg.cli.evaluate.data import (
+    classification_data,
+)
+from vitreg.cli.evaluate.run import EvaluationOptions, run_evaluation
+from vitreg.probes.reconstruction import ReconstructionConfig
+
+
+def reconstruction(
+    *,
+    data: str,
+    common: EvaluationOptions,
+    protocol: ReconstructionConfig = ReconstructionConfig(),
+) -> int:
+    """Ask patches for their pixels: what normal patches and outliers hold (Table 5).
+
+    Example: vitreg evaluate reconstruction --data imagenet/ --models dinov2_vitg14 --train-images 5000
+
+    Args:
+        data: pictures, as for `evaluate knn`; labels are not needed.
+        common: models and pictures.
+        protocol: its settings; by default those of the paper, or as close as can be.
+    """
+    return run_evaluation(common, [classification_data(data)], {"reconstruction": protocol})

@@ -1,0 +1,36 @@
+"""`vitreg evaluate segmentation`."""
+
+from __future__ import annotations
+
+from typing import Literal
+
+from vitreg.cli.evaluate.data import (
+    SEGMENTATION_PROBES,
+    segmentation_data,
+)
+from vitreg.cli.evaluate.run import EvaluationOptions, run_evaluation
+from vitreg.probes.segmentation import SegmentationConfig
+
+
+def segmentation(
+    *,
+    data: str,
+    common: EvaluationOptions,
+    size: tuple[int, int] | None = None,
+    ignore: int | None = None,
+    variant: Literal["linear", "+ms"] = "linear",
+    protocol: SegmentationConfig = SegmentationConfig(),
+) -> int:
+    """Name the class of every pixel with a linear head on patch features; mIoU.
+
+    Example: vitreg evaluate segmentation --data ade20k:ADEChallengeData2016 --models dinov2_vitb14 dinov2_vitb14_reg
+
+    Args:
+        data: ade20k:PATH, voc2012:PATH, or a folder with train/ and val/, in each images/ and masks/.
+        common: models and pictures.
+        size: height and width that pictures are brought to, rounded to whole patches; by default the short side is 512.
+        ignore: number in the masks of a folder that does not count, besides 255.
+        variant: linear reads the last block (or --blocks); +ms four, and averages over three sizes of the pictures.
+        protocol: its settings; by default those of the paper, or as close as can be.
+    """
+    return run_evaluation(common, [segmentation_data(data, size, ignore)], {SEGMENTATION_PROBES[variant]: protocol})

@@ -1,0 +1,22 @@
+"""`vitreg evaluate tokens`."""
+
+from __future__ import annotations
+
+from vitreg.cli.evaluate.data import (
+    classification_data,
+)
+from vitreg.cli.evaluate.run import EvaluationOptions, run_evaluation
+from vitreg.probes.single_token import SingleTokenConfig
+
+
+def tokens(*, data: str, common: EvaluationOptions, protocol: SingleTokenConfig = SingleTokenConfig()) -> int:
+    """Classify images from one token: class token, a normal patch, an outlier, a register (Table 1).
+
+    Example: vitreg evaluate tokens --data imagenet/ --models dinov2_vitg14 dinov2_vitg14_reg --train-images 50000
+
+    Args:
+        data: labelled pictures, as for `evaluate knn`.
+        common: models and pictures.
+        protocol: its settings; by default those of the paper, or as close as can be.
+    """
+    return run_evaluation(common, [classification_data(data)], {"tokens": protocol})

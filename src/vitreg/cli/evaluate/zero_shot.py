@@ -1,0 +1,31 @@
+"""`vitreg evaluate zero-shot`."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+from vitreg.cli.evaluate.data import (
+    classification_data,
+)
+from vitreg.cli.evaluate.run import EvaluationOptions, run_evaluation
+from vitreg.probes.zero_shot import ZeroShotConfig
+
+
+def zero_shot(
+    *,
+    data: str,
+    common: EvaluationOptions,
+    class_names: Path | None = None,
+    protocol: ZeroShotConfig = ZeroShotConfig(),
+) -> int:
+    """Classify images by sentences about the classes, with the text tower of a CLIP or SigLIP.
+
+    Example: vitreg evaluate zero-shot --data imagenet/ --models open_clip:ViT-B-16/laion2b_s34b_b88k
+
+    Args:
+        data: labelled pictures, as for `evaluate knn`.
+        common: models and pictures.
+        class_names: a file with a name a line, in the order of the classes, where folders are not named by words.
+        protocol: the sentences.
+    """
+    return run_evaluation(common, [classification_data(data, class_names)], {"zero-shot": protocol})

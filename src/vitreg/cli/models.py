@@ -1,0 +1,41 @@
+"""`vitreg models`: what can be loaded by name."""
+
+from __future__ import annotations
+
+import dataclasses
+import sys
+
+from rich.console import Console
+
+from vitreg.cli.output import print_json
+
+
+def models(filter: str = "", json: bool = False) -> int:
+    """List checkpoints by name: parameters, patch size, registers, license.
+
+    Besides these, every name of timm's Vision Transformers can be given to --model.
+
+    Example: vitreg models --filter dinov2
+
+    Args:
+        filter: part of a name, or a pattern with *.
+        json: print the list as JSON.
+    """
+    from rich.table import Table
+
+    from vitreg.checkpoints import list_models
+
+    found = list_models(filter)
+    if json:
+        print_json([dataclasses.asdict(model) for model in found])
+        return 0
+    if not found:
+        raise ValueError(f"no model's name contains {filter!r}; `vitreg models` lists all")
+    table = Table("name", "parameters", "patch", "registers", "licence", "weights from timm", box=None, pad_edge=False)
+    for row in found:
+        size = f"{row.million_parameters:,.1f} M"
+        table.add_row(
+            row.name, size, str(row.patch_size), str(row.num_registers), row.licence, row.timm or "comes with vitreg"
+        )
+    Console(width=None if sys.stdout.isatty() else 160).print(table)
+    return 0
