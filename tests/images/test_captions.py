@@ -73,6 +73,15 @@ def test_missing_pictures(flickr):
         open_image_set(flickr)
 
 
+def test_captions_in_latin_1(flickr):
+    text = (flickr / "captions.csv").read_text() + "a.jpg,un café\n"
+    (flickr / "captions.csv").write_text(text, encoding="latin-1")
+    with pytest.raises(ValueError, match=r"captions\.csv is not in UTF-8 \(it has the byte 0xe9\); save it as UTF-8$"):
+        open_image_set(flickr)
+    (flickr / "captions.csv").write_text(text, encoding="utf-8-sig")
+    assert len(open_image_set(flickr)) == 4
+
+
 @pytest.mark.parametrize(
     ("rows", "header", "message"),
     [

@@ -58,6 +58,30 @@ def test_without_names_classes_are_those_of_the_training_masks(folder):
     assert len(open_segmentation(str(folder), num_classes=30)[1].class_names) == 30
 
 
+@pytest.mark.parametrize("ignored", [0, 1, 2, 3, 255])
+def test_any_number_can_be_ignored_without_names(folder, ignored):
+    mask(folder / "train/masks/c.png", (0, 1, 2, 3, 255))
+    train, val = open_segmentation(str(folder), ignore=ignored)
+    counted = [number for number in range(4) if number != ignored]
+    assert train.class_names == val.class_names == tuple(map(str, counted))
+    expected = [counted.index(number) if number in counted else IGNORED for number in (0, 1, 2, 3, 255)]
+    assert train.target(2)[0, :5].tolist() == expected
+
+
+@pytest.mark.parametrize("ignored", [-1, 256])
+def test_a_number_that_no_mask_can_hold_cannot_be_ignored(folder, ignored):
+    with pytest.raises(ValueError, match=f"ignore is {ignored}; numbers in masks are 0 to 255"):
+        open_segmentation(str(folder), ignore=ignored)
+
+
+def test_an_empty_line_does_not_shift_the_names_of_classes(folder):
+    (folder / "classes.txt").write_text("road\n\nwall\n\n")
+    mask(folder / "val/masks/e.png", (0, 2))
+    _, val = open_segmentation(str(folder))
+    assert val.class_names == ("road", "wall")
+    assert val.target(0)[0, :2].tolist() == [0, 1]
+
+
 def test_masks_of_palettes_two_colours_and_16_bits(folder):
     numbers = np.array([[0, 1], [1, 0]], np.uint8).repeat(15, 0).repeat(20, 1)
     palette = Image.fromarray(numbers, "P")
@@ -127,8 +151,12 @@ def test_masks_that_cannot_be_read_are_named(folder):
     [
         ("", {"num_classes": 1}, "num_classes is 1; it must be 2 to 255"),
         ("label,name\n0,road\n1,wall\n", {"num_classes": 2}, "names its classes; leave out num_classes"),
-        ("label,name\n0,road\n0,wall\n", {}, "classes.csv must name numbers from 0 to 255, each once"),
-        ("number,name\n0,road\n", {}, "classes.csv is malformed .* expected rows of `label,name`"),
+        ("label,name\n0,road\n0,wall\n", {}, "classes.csv is malformed: label '0' is named twice"),
+        (
+            "number,name\n0,road\n",
+            {},
+            "classes.csv is malformed: its header has no label; expected rows of `label,name`",
+        ),
         ("label,name\n0,road\n1,void\n", {}, "has 1 class; segmentation needs at least 2"),
     ],
 )

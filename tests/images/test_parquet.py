@@ -129,6 +129,25 @@ def test_bad_class_names(tmp_path, pictures, content):
         open_image_set(write(tmp_path / "a.parquet", pictures[:1], label=[0]))
 
 
+def test_a_file_cut_anywhere_or_damaged_is_refused_in_one_sentence(tmp_path, pictures):
+    names = {"info": {"features": {"label": {"names": list("abcdefghij")}}}}
+    file = write(tmp_path / "a.parquet", pictures, {"huggingface": json.dumps(names)}, label=list(range(10)))
+    whole, rng = file.read_bytes(), np.random.default_rng(0)
+    cut = [whole[: int(share * len(whole))] for share in (0.001, 0.3, 0.5, 0.9, 0.999)]
+    damaged = [bytearray(whole) for _ in range(40)]
+    for data in damaged:
+        data[-rng.integers(1, 3000)] ^= int(rng.integers(1, 256))
+    refused = []
+    for data in cut + damaged:
+        file.write_bytes(data)
+        try:
+            open_image_set(file)
+        except ValueError as error:
+            refused.append(str(error))
+    assert len(refused) > 10
+    assert all(str(file) in message and "\n" not in message for message in refused)
+
+
 def test_files_that_are_no_such_set(tmp_path, pictures):
     file = write(tmp_path / "a.parquet", pictures)
     pq.write_table(pa.table({"img": [b"x"], "label": [0]}), tmp_path / "b.parquet")

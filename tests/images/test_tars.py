@@ -185,6 +185,43 @@ def test_every_truncation_and_many_damages_are_errors_or_sets(shards):
     assert all(str(file) in message for message in refused)
 
 
+@pytest.mark.parametrize("kind", [b"0", b"x", b"g", b"L"])
+@pytest.mark.parametrize(
+    "size",
+    [
+        b"\x80" + b"\xff" * 11,
+        b"\x80" + bytes(5) + b"\x7f" + b"\xff" * 5,
+        b"\xff" * 12,
+        b"-0000000001\0",
+        b"77777777777\0",
+    ],
+    ids=["2**88", "2**47", "negative", "minus", "8 GB"],
+)
+def test_absurd_sizes_in_headers_are_damage_not_overflow(tmp_path, photographs, kind, size):
+    data = bytearray(write(tmp_path / "a.tar", [("a.jpg", photographs[0].read_bytes())]).read_bytes())
+    data[124:136], data[156:157] = size, kind
+    data[148:156] = b" " * 8
+    data[148:156] = b"%06o\0 " % sum(data[:512])
+    (tmp_path / "a.tar").write_bytes(data)
+    with pytest.raises(ValueError, match=r"a\.tar is damaged or cut short at byte 0; write it again"):
+        open_image_set(tmp_path / "a.tar")
+
+
+def test_a_header_that_was_changed_is_found_by_its_checksum(tmp_path, photographs):
+    data = bytearray(write(tmp_path / "a.tar", [("a.jpg", photographs[0].read_bytes())]).read_bytes())
+    data[130] ^= 1  # a size that would still fit into the file
+    (tmp_path / "a.tar").write_bytes(data)
+    with pytest.raises(ValueError, match=r"a\.tar is damaged"):
+        open_image_set(tmp_path / "a.tar")
+
+
+@pytest.mark.parametrize("label", ["1e400", "NaN", "1.5", str(2**70), '"cat"', "null", str(10**9)])
+def test_labels_that_are_no_class_numbers_are_refused(tmp_path, photographs, label):
+    fields = f'{{"label": {label}}}'.encode()
+    with pytest.raises(ValueError, match=r"a\.tar.*(has no class number but|labels must be class numbers)"):
+        open_image_set(write(tmp_path / "a.tar", [("a.jpg", photographs[0].read_bytes()), ("a.json", fields)]))
+
+
 def test_text_that_is_called_tar(tmp_path):
     (tmp_path / "a.tar").write_text("not found " * 100)
     with pytest.raises(ValueError, match=r"a\.tar is no tar archive \(ustar, GNU or pax\)"):

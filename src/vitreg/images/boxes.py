@@ -11,6 +11,7 @@ from typing import Any, NoReturn
 import numpy as np
 from jaxtyping import Float64
 
+from vitreg.images.listed import read_text
 from vitreg.images.reading import find_images, image_size
 
 COCO20K_LISTS = ("coco_20k_filenames.txt", "coco20k.txt")
@@ -106,13 +107,13 @@ def _coco20k(folder: Path) -> list[BoxedImage]:
             if not entry.get("iscrowd"):
                 box = [float(round(side)) for side in (x, y, x + width, y + height)]
                 corners.setdefault(entry["image_id"], []).append(box)
-    except (KeyError, TypeError, ValueError) as error:
+    except (KeyError, TypeError, ValueError, OverflowError) as error:
         _refuse(folder / "annotations" / "instances_train2014.json", error)
     chosen = next((folder / name for name in COCO20K_LISTS if (folder / name).is_file()), None)
     if chosen is None:
         raise ValueError(f"{folder / COCO20K_LISTS[0]} does not exist; it comes with the code of LOST (valeoai/LOST)")
     images = []
-    for line in chosen.read_text().split():
+    for line in read_text(chosen).split():
         number = Path(line).stem.rpartition("_")[2]
         if not number.isdecimal() or int(number) not in names:
             raise ValueError(f"{chosen} lists {line!r}, which instances_train2014.json does not know")
@@ -130,7 +131,7 @@ def _yolo(folder: Path) -> list[BoxedImage]:
     images = []
     for path in find_images(pictures):
         label = labels / path.relative_to(pictures).with_suffix(".txt")
-        rows = label.read_text().splitlines() if label in unused else []
+        rows = read_text(label).splitlines() if label in unused else []
         unused.discard(label)
         images.append(BoxedImage(path, _yolo_boxes(rows, path, label)))
     # Labels of pictures that are not there: `open_box_set` sorts them out.
@@ -179,10 +180,10 @@ def _boxes(corners: Any, where: Path | str) -> Float64[np.ndarray, "n 4"]:
 
 def _read_json(path: Path) -> Any:
     try:
-        return json.loads(path.read_text())
+        return json.loads(read_text(path))
     except FileNotFoundError:
         raise ValueError(f"{path} does not exist") from None
-    except (OSError, ValueError) as error:
+    except (OSError, ValueError, RecursionError) as error:
         _refuse(path, error)
 
 

@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-import csv
 from array import array
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 from vitreg.images.files import ImageFiles
+from vitreg.images.listed import read_rows
 from vitreg.images.packed import PackedStrings
 
 
@@ -35,26 +35,15 @@ class CaptionedFiles(ImageFiles):
 def open_captions(path: Path) -> CaptionedFiles:
     """The pictures of a CSV file with columns `image` and `caption`, in the order in which it first names them.
 
-    A picture has as many captions as rows. Paths are relative to the folder `images` beside the file where one of the
+    An image has as many captions as rows. Paths are relative to the folder `images` beside the file where one of the
     pictures is there, else to the file. Some pictures may be missing, which reading them reports.
 
     Raises:
         ValueError: the file is malformed, empty, or all of its pictures are missing.
     """
     captions: dict[str, list[str]] = {}
-    try:
-        with path.open(newline="", encoding="utf-8-sig") as file:
-            rows = csv.DictReader(file)
-            if missing := {"image", "caption"} - set(rows.fieldnames or ()):
-                raise ValueError(f"its header has no {' and no '.join(sorted(missing))}")
-            for row in rows:
-                if None in row:
-                    raise ValueError(f"line {rows.line_num} has too many fields (quote captions that hold commas)")
-                if not row["image"] or not (row["caption"] or "").strip():
-                    raise ValueError(f"line {rows.line_num} has no image or no caption")
-                captions.setdefault(row["image"], []).append(row["caption"].strip())
-    except (ValueError, csv.Error) as error:
-        raise ValueError(f"{path} is malformed: {error}; expected rows of `image,caption` under that header") from error
+    for image, caption in read_rows(path, "image", "caption"):
+        captions.setdefault(image, []).append(caption)
     if not captions:
         raise ValueError(f"{path} has no rows; expected one for each caption of a picture")
     folders = (path.parent / "images", path.parent)

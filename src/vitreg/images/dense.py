@@ -15,6 +15,7 @@ from PIL import Image
 
 from vitreg.images.ahead import map_ahead
 from vitreg.images.files import ImageFiles
+from vitreg.images.listed import read_text
 from vitreg.images.packed import PackedStrings
 from vitreg.images.reading import ImageError, image_size, walk_images
 
@@ -178,4 +179,4 @@ def read_list(path: Path, folder: str) -> list[str]:
     """
     if not path.is_file():
         raise ValueError(f"{path} does not exist; give the folder that holds {folder}")
-    return [line for line in path.read_text().splitlines() if line.strip()]
+    return [line for line in read_text(path).splitlines() if line.strip()]

@@ -2,10 +2,14 @@
 
 from __future__ import annotations
 
-import csv
 from array import array
 from collections.abc import Sequence
 from pathlib import Path
+
+from vitreg.images.listed import read_numbered_names
+
+_MOST = 10**7
+"""Classes; what is beyond is an identifier, and a name for each number below it would not fit into memory."""
 
 
 def classes_of(labels: array[int], names: tuple[str, ...], source: str) -> tuple[str, ...]:
@@ -31,6 +35,8 @@ def classes_of(labels: array[int], names: tuple[str, ...], source: str) -> tuple
         raise ValueError(
             f"{source} has the label {highest}, but names only {len(names)} classes; give every label a name"
         )
+    if highest >= _MOST:
+        raise ValueError(f"{source} has the label {highest}; labels must be class numbers, from 0 without large gaps")
     return names or tuple(str(label) for label in range(highest + 1))
 
 
@@ -43,11 +49,7 @@ def read_class_names(folder: Path) -> tuple[str, ...]:
     path = folder / "classes.csv"
     if not path.is_file():
         return ()
-    try:
-        with path.open(newline="", encoding="utf-8-sig") as file:
-            names = {int(row["label"]): row["name"] for row in csv.DictReader(file)}
-    except (KeyError, TypeError, ValueError, csv.Error) as error:
-        raise ValueError(f"{path} is malformed ({error!r}); expected rows of `label,name` under that header") from error
+    names = read_numbered_names(path)
     if sorted(names) != list(range(len(names))):
         raise ValueError(f"{path} must name the classes 0 to {len(names) - 1}, each once")
     return tuple(names[label] for label in range(len(names)))

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import copy
-import csv
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -13,6 +12,7 @@ from jaxtyping import Bool, UInt8
 
 from vitreg.images.ahead import map_ahead
 from vitreg.images.dense import DenseSet, Pair, existing_pairs, folder_pairs, read_list, refuse
+from vitreg.images.listed import read_numbered_names, read_text
 from vitreg.images.reading import ImageError
 
 IGNORED = 255
@@ -141,13 +141,16 @@ def _open_folder(folder: Path, num_classes: int | None, ignored: tuple[int, ...]
         raise ValueError(f"num_classes is {num_classes}; it must be 2 to {IGNORED}")
     if names and num_classes is not None:
         raise ValueError(f"{folder} names its classes; leave out num_classes")
-    anything = PixelClasses.of(dict.fromkeys(range(256), ""), ignored)
+    if strange := [number for number in ignored if not 0 <= number <= IGNORED]:
+        raise ValueError(f"ignore is {strange[0]}; numbers in masks are 0 to {IGNORED}")
+    # Numbers as they are, so that the largest of them is one.
+    anything = PixelClasses(("",) * 256, np.arange(256, dtype=np.uint8), np.ones(256, dtype=bool))
     train, val = (
         SegmentationSet(str(folder / part), folder_pairs(folder / part / "images", folder / part / "masks"), anything)
         for part in _PARTS
     )
     if not names:
-        largest = _largest(train) if num_classes is None else num_classes - 1
+        largest = _largest(train, ignored) if num_classes is None else num_classes - 1
         names = {number: str(number) for number in range(largest + 1)}
     ignored += tuple(number for number, name in names.items() if name.lower() in _UNCOUNTED)
     classes = PixelClasses.of(names, ignored)
@@ -156,15 +159,15 @@ def _open_folder(folder: Path, num_classes: int | None, ignored: tuple[int, ...]
     return train.with_classes(classes), val.with_classes(classes)
 
 
-def _largest(masks: SegmentationSet) -> int:
-    """The largest number in masks of numbers that may mean anything."""
+def _largest(masks: SegmentationSet, ignored: tuple[int, ...]) -> int:
+    """The largest number in masks whose numbers are as in the files, of those that count."""
 
     def largest(index: int) -> int | str:
         try:
             present = np.unique(masks.target(index))
         except ImageError as error:
             return str(error)
-        return int(present[present != IGNORED].max(initial=0))
+        return int(present[~np.isin(present, (IGNORED, *ignored))].max(initial=0))
 
     found = list(map_ahead(largest, range(len(masks)), ahead=_MASKS_AHEAD))
     refuse(f"masks of {masks.source} cannot be used", [error for error in found if isinstance(error, str)])
@@ -175,19 +178,14 @@ def _read_names(folder: Path) -> dict[int, str]:
     """The names of the numbers in a folder's masks; none where no file says them."""
     listed, plain = folder / "classes.csv", folder / "classes.txt"
     if plain.is_file():
-        return dict(enumerate(line.strip() for line in plain.read_text().splitlines() if line.strip()))
-    if not listed.is_file():
+        # A line that is empty is the place of a number without a name.
+        names = {number: line.strip() for number, line in enumerate(read_text(plain).splitlines()) if line.strip()}
+    elif listed.is_file():
+        names = read_numbered_names(listed)
+    else:
         return {}
-    try:
-        with listed.open(newline="", encoding="utf-8-sig") as file:
-            rows = [(int(row["label"]), row["name"].strip()) for row in csv.DictReader(file)]
-    except (AttributeError, KeyError, TypeError, ValueError, csv.Error) as error:
-        raise ValueError(
-            f"{listed} is malformed ({error!r}); expected rows of `label,name` under that header"
-        ) from error
-    names = dict(rows)
-    if len(names) < len(rows) or not all(0 <= number <= IGNORED for number in names):
-        raise ValueError(f"{listed} must name numbers from 0 to {IGNORED}, each once")
+    if max(names, default=0) > IGNORED:
+        raise ValueError(f"{folder} names the number {max(names)}; numbers in masks are 0 to {IGNORED}")
     return names
 
 
@@ -196,7 +194,7 @@ def _ade20k(folder: Path) -> tuple[SegmentationSet, SegmentationSet]:
     if not root.is_dir():
         raise ValueError(f"{root} does not exist; give the folder that holds ADEChallengeData2016")
     listed = root / "objectInfo150.txt"
-    rows = [row.split("\t") for row in listed.read_text().splitlines()[1:]] if listed.is_file() else []
+    rows = [row.split("\t") for row in read_text(listed).splitlines()[1:]] if listed.is_file() else []
     names = {number: str(number) for number in range(1, 151)} | {int(row[0]): row[-1].strip() for row in rows}
     classes = PixelClasses.of(names, ignored=[0])
     train, val = (

@@ -124,8 +124,10 @@ def _read_columns(file: Path) -> dict[str, Any]:
                 columns["names"] = _hugging_face_names(schema)
             if caption := next((name for name in CAPTION_COLUMNS if name in schema.names), None):
                 columns["caption"] = parquet.read([caption]).column(caption)
-    except (OSError, pyarrow.ArrowException) as error:
-        raise ValueError(f"{file} cannot be read as Parquet ({error}); download or write it again") from error
+    # Damage to names of columns and classes shows as text that is no UTF-8 and JSON that is none.
+    except (OSError, pyarrow.ArrowException, UnicodeDecodeError, json.JSONDecodeError, RecursionError) as error:
+        what = " ".join(str(error).split())[:200]
+        raise ValueError(f"{file} cannot be read as Parquet ({what}); download or write it again") from error
     return columns
 
 
@@ -146,5 +148,8 @@ def _labels(column: pyarrow.ChunkedArray, file: Path) -> pyarrow.ChunkedArray:
 
 
 def _hugging_face_names(schema: pyarrow.Schema) -> tuple[str, ...]:
-    metadata = json.loads((schema.metadata or {}).get(b"huggingface", b"{}"))
-    return tuple(metadata.get("info", {}).get("features", {}).get("label", {}).get("names", ()))
+    try:
+        info = json.loads((schema.metadata or {})[b"huggingface"])["info"]
+        return tuple(map(str, info["features"]["label"]["names"]))
+    except (KeyError, TypeError):
+        return ()

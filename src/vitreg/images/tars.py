@@ -22,6 +22,8 @@ _PICTURES = ("jpg", "jpeg", "png", "webp")
 # As WebDataset splits names: the key ends at the first dot of the file's own name.
 _KEY = re.compile(r"((?:.*/)?[^./]+)\.([^/]+)")
 
+_LARGEST = 2**63 - 1
+
 _Member = tuple[int, int]
 
 
@@ -125,16 +127,20 @@ def _label(file: BinaryIO, members: dict[str, _Member], extension: str, where: s
     if extension not in members:
         raise ValueError(f"{where} and the first picture do not both have a label in a .cls; write one for each")
     data = _read(file, members[extension])
+    value: Any = data.decode(errors="replace") if extension == "cls" else _fields(data, where).get("label")
     try:
-        return int(data if extension == "cls" else _fields(data, where)["label"])
-    except (KeyError, TypeError, ValueError) as error:
-        raise ValueError(f"{where}.{extension} has no class number ({error!r}); write one") from None
+        label = int(value)
+        if (isinstance(value, float) and label != value) or abs(label) > _LARGEST:
+            raise ValueError
+    except (TypeError, ValueError, OverflowError):
+        raise ValueError(f"{where}.{extension} has no class number but {value!r:.30}; write one") from None
+    return label
 
 
 def _fields(data: bytes, where: str) -> dict[str, Any]:
     try:
         fields = json.loads(data)
-    except ValueError as error:
+    except (ValueError, RecursionError) as error:
         raise ValueError(f"{where} has malformed JSON ({error}); write it again") from None
     return fields if isinstance(fields, dict) else {}
 
