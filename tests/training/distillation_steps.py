@@ -11,7 +11,7 @@ from torch.distributed.tensor import DTensor
 from torch.nn.parallel import DistributedDataParallel
 
 from peers import perturb
-from vitreg.training.multi_crop import MultiCropConfig
+from vitreg.training.multi_crop import MultiCropConfig, locate_hidden
 from vitreg.training.self_distillation import SelfDistillation, SelfDistillationConfig
 from vitreg.training.sizes import sized
 
@@ -44,6 +44,7 @@ def random_batch(size=8) -> dict[str, torch.Tensor]:
         "global": torch.randn(size, 2, 3, 32, 32, generator=generator),
         "local": torch.randn(size, 2, 3, 16, 16, generator=generator),
         "mask": mask,
+        **locate_hidden(mask),
     }
 
 
@@ -81,7 +82,8 @@ def run(rank: int, num_processes: int, folder: Path) -> None:
     results = {}
     batch = random_batch()
     part = len(batch["mask"]) // num_processes
-    own = {name: value[rank * part : (rank + 1) * part] for name, value in batch.items()}
+    own = {name: batch[name][rank * part : (rank + 1) * part] for name in ("global", "local", "mask")}
+    own |= locate_hidden(own["mask"])
     for sharding, centering, progress in CASES:
         wrap = DistributedDataParallel if sharding == "ddp" else shard
         scalars, gradients, teacher = step(small_method(centering), own, progress, wrap)

@@ -9,6 +9,7 @@ from torch import nn
 
 from peers import error
 from vitreg.training.distillation_losses import MeanCentering, Sinkhorn, entropies, patch_loss, view_loss
+from vitreg.training.multi_crop import locate_hidden
 from vitreg.training.prototype_head import PrototypeHead
 
 PICTURES, VIEWS, PROTOTYPES = 6, 5, 48
@@ -25,6 +26,11 @@ def masks():
     mask = torch.rand(8, 4, 4) < 0.4
     mask[1] = False
     return mask
+
+
+def weights(masks):
+    """Of the hidden patches of pairs of crops."""
+    return locate_hidden(masks.flatten(1).unflatten(0, (-1, 2)))["hidden_weight"]
 
 
 def test_view_loss_is_lightlys():
@@ -55,7 +61,7 @@ def test_patch_loss_is_lightlys(masks):
     for temperature in (0.04, 0.07):
         teacher, student = cosines(int(masks.sum())), cosines(int(masks.sum())).requires_grad_()
         expected = theirs(teacher, student, masks, teacher_temp=temperature)
-        loss = patch_loss(student, centering(teacher, temperature), masks.flatten(1), 0.1)
+        loss = patch_loss(student, centering(teacher, temperature), weights(masks), 0.1)
         torch.testing.assert_close(loss, expected, **EXACT)
         (ours,), (others,) = torch.autograd.grad(loss, student), torch.autograd.grad(expected, student)
         assert error(ours, others) < 1e-6
@@ -64,7 +70,7 @@ def test_patch_loss_is_lightlys(masks):
 @pytest.mark.parametrize("centering", [Sinkhorn(), MeanCentering(PROTOTYPES)])
 def test_nothing_hidden_is_no_loss(centering):
     student = cosines(0).requires_grad_()
-    loss = patch_loss(student, centering(cosines(0), 0.04), torch.zeros(4, 9, dtype=torch.bool), 0.1)
+    loss = patch_loss(student, centering(cosines(0), 0.04), weights(torch.zeros(4, 3, 3, dtype=torch.bool)), 0.1)
     loss.backward()
     assert loss == 0
     assert student.grad is not None

@@ -53,6 +53,18 @@ def test_masks_hide_what_is_configured(samples):
     assert 0.25 < hidden.mean() < 0.35
 
 
+def test_what_is_hidden_is_counted_before_it_is_on_the_device(samples):
+    views = MultiCrop(MODEL, CONFIG)
+    random.seed(0)
+    batch = views.collate(torch.utils.data.default_collate([views(sample) for sample in samples[:6]]))
+    masks, hidden = batch["mask"].flatten(0, 1), batch["hidden"]
+    crops, places = hidden // 64, hidden % 64
+    assert masks[crops, places].all()
+    assert len(hidden) == masks.sum() > 0
+    expected = [1 / (12 * int(masks[crop].sum())) for crop in crops.tolist()]
+    assert batch["hidden_weight"].tolist() == pytest.approx(expected)
+
+
 def test_masks_of_few_patches():
     small = sized("micro", patch_size=8, image_size=16, num_registers=0)
     views = MultiCrop(small, MultiCropConfig(local_size=8, mask_probability=1.0))

@@ -11,7 +11,7 @@ from PIL import Image
 from peers import error
 from training.distillation_steps import CASES, random_batch, run, small_method, step
 from vitreg.training.method import Sample
-from vitreg.training.multi_crop import MultiCrop, MultiCropConfig
+from vitreg.training.multi_crop import MultiCrop, MultiCropConfig, locate_hidden
 from vitreg.training.randomness import fixed_randomness
 from vitreg.training.self_distillation import SelfDistillationConfig
 from vitreg.training.sizes import sized
@@ -81,7 +81,8 @@ def test_every_parameter_learns(separate_heads):
     method(batch, 0.5)["loss"].backward()
     assert [name for name, p in learning.items() if p.grad is None or not p.grad.any()] == []
     method.zero_grad()
-    method({**batch, "mask": torch.zeros_like(batch["mask"])}, 0.5)["loss"].backward()
+    nothing = torch.zeros_like(batch["mask"])
+    method(batch | {"mask": nothing} | locate_hidden(nothing), 0.5)["loss"].backward()
     assert [name for name, p in learning.items() if p.grad is None] == []
 
 
@@ -173,7 +174,8 @@ def test_learning_on_real_pictures(test_data):
     for number in range(30):
         with fixed_randomness(number):
             first = number % 2 * 32
-            batch = torch.utils.data.default_collate([views(sample) for sample in samples[first : first + 32]])
+            rows = [views(sample) for sample in samples[first : first + 32]]
+            batch = views.collate(torch.utils.data.default_collate(rows))
         scalars = method(batch, number / 30)
         optimizer.zero_grad()
         scalars["loss"].backward()

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 import torch
 from jaxtyping import Float, Int
 from torch import Tensor, nn
@@ -10,6 +12,9 @@ from vitreg.model.attention import Attention, Record
 from vitreg.model.config import ViTConfig
 from vitreg.model.differential import DifferentialAttention
 from vitreg.model.rope import Rotation
+
+Subset = tuple[Int[Tensor, " _"], float]
+"""The images of a batch that take a branch, in order, and the factor of what it adds to them (stochastic depth)."""
 
 
 class QuickGELU(nn.Module):
@@ -101,22 +106,38 @@ class Block(nn.Module):
         self.attn = DifferentialAttention(config, index) if config.differential else Attention(config)
         self.mlp = Mlp(config, tuple(unit for block, unit in config.register_neurons if block == index))
         self.scale1 = nn.Parameter(torch.empty(config.embed_dim)) if config.layer_scale else None
-        self.drop_path = nn.Identity()  # training puts stochastic depth here
         self.norm2 = self.scale2 = None
         if not self.parallel:
             self.norm2 = nn.LayerNorm(config.embed_dim, config.norm_eps)
             self.scale2 = nn.Parameter(torch.empty(config.embed_dim)) if config.layer_scale else None
 
     def forward(
-        self, x: Float[Tensor, "B T D"], rotation: Rotation | None = None, record: Record | None = None
+        self,
+        x: Float[Tensor, "B T D"],
+        rotation: Rotation | None = None,
+        record: Record | None = None,
+        subsets: tuple[Subset, Subset] | None = None,
     ) -> Float[Tensor, "B T D"]:
-        """One step of the residual stream; `record` sees the intermediates of attention and MLP."""
+        """One step of the residual stream.
+
+        Args:
+            x: the tokens.
+            rotation: of queries and keys.
+            record: sees the intermediates of attention and MLP.
+            subsets: the images that take the first branch and those that take the second; all of them by default.
+        """
+        first, second = subsets or (None, None)
+        x = _add(x, lambda part: self._attention_branch(part, rotation, record), self.scale1, first)
+        if self.norm2 is None:
+            return x
+        norm2 = self.norm2
+        return _add(x, lambda part: self.mlp(norm2(part), record), self.scale2, second)
+
+    def _attention_branch(self, x: Tensor, rotation: Rotation | None, record: Record | None) -> Tensor:
+        """Attention; with `parallel` both branches in one."""
         normed = self.norm1(x)
         branch = self._attend(normed, rotation, record) if self.num_copies else self.attn(normed, rotation, record)
-        if self.norm2 is None:
-            return _add(x, self.drop_path(branch + self.mlp(normed, record)), self.scale1)
-        x = _add(x, self.drop_path(branch), self.scale1)
-        return _add(x, self.drop_path(self.mlp(self.norm2(x), record)), self.scale2)
+        return branch + self.mlp(normed, record) if self.parallel else branch
 
     def _attend(self, normed: Tensor, rotation: Rotation | None, record: Record | None) -> Tensor:
         """Attention in which test-time registers count several times; their copies come first."""
@@ -125,6 +146,11 @@ class Block(nn.Module):
         return self.attn(torch.cat((copies, normed), dim=1), rotation, record)[:, self.num_copies :]
 
 
-def _add(x: Tensor, branch: Tensor, scale: Tensor | None) -> Tensor:
-    """Residual addition; LayerScale in the same pass over memory."""
-    return x + branch if scale is None else torch.addcmul(x, branch, scale)
+def _add(x: Tensor, branch: Callable[[Tensor], Tensor], scale: Tensor | None, subset: Subset | None) -> Tensor:
+    """Residual addition; LayerScale in the same pass over memory. What is not in the subset costs nothing."""
+    if subset is None:
+        return x + branch(x) if scale is None else torch.addcmul(x, branch(x), scale)
+    images, factor = subset
+    added = branch(x.index_select(0, images))
+    added = added if scale is None else added * scale
+    return x.index_add(0, images, added.to(x.dtype), alpha=factor)

@@ -2,14 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 
 import torch
 from jaxtyping import Float
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
-from vitreg.model.block import Block
+from vitreg.model.block import Block, Subset
 from vitreg.model.config import ViTConfig
 from vitreg.model.differential import DifferentialAttention
 from vitreg.model.pooling import AttentionPool
@@ -37,12 +37,15 @@ class VisionTransformer(nn.Module):
     Attributes:
         config: as given.
         gradient_checkpointing: recompute each block in the backward pass instead of keeping its activations.
+        stochastic_depth: in training, draws the images that take the branches of each block, from how many there are
+            and where; None for all of them.
     """
 
     def __init__(self, config: ViTConfig) -> None:
         super().__init__()
         self.config = config
         self.gradient_checkpointing = False
+        self.stochastic_depth: Callable[[int, torch.device], Sequence[tuple[Subset, Subset]]] | None = None
         dim, patch = config.embed_dim, config.patch_size
         self.patch_embed = nn.Conv2d(3, dim, kernel_size=patch, stride=patch, bias=config.patch_bias)
         self.cls_token = nn.Parameter(torch.empty(1, 1, dim)) if config.class_token else None
@@ -191,12 +194,16 @@ class VisionTransformer(nn.Module):
         if self.config.rope is not None:
             unrotated = self.config.num_attention_copies + self.config.num_prefix_tokens
             table = rotation(self.config.rope, grid, unrotated, x.device)
+        subsets = None
+        if self.stochastic_depth is not None and self.training:
+            subsets = self.stochastic_depth(x.shape[0], x.device)
         for i, block in enumerate(self.blocks):
             record = recorder.record if recorder is not None and recorder.wants(i) else None
+            options = (record, None if subsets is None else subsets[i])
             if self.gradient_checkpointing and self.training and record is None:
-                x = checkpoint(block, x, table, use_reentrant=False)
+                x = checkpoint(block, x, table, *options, use_reentrant=False)
             else:
-                x = block(x, table, record)
+                x = block(x, table, *options)
             if recorder is not None:
                 recorder.after_block(i, x)
         return Tokens.split(self.norm(x), class_token=self.config.class_token, grid=grid, normed=self.config.final_norm)

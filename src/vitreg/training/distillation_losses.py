@@ -11,7 +11,7 @@ import math
 import torch
 import torch.distributed as dist
 import torch.nn.functional as F
-from jaxtyping import Bool, Float
+from jaxtyping import Float
 from torch import Tensor, nn
 
 CENTER_MOMENTUM = 0.9
@@ -55,7 +55,7 @@ class MeanCentering(nn.Module):
         """The softmax by the centre so far, which then moves towards these rows of all processes."""
         targets = F.softmax((cosines - self.center) / temperature, dim=-1)
         total = _sum_over_processes(cosines.sum(0))
-        count = _sum_over_processes(total.new_tensor(len(cosines)))
+        count = _sum_over_processes(total.new_full((), len(cosines)))
         # A batch without hidden patches has no mean and leaves the centre where it is.
         mean = torch.where(count > 0, total / count, self.center)
         self.center.lerp_(mean, 1 - CENTER_MOMENTUM)
@@ -82,7 +82,7 @@ def view_loss(
 
 
 def patch_loss(
-    student: Float[Tensor, "M K"], targets: Float[Tensor, "M K"], mask: Bool[Tensor, "C N"], temperature: float
+    student: Float[Tensor, "M K"], targets: Float[Tensor, "M K"], weights: Float[Tensor, " M"], temperature: float
 ) -> Float[Tensor, ""]:
     """The loss of iBOT (arXiv 2111.07832): the mean over a crop's hidden patches, then over crops.
 
@@ -92,11 +92,10 @@ def patch_loss(
     Args:
         student: cosines of the hidden patches, crop after crop.
         targets: the teacher's, which saw them.
-        mask: true at the hidden patches of every crop.
+        weights: of the hidden patches, one over their number in the crop and over the number of crops.
         temperature: of the student.
     """
-    weights = (1 / mask.sum(1, keepdim=True).clamp(min=1)).expand_as(mask)[mask]
-    return (F.cross_entropy(student / temperature, targets, reduction="none") * weights).sum() / len(mask)
+    return (F.cross_entropy(student / temperature, targets, reduction="none") * weights).sum()
 
 
 def gather_features(features: Float[Tensor, "B D"]) -> Float[Tensor, "G D"]:

@@ -13,7 +13,7 @@ from vitreg.images import ImageSet
 from vitreg.model import VisionTransformer
 
 Batch = dict[str, Tensor]
-"""What one step trains on, by name; every tensor's first axis is the pictures, in the order of the epoch."""
+"""What one step trains on, by name. The first axis is the pictures, in the order of the epoch, until `Views.collate`."""
 
 
 Companions = Mapping[str, dict[str, Tensor]]
@@ -50,6 +50,10 @@ class Views(ABC):
     def mix(self, pair: Batch) -> Batch:
         """The tensors `[2, ...]` of two neighbours, which may be mixed with each other."""
         return pair
+
+    def collate(self, batch: Batch) -> Batch:
+        """What a process trains on at a time; here is counted what would make it wait for the device."""
+        return batch
 
 
 class Method(nn.Module, ABC):

@@ -57,6 +57,8 @@ class MultiCrop(Views):
     do not depend on the others in its batch, nor on how a batch is spread over processes.
 
     Rows have `global` [2, 3, H, W], `local` [V, 3, h, w] and `mask` [2, N], true at hidden patches of the global crops.
+    A batch of B has `hidden` [M] besides, the numbers of the hidden among its B * 2 * N patches, and `hidden_weight` [M],
+    of each in iBOT's loss (as DINOv3's `dinov3/data/collate.py`).
 
     Args:
         model: whose image size, patch size, mean and standard deviation count.
@@ -94,6 +96,10 @@ class MultiCrop(Views):
         mask = torch.stack([self._mask() for _ in large])
         return {"global": self._normalize(large), "local": self._normalize(small), "mask": mask}
 
+    def collate(self, batch: Batch) -> Batch:
+        """With the places of what is hidden, which a GPU would have to be asked for."""
+        return batch | locate_hidden(batch["mask"])
+
     def _mask(self) -> Bool[Tensor, " N"]:
         from lightly.models.utils import random_block_mask_image
 
@@ -107,6 +113,13 @@ class MultiCrop(Views):
     def _normalize(self, crops: list[Image.Image]) -> Tensor:
         pixels = np.stack([np.asarray(crop) for crop in crops]).transpose(0, 3, 1, 2)
         return self.model.preprocess.normalize(torch.from_numpy(np.ascontiguousarray(pixels)))
+
+
+def locate_hidden(mask: Bool[Tensor, "B 2 N"]) -> Batch:
+    """`hidden` and `hidden_weight` of a batch."""
+    flat = mask.flatten(0, 1)
+    weight = 1 / (flat.sum(1, keepdim=True).clamp(min=1) * len(flat))
+    return {"hidden": flat.flatten().nonzero().flatten(), "hidden_weight": weight.expand_as(flat)[flat]}
 
 
 def _crop(picture: Image.Image, size: tuple[int, int], scale: tuple[float, float]) -> Image.Image:

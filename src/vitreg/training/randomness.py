@@ -27,5 +27,7 @@ def fixed_randomness(*key: int) -> Iterator[None]:
 
 
 def seed_step(*key: int) -> None:
-    """PyTorch's generators, of all devices, for one forward pass; the same in every process."""
-    torch.manual_seed(int(np.random.SeedSequence(key).generate_state(1)[0]))
+    """NumPy's generator and PyTorch's, of all devices, for one forward pass; the same in every process."""
+    first, second = np.random.SeedSequence(key).generate_state(2)
+    np.random.seed(first)
+    torch.manual_seed(int(second))

@@ -46,7 +46,7 @@ class SampleStream(Dataset[Fetched]):
         """
         skipped: list[str] = []
         pairs = [self._pair(first, skipped) for first in positions[::2]]
-        return {name: torch.cat([pair[name] for pair in pairs]) for name in pairs[0]}, skipped
+        return self.views.collate({name: torch.cat([pair[name] for pair in pairs]) for name in pairs[0]}), skipped
 
     def _pair(self, first: int, skipped: list[str]) -> Batch:
         """Two consecutive positions, the first of them even."""

@@ -133,18 +133,18 @@ class SelfDistillation(Method):
     def forward(self, batch: Batch, progress: float) -> dict[str, Tensor]:
         """The loss, its three terms, the teacher's temperature and, against collapse, `entropies` of its targets."""
         config, temperature = self.config, self.teacher_temperature(progress)
-        views, mask = batch["global"].flatten(0, 1), batch["mask"].flatten(0, 1)
-        targets, patch_targets = self._targets(views, mask, temperature)
+        views, mask, hidden = batch["global"].flatten(0, 1), batch["mask"].flatten(0, 1), batch["hidden"]
+        targets, patch_targets = self._targets(views, hidden, temperature)
         # All crops of a picture lie next to each other, as stochastic depth, drawn for the global batch, expects.
         large = self.vit(views, masked=Masked(mask, self.mask_token))
         small = self.vit(batch["local"].flatten(0, 1))
         large_cls, small_cls = (_cls(tokens).unflatten(0, (len(batch["global"]), -1)) for tokens in (large, small))
         frozen = progress < config.frozen_prototypes
         view_outputs = self.heads[0](torch.cat([large_cls, small_cls], dim=1), frozen=frozen)
-        patch_outputs = self.heads[-1](large.patches[mask], frozen=frozen)
+        patch_outputs = self.heads[-1](_some(large, hidden), frozen=frozen)
         with _float32(views):
             dino = view_loss(view_outputs, targets, config.student_temperature)
-            ibot = patch_loss(patch_outputs, patch_targets, mask, config.student_temperature)
+            ibot = patch_loss(patch_outputs, patch_targets, batch["hidden_weight"], config.student_temperature)
             # View by view: crops of one picture are meant to be close.
             koleo = torch.stack([self.koleo(gather_features(view.float())) for view in large_cls.unbind(1)]).sum()
             teacher_entropy, marginal_entropy = entropies(targets.flatten(0, 1))
@@ -153,16 +153,16 @@ class SelfDistillation(Method):
             "dino": dino.detach(),
             "ibot": ibot.detach(),
             "koleo": koleo.detach(),
-            "teacher_temperature": dino.new_tensor(temperature),
+            "teacher_temperature": dino.new_full((), temperature),
             "teacher_entropy": teacher_entropy,
             "marginal_entropy": marginal_entropy,
         }
 
     @torch.no_grad()
-    def _targets(self, views: Tensor, mask: Tensor, temperature: float) -> tuple[Tensor, Tensor]:
+    def _targets(self, views: Tensor, hidden: Tensor, temperature: float) -> tuple[Tensor, Tensor]:
         """Of the class tokens [B, 2, K] and of the patches that are hidden from the student [M, K]."""
         seen = self.teacher_vit(views)
-        cosines, patch_cosines = self.teacher_heads[0](_cls(seen)), self.teacher_heads[-1](seen.patches[mask])
+        cosines, patch_cosines = self.teacher_heads[0](_cls(seen)), self.teacher_heads[-1](_some(seen, hidden))
         with _float32(views):
             targets = self.center_views(cosines, temperature).unflatten(0, (-1, 2))
             return targets, self.center_patches(patch_cosines, temperature)
@@ -193,6 +193,10 @@ class SelfDistillation(Method):
 def _cls(tokens: Tokens) -> Tensor:
     assert tokens.cls is not None  # refused at construction
     return tokens.cls
+
+
+def _some(tokens: Tokens, patches: Tensor) -> Tensor:
+    return tokens.patches.flatten(0, 1).index_select(0, patches)
 
 
 def _float32(like: Tensor) -> torch.autocast:
