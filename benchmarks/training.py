@@ -1,6 +1,6 @@
 """Is a training step as fast as a plain loop around timm's model? Same weights, batch, loss, optimizer and dtype.
 
-    python benchmarks/training.py [--size base] [--batch 128] [--precision bfloat16] [--compile] [--repeats 15]
+    python benchmarks/training.py [--size base] [--batch 128] [--precision bfloat16] [--compile] [--drop-path 0.4]
     python benchmarks/training.py --data imagenet/    # also: how many pictures a second are decoded and augmented
 
 The ratio is our time over theirs, the median of pairs of interleaved runs; below 1 we are faster. A step is forward,
@@ -18,6 +18,7 @@ from pathlib import Path
 import timm
 import torch
 from timing import forward_flops, interleaved, machine, matrix_rate, median_ratio
+from timm.layers.drop import DropPath
 from timm.loss.binary_cross_entropy import BinaryCrossEntropy
 from timm.optim._param_groups import param_groups_weight_decay
 from timm.optim.lamb import Lamb
@@ -37,6 +38,8 @@ def plain_loop(learner: Learner, batch: dict[str, torch.Tensor]):
     model = timm.create_model(options["architecture"], **options["kwargs"])
     model.load_state_dict(state)
     model = model.to(device).train()
+    for block in model.blocks if config.drop_path else ():
+        block.drop_path1, block.drop_path2 = DropPath(config.drop_path), DropPath(config.drop_path)
     forward = torch.compile(model) if config.compile else model
     groups = param_groups_weight_decay(model, config.optimizer.weight_decay, ("pos_embed", "cls_token", "reg_token"))
     optimizer = Lamb(groups, lr=config.optimizer.lr, eps=config.optimizer.eps, max_grad_norm=None)
@@ -61,7 +64,7 @@ def compare(args: argparse.Namespace, processes: Processes) -> dict:
         config,
         batch_size=args.batch,
         num_steps=10**6,
-        drop_path=0.0,
+        drop_path=args.drop_path,
         precision=args.precision,
         compile=args.compile,
         optimizer=dataclasses.replace(config.optimizer, lr=1e-6, warmup_steps=0),
@@ -83,6 +86,7 @@ def compare(args: argparse.Namespace, processes: Processes) -> dict:
         "batch": args.batch,
         "precision": args.precision,
         "compiled": args.compile,
+        "drop_path": args.drop_path,
         "milliseconds": 1e3 * middle,
         "images_per_second": args.batch / middle,
         "to_timm": median_ratio(times["ours"], times["timm"]),
@@ -113,6 +117,7 @@ def main() -> None:
     parser.add_argument("--batch", type=int, default=256 if on_gpu else 8)
     parser.add_argument("--precision", default="bfloat16" if on_gpu else "float32", choices=("float32", "bfloat16"))
     parser.add_argument("--compile", action="store_true")
+    parser.add_argument("--drop-path", type=float, default=0.0)
     parser.add_argument("--repeats", type=int, default=15)
     parser.add_argument("--data", type=Path)
     parser.add_argument("--workers", type=int)
@@ -125,7 +130,7 @@ def main() -> None:
     step = results["step"]
     print(
         f"ViT-{step['model']}, {args.registers} registers, batch {args.batch}, {args.precision}"
-        f"{', compiled' if args.compile else ''}: {step['milliseconds']:.0f} ms, "
+        f"{', compiled' if args.compile else ''}, drop path {args.drop_path}: {step['milliseconds']:.0f} ms, "
         f"{step['images_per_second']:.4g} images/s, {step['to_timm']:.3f} of timm's time "
         f"({step['quartiles'][0]:.3f} to {step['quartiles'][1]:.3f}), "
         f"{step['share_of_matrix_rate']:.0%} of the matrix rate"

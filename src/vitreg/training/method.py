@@ -13,7 +13,7 @@ from vitreg.images import ImageSet
 from vitreg.model import VisionTransformer
 
 Batch = dict[str, Tensor]
-"""What one step trains on, by name. The first axis is the pictures, in the order of the epoch, until `Views.collate`."""
+"""What one step trains on, by name; until `Views.collate`, the first axis is the pictures in the epoch's order."""
 
 
 Companions = Mapping[str, dict[str, Tensor]]

@@ -57,8 +57,8 @@ class MultiCrop(Views):
     do not depend on the others in its batch, nor on how a batch is spread over processes.
 
     Rows have `global` [2, 3, H, W], `local` [V, 3, h, w] and `mask` [2, N], true at hidden patches of the global crops.
-    A batch of B has `hidden` [M] besides, the numbers of the hidden among its B * 2 * N patches, and `hidden_weight` [M],
-    of each in iBOT's loss (as DINOv3's `dinov3/data/collate.py`).
+    A batch of B has `hidden` [M] besides, the numbers of the hidden among its B * 2 * N patches, and `hidden_weight`
+    [M], of each in iBOT's loss (as DINOv3's `dinov3/data/collate.py`).
 
     Args:
         model: whose image size, patch size, mean and standard deviation count.

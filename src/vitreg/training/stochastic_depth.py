@@ -13,8 +13,8 @@ from vitreg.training.processes import Processes
 class StochasticDepth:
     """Draws the pictures that take a residual branch, which adds the more to them (arXiv 1603.09382).
 
-    Only these are computed, as in DINOv2 (`dinov2/layers/block.py: drop_add_residual_stochastic_depth`). Their number is
-    the expected one, up to one, for the global batch, of which each process takes its part: with the same generator
+    Only these are computed, as in DINOv2 (`dinov2/layers/block.py: drop_add_residual_stochastic_depth`). Their number
+    is the expected one, up to one, for the global batch, of which each process takes its part: with the same generator
     state everywhere, a batch is treated the same way however many processes share it. Over a step's many branches the
     parts of the processes even out.
 
