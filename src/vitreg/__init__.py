@@ -1,20 +1,27 @@
 """Vision Transformers with registers: any checkpoint in, a true picture of its artifacts out."""
 
-from vitreg.artifacts import Comparison, Diagnosis, compare, diagnose
-from vitreg.checkpoints import (
-    CheckpointError,
-    from_open_clip,
-    from_state_dict,
-    from_timm,
-    from_transformers,
-    list_models,
-    load,
-    save,
-)
-from vitreg.discovery import Detection, discover_objects
-from vitreg.images import ImageError
-from vitreg.model import AttentionRows, Preprocess, Tokens, Trace, VisionTransformer, ViTConfig
-from vitreg.registers import RegisterNeuron, add_registers, add_test_time_registers, find_register_neurons
+from typing import TYPE_CHECKING, Any
+
+from vitreg.lazy import lazy
+
+if TYPE_CHECKING:
+    from vitreg.artifacts import Comparison, Diagnosis, compare, diagnose
+    from vitreg.checkpoints import (
+        CheckpointError,
+        from_open_clip,
+        from_state_dict,
+        from_timm,
+        from_transformers,
+        list_models,
+        load,
+        save,
+    )
+    from vitreg.discovery import Detection, discover_objects
+    from vitreg.images import ImageError
+    from vitreg.model import AttentionRows, Preprocess, Tokens, Trace, VisionTransformer, ViTConfig
+    from vitreg.registers import RegisterNeuron, add_registers, add_test_time_registers, find_register_neurons
+
+    __version__: str
 
 __all__ = [
     "AttentionRows",
@@ -43,3 +50,26 @@ __all__ = [
     "load",
     "save",
 ]
+
+_get, __dir__ = lazy(
+    __name__,
+    {
+        "artifacts": ["Comparison", "Diagnosis", "compare", "diagnose"],
+        "checkpoints": [
+            *("CheckpointError", "from_open_clip", "from_state_dict", "from_timm", "from_transformers"),
+            *("list_models", "load", "save"),
+        ],
+        "discovery": ["Detection", "discover_objects"],
+        "images": ["ImageError"],
+        "model": ["AttentionRows", "Preprocess", "Tokens", "Trace", "ViTConfig", "VisionTransformer"],
+        "registers": ["RegisterNeuron", "add_registers", "add_test_time_registers", "find_register_neurons"],
+    },
+)
+
+
+def __getattr__(name: str) -> Any:
+    if name == "__version__":
+        from importlib.metadata import version
+
+        return version("vitreg")
+    return _get(name)

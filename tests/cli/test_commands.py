@@ -17,7 +17,7 @@ import pytest
 from PIL import Image
 
 from vitreg import cli
-from vitreg.cli.evaluate.run import EvaluationOptions
+from vitreg.cli.evaluate.options import EvaluationOptions
 from vitreg.cli.options import ModelOptions
 
 TINY = "vit_tiny_patch16_224.augreg_in21k_ft_in1k"
@@ -182,6 +182,26 @@ def test_ctrl_c_leaves_a_report(test_data, tmp_path):
     assert (out / "report.html").is_file()
 
 
+@pytest.mark.parametrize("flag", ["--help", "--nonsense"])
+def test_help_and_a_wrong_flag_do_not_import_torch(flag):
+    """It takes seconds; what is asked of a command before it runs is answered from its signature."""
+    code = (
+        "import contextlib, io, sys\n"
+        "from vitreg import cli\n"
+        f"for line in ['--version', '--help', 'evaluate --help', *(f'{{name}} {flag}' for name in cli.COMMANDS)]:\n"
+        "    with contextlib.redirect_stdout(io.StringIO()), contextlib.redirect_stderr(io.StringIO()):\n"
+        "        with contextlib.suppress(SystemExit):\n"
+        "            cli.main(line.split())\n"
+        "    assert not {'torch', 'numpy', 'jaxtyping', 'PIL'} & set(sys.modules), line\n"
+    )
+    assert subprocess.run([sys.executable, "-c", code], check=False).returncode == 0
+
+
+def test_help_of_all_commands_says_what_their_own_says_first():
+    for name, line in cli.COMMANDS.items():
+        assert (cli.command(name).__doc__ or "").splitlines()[0] == line
+
+
 def test_import_needs_no_command_line_plotting_or_training_package():
     code = (
         "import sys, torch, time\n"
@@ -193,6 +213,7 @@ def test_import_needs_no_command_line_plotting_or_training_package():
         "sys.meta_path.insert(0, Block())\n"
         "import vitreg\n"
         "assert len(vitreg.__all__) <= 25\n"
+        "assert all(getattr(vitreg, name) for name in vitreg.__all__)\n"
     )
     assert subprocess.run([sys.executable, "-c", code], check=False).returncode == 0
 
@@ -224,8 +245,7 @@ def test_the_command_line_is_frozen():
             "batch_size", "images", "json", "limit", "method", "model", "out", "registers", "report", "strict",
         ],
         "discover": [
-            "batch_size", "bias", "block", "center", "facet", "images", "json", "k_patches", "max_objects", "method",
-            "model", "normalize", "out", "overlays", "strict",
+            "batch_size", "images", "json", "max_objects", "method", "model", "out", "overlays", "protocol", "strict",
         ],
         "evaluate all": [
             "class_names", "common", "data", "depth", "depth_scale", "depth_size", "depth_variants", "discovery",
@@ -257,6 +277,7 @@ def test_the_command_line_is_frozen():
 def test_the_public_names_are_frozen():
     import vitreg
 
+    assert dir(vitreg) == sorted(vitreg.__all__)
     assert sorted(vitreg.__all__) == [
         "AttentionRows", "CheckpointError", "Comparison", "Detection", "Diagnosis", "ImageError", "Preprocess",
         "RegisterNeuron", "Tokens", "Trace", "ViTConfig", "VisionTransformer", "add_registers",

@@ -16,7 +16,7 @@ from vitreg.probes.linear import linear
 from vitreg.probes.linear_heads import LinearConfig
 
 ALL_BLOCKS = FeaturesConfig(blocks=(0, 1, 2), dtype="float32")
-KILLED = LinearConfig(learning_rates=(0.01, 0.1), epochs=2, epoch_length=150, batch_size=16)
+KILLED = LinearConfig(learning_rates=(0.01, 0.1), epochs=2, epoch_length=150, head_batch_size=16)
 
 
 def pictures_of(data: Path, part: str, labels: Sequence[int], each: int) -> Pictures:

@@ -31,7 +31,7 @@ LABELS = (3, 7, 20)
 SIZE = (16 * ROWS, 16 * COLUMNS)
 SHORT = {
     "knn": PROBES["knn"].config,
-    "linear": LinearConfig(learning_rates=(0.1,), epochs=1, epoch_length=20, batch_size=8),
+    "linear": LinearConfig(learning_rates=(0.1,), epochs=1, epoch_length=20, head_batch_size=8),
     "tokens": SingleTokenConfig(draws=1),
     "position": PositionConfig(),
     "reconstruction": ReconstructionConfig(),

@@ -24,7 +24,7 @@ from vitreg.probes import FeaturesConfig, FeatureStore, extract
 from vitreg.probes.linear import linear, linear_blocks
 from vitreg.probes.linear_heads import Heads, LinearConfig
 
-SHORT = LinearConfig(learning_rates=(0.01, 0.1), epochs=1, epoch_length=20, batch_size=16)
+SHORT = LinearConfig(learning_rates=(0.01, 0.1), epochs=1, epoch_length=20, head_batch_size=16)
 Stores = tuple[FeatureStore, FeatureStore]
 
 
@@ -38,7 +38,7 @@ def test_heads_train_as_with_torch():
     torch.manual_seed(0)
     labels = torch.arange(48) % 3
     features = [torch.randn(48, width) for width in (5, 9)]
-    config = LinearConfig(learning_rates=(0.05, 2.0), epochs=2, epoch_length=4, batch_size=20)
+    config = LinearConfig(learning_rates=(0.05, 2.0), epochs=2, epoch_length=4, head_batch_size=20)
     heads = Heads(features, labels, 3, config, "cpu")
     peers: list[list[nn.Linear]] = []
     for number, each in enumerate(features):
@@ -137,8 +137,8 @@ def test_a_state_goes_on_and_another_is_refused_with_both(stores, test_data, tmp
     again = linear(train, val, SHORT, state=state, on_progress=lambda *step: steps.append(step))
     assert not steps
     assert again.scores[0].sums.tolist() == whole.scores[0].sums.tolist()
-    with pytest.raises(ValueError, match=r'other config: .*"batch_size": 16.*, not .*"batch_size": 8'):
-        linear(train, val, dataclasses.replace(SHORT, batch_size=8), state=state)
+    with pytest.raises(ValueError, match=r'other config: .*"head_batch_size": 16.*, not .*"head_batch_size": 8'):
+        linear(train, val, dataclasses.replace(SHORT, head_batch_size=8), state=state)
     other = extract(small_vit(), pictures_of(test_data, "train", (3, 7), 8), tmp_path / "other", ALL_BLOCKS)
     with pytest.raises(ValueError, match=r"other features: .*\(120 pictures, .*, not .*\(16 pictures"):
         linear(other, other, SHORT, state=state)

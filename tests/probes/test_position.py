@@ -68,7 +68,7 @@ def test_it_equals_scikit_learns_logistic_regression(small):
     right = 100 * (guess == np.arange(16)).mean()
     distance = np.mean([[math.dist(places[p], places[i]) for i, p in enumerate(row)] for row in guess])
 
-    found = by_name(position(train, val, PositionConfig(epochs=30, batch_size=128, learning_rate=1e-2)))
+    found = by_name(position(train, val, PositionConfig(epochs=30, head_batch_size=128, learning_rate=1e-2)))
     assert 20 < right < 90  # neither chance nor certainty, where all would be equal
     assert found["position top-1", "all"].value == pytest.approx(right, abs=1.5)
     assert found["position distance", "all"].value == pytest.approx(distance, abs=0.05)
@@ -100,7 +100,7 @@ def test_artifacts_in_fixed_places(tiny):
 
 
 def test_without_outliers_there_is_one_probe(small):
-    result = position(*small, PositionConfig(epochs=1, batch_size=128))
+    result = position(*small, PositionConfig(epochs=1, head_batch_size=128))
     found = by_name(result)
     assert list(result.details["epochs"]) == ["all"]
     for subject in ("normal", "all but outliers"):
@@ -112,7 +112,7 @@ def test_without_outliers_there_is_one_probe(small):
 
 
 def test_equal_seeds_give_equal_probes(small):
-    config = PositionConfig(epochs=2, batch_size=128)
+    config = PositionConfig(epochs=2, head_batch_size=128)
     one, same, other = (position(*small, replace(config, seed=seed)).scores[0].sums for seed in (0, 0, 1))
     np.testing.assert_array_equal(one, same)
     assert (one != other).any()
@@ -121,7 +121,7 @@ def test_equal_seeds_give_equal_probes(small):
 def test_training_ends_when_held_out_pictures_say_so(small):
     """A learning rate at which the loss rises; the weights from before are kept."""
     seen = []
-    config = PositionConfig(epochs=30, batch_size=64, learning_rate=3.0, patience=2)
+    config = PositionConfig(epochs=30, head_batch_size=64, learning_rate=3.0, patience=2)
     result = position(*small, config, on_progress=lambda epoch, total: seen.append((epoch, total)))
     best = result.details["epochs"]["all"]
     assert seen == [(epoch, 30) for epoch in range(1, best + 3)]
@@ -134,7 +134,7 @@ def test_patches_of_some_pictures_only(test_data, tmp_path):
     stores = [extract(vit, images, tmp_path / name, some) for name, images in (
         ("train", training(test_data, 40)), ("val", validation(test_data, 20)),
     )]  # fmt: skip
-    result = position(*stores, PositionConfig(epochs=1, batch_size=64))
+    result = position(*stores, PositionConfig(epochs=1, head_batch_size=64))
     assert result.scores[0].sums.shape == (12, 2)
     assert result.details["train"]["all"] == result.details["val"]["all"] == 12 * 16
 

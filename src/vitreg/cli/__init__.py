@@ -8,9 +8,9 @@ import os
 import sys
 import traceback
 from collections.abc import Callable
-from importlib import metadata
 from typing import Any
 
+import vitreg
 from vitreg.cli.output import INTERRUPTED, first_line
 
 # The words of a command are its module and its function; help shows what its docstring says first.
@@ -70,7 +70,7 @@ def main(argv: list[str] | None = None) -> None:
 def _run(args: list[str]) -> int:
     """Answer without a command, or call the one that the arguments begin with."""
     if args == ["--version"]:
-        print(metadata.version("vitreg"))
+        print(vitreg.__version__)
         return 0
     group = args[0] if args and args[0] in GROUPS else ""
     named, rest = args[: 1 + bool(group)], args[1 + bool(group) :]

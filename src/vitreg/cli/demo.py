@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import json as jsonlib
+import math
 import time
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -12,12 +13,11 @@ from importlib import metadata
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-import numpy as np
-
 from vitreg.cli.options import Checkpoint, writable_folder
 from vitreg.cli.output import print_json, status
 
 if TYPE_CHECKING:
+    import numpy as np
     from jaxtyping import Float
     from PIL.Image import Image
     from torch import Tensor
@@ -192,7 +192,7 @@ class _Model:
 
     def _outliers(self, i: int, block: int) -> np.ndarray:
         threshold = self.diagnosis.blocks[block].threshold
-        return self.diagnosis.examples[i].norms[block] >= (np.inf if threshold is None else threshold)
+        return self.diagnosis.examples[i].norms[block] >= (math.inf if threshold is None else threshold)
 
     def panels(self, i: int) -> Panels:
         """What the report shows of picture `i`."""

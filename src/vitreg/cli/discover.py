@@ -6,15 +6,14 @@ import dataclasses
 import json as jsonlib
 from importlib import metadata
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from vitreg.cli.options import Checkpoint, Images, positive, writable_folder
 from vitreg.cli.output import INTERRUPTED, print_json, print_skipped, progress, unused
-from vitreg.discovery import Detection
-from vitreg.discovery.discover import Method, detect, native_stream
-from vitreg.discovery.features import Facet
-from vitreg.discovery.protocol import DEFAULT, Protocol
-from vitreg.images import find_images
+from vitreg.discovery.protocol import DEFAULT, Method, Protocol
+
+if TYPE_CHECKING:
+    from vitreg import Detection
 
 
 def discover(
@@ -23,12 +22,7 @@ def discover(
     model: Checkpoint,
     out: Path = Path("vitreg-out"),
     method: Method = "lost",
-    facet: Facet = DEFAULT.facet,  # pyright: ignore[reportArgumentType]
-    block: int = DEFAULT.block,
-    normalize: bool = DEFAULT.normalize,
-    center: bool = DEFAULT.center,
-    bias: float = DEFAULT.bias,
-    k_patches: int = DEFAULT.k_patches,
+    protocol: Protocol = DEFAULT,
     max_objects: int = 1,
     batch_size: int = 8,
     overlays: bool = True,
@@ -48,21 +42,18 @@ def discover(
         model: the model.
         out: folder for what is written.
         method: LOST (Simeoni et al. 2021) or TokenCut (Wang et al. 2022).
-        facet: the features that are compared.
-        block: counted from 0; -1 is the last.
-        normalize: divide features by their norm.
-        center: subtract the picture's mean feature first.
-        bias: added to every similarity.
-        k_patches: patches of lowest degree that the seed may be expanded with.
+        protocol: what is compared; without these flags the documented protocol.
         max_objects: objects a picture, by repeating LOST on what is left.
         batch_size: pictures at a time, of equal size.
         overlays: draw pictures.
         strict: a picture that cannot be read or is too small is an error.
         json: print detections.json.
     """
+    from vitreg.discovery.discover import detect, native_stream
+    from vitreg.images import find_images
+
     out = writable_folder(out)
     paths = find_images(images)
-    protocol = Protocol(facet, block, normalize, center, bias, k_patches)
     vit = model.load()
     stream = native_stream(vit, paths, batch_size=positive("--batch-size", batch_size), strict=strict)
     pictures: dict[Path, dict[str, Any]] = {}

@@ -5,8 +5,6 @@ from __future__ import annotations
 import dataclasses
 import sys
 
-from rich.console import Console
-
 from vitreg.cli.output import print_json
 
 
@@ -21,6 +19,7 @@ def models(filter: str = "", json: bool = False) -> int:
         filter: part of a name, or a pattern with *.
         json: print the list as JSON.
     """
+    from rich.console import Console
     from rich.table import Table
 
     from vitreg.checkpoints import list_models

@@ -7,8 +7,6 @@ import errno
 import json
 from collections.abc import Callable, Iterator
 
-from rich.console import Console
-
 INTERRUPTED = 130
 """Exit status after Ctrl-C."""
 
@@ -47,6 +45,8 @@ def print_skipped(reasons: list[str]) -> None:
 @contextlib.contextmanager
 def status(text: str) -> Iterator[None]:
     """A spinner on stderr; silent when it is no terminal."""
+    from rich.console import Console
+
     console = Console(stderr=True)
     with console.status(text) if console.is_terminal else contextlib.nullcontext():
         yield
@@ -55,6 +55,7 @@ def status(text: str) -> Iterator[None]:
 @contextlib.contextmanager
 def progress(text: str) -> Iterator[Callable[[int, int | None], None]]:
     """A bar on stderr, fed with (done, total); silent when it is no terminal."""
+    from rich.console import Console
     from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
     console = Console(stderr=True)

@@ -9,7 +9,6 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, Literal
 
-from rich.console import Console
 from tyro.conf import Positional, arg
 
 from vitreg.cli.output import INTERRUPTED, print_json
@@ -168,6 +167,7 @@ def _check_resumed(folder: RunFolder, recipe: str | None, changed: list[str]) ->
 @contextmanager
 def _telling(folder: RunFolder, *, quiet: bool) -> Iterator[Callable[[dict[str, Any]], None]]:
     """Shows a run's entries: a bar on a terminal, and a line for each diagnosis."""
+    from rich.console import Console
     from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
     console = Console(stderr=True)

@@ -6,7 +6,7 @@ import contextlib
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Literal, get_args
+from typing import get_args
 
 import numpy as np
 import torch
@@ -15,13 +15,12 @@ from torch import Tensor
 
 from vitreg.discovery.features import condition, patch_features
 from vitreg.discovery.lost import lost
-from vitreg.discovery.protocol import DEFAULT, Protocol
+from vitreg.discovery.protocol import DEFAULT, FACETS, Method, Protocol
 from vitreg.discovery.region import Region
 from vitreg.discovery.tokencut import tokencut
 from vitreg.images import ImageBatch, ImageError, ImageStream, SkippedImage, find_images, image_size
 from vitreg.model import VisionTransformer
 
-Method = Literal["lost", "tokencut"]
 MIN_GRID = 3
 """Patches that a picture must have along each side: fewer are no object and background around it."""
 
@@ -87,6 +86,8 @@ def discover_objects(
     Raises:
         ValueError: a picture cannot be read or is smaller than 3 x 3 patches, or an argument does not fit.
     """
+    if facet not in FACETS:
+        raise ValueError(f"facet {facet!r} is unknown; choose from {', '.join(FACETS)}")
     protocol = Protocol(facet, block, normalize, center, bias, k_patches)
     if isinstance(images, Tensor):
         images = images.to(next(vit.parameters()).device)

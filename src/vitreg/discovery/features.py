@@ -3,16 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
-from typing import Literal, get_args
 
 import torch
 from jaxtyping import Float
 from torch import Tensor
 
+from vitreg.discovery.protocol import FACETS
 from vitreg.model import VisionTransformer
-
-Facet = Literal["keys", "queries", "values", "tokens"]
-FACETS: tuple[Facet, ...] = get_args(Facet)
 
 
 def patch_features(
@@ -27,9 +24,6 @@ def patch_features(
         ValueError: a facet or block that the model does not have.
     """
     wanted = set(facets)
-    known = [facet for facet in FACETS if facet in wanted]
-    if unknown := wanted - set(known):
-        raise ValueError(f"facet {min(unknown)!r} is unknown; choose from {', '.join(FACETS)}")
     with torch.inference_mode():
         trace = vit.trace(
             images,
@@ -38,7 +32,7 @@ def patch_features(
             patches="tokens" in wanted,
         )
         found: dict[tuple[str, int], Tensor] = {}
-        for facet in known:
+        for facet in sorted(wanted):
             recorded = getattr(trace, "patches" if facet == "tokens" else facet)
             if recorded is None:
                 raise ValueError(f"the model has no {facet}; choose another of {', '.join(FACETS)}")

@@ -3,6 +3,13 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import Literal, get_args
+
+Facet = Literal["keys", "queries", "values", "tokens"]
+FACETS: tuple[Facet, ...] = get_args(Facet)
+Method = Literal["lost", "tokencut"]
+Axis = Literal["blocks", "facets", "normalize", "center", "bias"]
+"""What a sweep can go over."""
 
 
 @dataclass(frozen=True)
@@ -18,7 +25,7 @@ class Protocol:
         k_patches: size of the set that the seed is expanded from.
     """
 
-    facet: str = "keys"
+    facet: Facet = "keys"
     block: int = -2
     normalize: bool = True
     center: bool = True

@@ -6,18 +6,17 @@ import json
 from collections.abc import Callable, Sequence
 from dataclasses import asdict
 from pathlib import Path
-from typing import Any, Literal, get_args
+from typing import Any, get_args
 
 import torch
 
 from vitreg.checkpoints.digest import digest
 from vitreg.discovery.discover import check_size, find_regions, native_stream
 from vitreg.discovery.features import patch_features
-from vitreg.discovery.protocol import DEFAULT, Protocol
+from vitreg.discovery.protocol import DEFAULT, Axis, Protocol
 from vitreg.images import BoxedImage, image_size
 from vitreg.model import VisionTransformer
 
-Axis = Literal["blocks", "facets", "normalize", "center", "bias"]
 AXES: tuple[Axis, ...] = get_args(Axis)
 
 LAST_BLOCKS = (-4, -3, -2, -1)

@@ -18,6 +18,7 @@ from vitreg.probes.dense_features import DenseFeatures, check_stores, check_valu
 from vitreg.probes.dense_head import UPSAMPLING, LinearHead, Plan, Upsampling, num_steps, train_head
 from vitreg.probes.depth_errors import depth_errors, sig_loss
 from vitreg.probes.features import Progress
+from vitreg.probes.protocols import DepthConfig
 from vitreg.probes.score import NUM_SHOWN, ProbeResult, Score
 from vitreg.probes.store import FeatureStore
 
@@ -28,6 +29,11 @@ _BASE = 0.1
 _DEPTHS_AHEAD = 8
 _EIGEN_SIZE, _EIGEN_CROP = (480, 640), (slice(45, 471), slice(41, 601))
 _PAPER_BLOCKS = {24: (4, 11, 17, 23)}
+
+
+def in_range(truth: np.ndarray, config: DepthConfig) -> Bool[np.ndarray, "*shape"]:
+    """Which depths are trained on and judged; holes are not."""
+    return (truth > config.min_depth) & (truth < config.max_depth)
 
 
 def depth_blocks(depth: int, variant: Literal["lin.1", "lin.4"]) -> tuple[int, ...]:
@@ -45,51 +51,6 @@ def depth_blocks(depth: int, variant: Literal["lin.1", "lin.4"]) -> tuple[int, .
     if depth < 4:
         raise ValueError(f"the model has {depth} blocks, but lin.4 reads four; choose lin.1")
     return _PAPER_BLOCKS.get(depth, tuple(depth * quarter // 4 - 1 for quarter in range(1, 5)))
-
-
-@dataclass(frozen=True)
-class DepthConfig:
-    """DINOv2's linear protocol (Oquab et al. 2023), optimised as in DVT's published config (Yang et al. 2024).
-
-    The class token is put behind every patch token, a 1 x 1 convolution gives bins, upsampled 4 times, and a pixel's
-    depth is the mean of the bins' depths. SigLoss, of its mean term alone for the first 100 steps; AdamW, one cycle of
-    learning rate and momentum that rises for a third of the steps, gradients clipped at 35. There: 38400 steps of 16
-    pictures of NYUv2, which are 25 epochs, with random crops, rotations, flips and colours, and predictions averaged
-    with those of the mirrored picture. Here pictures are whole, not augmented and not mirrored, because their features
-    are computed once, and the loss is taken at 4 x 4 points a patch.
-
-    Attributes:
-        blocks: whose tokens are concatenated; see `depth_blocks`.
-        batch_norm: normalise channels before the convolution, as DINOv3 does.
-        bins: number of depths.
-        min_depth, max_depth: metres, of the first and last bin; what is beyond is neither trained on nor judged.
-        eigen_crop: judge by the middle of 480 x 640 pictures only (Eigen et al. 2014); by default those of NYUv2, for
-            which it is the custom.
-        lr, weight_decay: of AdamW.
-        batch_size: pictures a step.
-        steps: of training; by default 25 epochs, at least 2000 steps.
-        seed: of the initial weights and the pictures' order.
-    """
-
-    blocks: tuple[int, ...] = (-1,)
-    batch_norm: bool = False
-    bins: int = 256
-    min_depth: float = 0.001
-    max_depth: float = 10.0
-    eigen_crop: bool | None = None
-    lr: float = 5e-3
-    weight_decay: float = 0.01
-    batch_size: int = 16
-    steps: int | None = None
-    seed: int = 0
-
-    def __post_init__(self) -> None:
-        if not 0 < self.min_depth < self.max_depth:
-            raise ValueError(f"min_depth {self.min_depth} and max_depth {self.max_depth} must be above 0 and rise")
-
-    def counted(self, truth: np.ndarray) -> Bool[np.ndarray, "*shape"]:
-        """Which depths are in the range; holes are not."""
-        return (truth > self.min_depth) & (truth < self.max_depth)
 
 
 def linear_depth(
@@ -137,7 +98,7 @@ def fit_depth(
     rows, columns = features.grid
     truth = read_targets(targets, features.numbers, (UPSAMPLING * rows, UPSAMPLING * columns))
     # What does not count becomes a hole.
-    truth[~config.counted(truth)] = 0
+    truth[~in_range(truth, config)] = 0
     measured = truth[truth > 0]
     if not len(measured):
         raise ValueError(
@@ -145,8 +106,8 @@ def fit_depth(
             f"a step of its files is taken for {targets.scale} m: check the scale"
         )
     plan = Plan(
-        num_steps(config.steps, len(features), config.batch_size, EPOCHS, MIN_STEPS),
-        config.batch_size, config.seed, device, _CLIP,
+        num_steps(config.steps, len(features), config.head_batch_size, EPOCHS, MIN_STEPS),
+        config.head_batch_size, config.seed, device, _CLIP,
     )  # fmt: skip
     head = LinearHead(features.channels, config.bins, batch_norm=config.batch_norm, seed=config.seed).to(device)
     optimizer = torch.optim.AdamW(head.parameters(), lr=config.lr, weight_decay=config.weight_decay)
@@ -252,7 +213,7 @@ class DepthEstimator:
         return ProbeResult("depth", scores, details, shown)
 
     def _counted(self, truth: Float32[np.ndarray, "H W"], cropped: bool, name: str) -> Bool[np.ndarray, "H W"]:
-        counted = self.config.counted(truth)
+        counted = in_range(truth, self.config)
         if not cropped:
             return counted
         if truth.shape != _EIGEN_SIZE:

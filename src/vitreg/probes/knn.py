@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass
 
 import torch
 from jaxtyping import Float, Int
@@ -11,30 +10,12 @@ from torch import Tensor
 from torch.nn.functional import normalize
 
 from vitreg.probes.classes import check_classes, check_finite
+from vitreg.probes.protocols import KNNConfig
 from vitreg.probes.score import ProbeResult, Score
 from vitreg.probes.store import FeatureStore
 
 _QUERIES, _KEYS = 256, 16384
 _LAST_ROW = 2**32 - 1
-
-
-@dataclass(frozen=True)
-class KNNConfig:
-    """DINOv2's `eval/knn.py`.
-
-    Attributes:
-        k: numbers of neighbours; the first is the one for a table of all probes. DINOv2 reports all of them.
-        temperature: a neighbour's vote weighs `exp(cosine similarity / temperature)`.
-    """
-
-    k: tuple[int, ...] = (10, 20, 100, 200)
-    temperature: float = 0.07
-
-    def __post_init__(self) -> None:
-        if not self.k or min(self.k) < 1:
-            raise ValueError(f"k is {self.k}; give at least one number of neighbours, all above 0")
-        if self.temperature <= 0:
-            raise ValueError(f"temperature is {self.temperature}; it must be above 0")
 
 
 def knn(

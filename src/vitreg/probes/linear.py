@@ -100,7 +100,7 @@ def linear(
         "best": heads[best],
         "heads": heads,
         "num_iterations": config.num_iterations,
-        "batch_size": config.batch_size,
+        "head_batch_size": config.head_batch_size,
         "num_train": train.num_images,
         "num_val": val.num_images,
         "num_classes": classes.num_classes,

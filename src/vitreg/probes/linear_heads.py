@@ -3,56 +3,14 @@
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass
 
 import torch
 from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
+from vitreg.probes.protocols import LinearConfig
+
 _ROWS = 1024
-
-
-@dataclass(frozen=True)
-class LinearConfig:
-    """DINOv2's `eval/linear.py`: one head for each combination of the first three.
-
-    Attributes:
-        blocks: the class tokens of so many last blocks are a head's input.
-        mean_patch: whether the mean patch token of the last block is added to it.
-        learning_rates: for 256 pictures a batch, and scaled to `batch_size`.
-        batch_size: pictures an iteration.
-        epochs: in the protocol's sense, a number of iterations.
-        epoch_length: iterations an epoch.
-        momentum: of SGD, which has no weight decay here.
-        seed: of the weights and of the order of pictures.
-    """
-
-    blocks: tuple[int, ...] = (1, 4)
-    mean_patch: tuple[bool, ...] = (False, True)
-    learning_rates: tuple[float, ...] = (1e-5, 2e-5, 5e-5, 1e-4, 2e-4, 5e-4, 1e-3, 2e-3, 5e-3, 1e-2, 2e-2, 5e-2, 0.1)
-    batch_size: int = 128
-    epochs: int = 10
-    epoch_length: int = 1250
-    momentum: float = 0.9
-    seed: int = 0
-
-    def __post_init__(self) -> None:
-        for name in ("blocks", "mean_patch", "learning_rates"):
-            if not getattr(self, name):
-                raise ValueError(f"{name} is empty; give at least one")
-        for name in ("blocks", "learning_rates"):
-            if min(getattr(self, name)) <= 0:
-                raise ValueError(f"{name} is {getattr(self, name)}; all must be above 0")
-        for name in ("batch_size", "epochs", "epoch_length"):
-            if getattr(self, name) < 1:
-                raise ValueError(f"{name} is {getattr(self, name)}; it must be at least 1")
-        if not 0 <= self.momentum < 1:
-            raise ValueError(f"momentum is {self.momentum}; it must be from 0 to below 1")
-
-    @property
-    def num_iterations(self) -> int:
-        """Of all epochs."""
-        return self.epochs * self.epoch_length
 
 
 class Heads:
@@ -81,7 +39,7 @@ class Heads:
         self._features = [each.to(device) for each in features]
         self._labels, self._num_classes, self._config = labels.to(device), num_classes, config
         self.iteration = 0
-        scaled = torch.tensor(config.learning_rates) * config.batch_size / 256
+        scaled = torch.tensor(config.learning_rates) * config.head_batch_size / 256
         self._rates = scaled.repeat_interleave(num_classes)[:, None].to(device)
         rows = len(config.learning_rates) * num_classes
         generator = torch.Generator().manual_seed(config.seed)
@@ -136,7 +94,7 @@ class Heads:
 
     def batch(self) -> Int[Tensor, " B"]:
         """Rows of the next batch, from seed and iteration alone: one shuffled pass over all after another."""
-        size, total = self._config.batch_size, len(self._labels)
+        size, total = self._config.head_batch_size, len(self._labels)
         first = self.iteration * size
         parts: list[Tensor] = []
         while size:

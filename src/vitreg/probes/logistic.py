@@ -12,45 +12,13 @@ from scipy.optimize import OptimizeResult, minimize
 from torch import Tensor
 
 from vitreg.probes.classes import check_every_class, check_finite
+from vitreg.probes.protocols import LogisticConfig
 
 # Rows whose logits stay in the cache between the two matrix products.
 _CHUNK = 2048
 
 # Iterations until the coordinates are chosen again; twice as many every time, since that starts L-BFGS anew.
 _FIRST_ROUND = 25
-
-
-@dataclass(frozen=True)
-class LogisticConfig:
-    """How a logistic regression is fitted; by default as DINOv2's `eval/log_regression.py`, but for `tolerance`.
-
-    Attributes:
-        C: inverse strengths of the penalty, the best of which is taken.
-        max_iter: of L-BFGS, for each fit.
-        tolerance: a fit ends when no element of the gradient of the mean loss is larger, as scikit-learn's `tol`.
-            (DINOv2 asks for 1e-12 in float64, which float32 cannot reach.)
-        held_back: random share of the training set on which C is chosen; one picture of every class is always fitted.
-        patience: larger C are not tried after so many in a row that did worse than the best.
-        held_back_seed: of the choice of what is held back.
-    """
-
-    C: tuple[float, ...] = tuple(float(c) for c in 10 ** np.linspace(-6, 5, 45))
-    max_iter: int = 1000
-    tolerance: float = 1e-5
-    held_back: float = 0.1
-    patience: int = 8
-    held_back_seed: int = 0
-
-    def __post_init__(self) -> None:
-        if not self.C or min(self.C) <= 0:
-            raise ValueError(f"C is {self.C}; give at least one number, all above 0")
-        if not 0 < self.held_back < 1:
-            raise ValueError(f"held_back is {self.held_back}; it must be a share between 0 and 1")
-        for name, least in (("max_iter", 1), ("patience", 1)):
-            if getattr(self, name) < least:
-                raise ValueError(f"{name} is {getattr(self, name)}; it must be at least {least}")
-        if self.tolerance <= 0:
-            raise ValueError(f"tolerance is {self.tolerance}; it must be above 0")
 
 
 @dataclass(frozen=True, eq=False)

@@ -14,39 +14,8 @@ from torch import Tensor
 
 from vitreg.images import evenly
 from vitreg.probes.patch_kinds import Group, marked_patches
+from vitreg.probes.protocols import PositionConfig
 from vitreg.probes.store import FeatureStore
-
-
-@dataclass(frozen=True)
-class PositionConfig:
-    """How the position probe is trained. The paper publishes none of it.
-
-    Adam, a cosine schedule, at most 30 epochs and a patience of 3 are of a later paper's probe (Baxevanakis et al.,
-    from a summary of it), without its squared error beside the cross-entropy; the other numbers are ours.
-
-    Attributes:
-        block: whose patch tokens, counted from 0, negative from the end.
-        learning_rate: at the start; it falls to zero along a cosine.
-        epochs: at most.
-        patience: training ends after so many epochs in which the loss on held out pictures did not fall, and the best
-            weights are kept.
-        held_out: so many training pictures at most, and at most a tenth of them, are held out for that.
-        batch_size: patches a step.
-        seed: of the order of patches.
-    """
-
-    block: int = -1
-    learning_rate: float = 3e-3
-    epochs: int = 30
-    patience: int = 3
-    held_out: int = 200
-    batch_size: int = 2048
-    seed: int = 0
-
-    def __post_init__(self) -> None:
-        for name in ("learning_rate", "epochs", "patience", "held_out", "batch_size"):
-            if getattr(self, name) <= 0:
-                raise ValueError(f"{name} is {getattr(self, name)}; it must be above 0")
 
 
 @dataclass(frozen=True)
@@ -190,7 +159,7 @@ class _Trainer:
             # A group without held out patches has a loss of zero, and so ends with its latest weights.
             total = sum(
                 float(F.cross_entropy(self._logits(group, x[part]), y[part], reduction="sum"))
-                for part in member.nonzero().flatten().split(self._config.batch_size)
+                for part in member.nonzero().flatten().split(self._config.head_batch_size)
             )
             loss = total / max(1, int(member.sum()))
             if loss <= best.loss:
@@ -206,7 +175,7 @@ class _Trainer:
     def _train_on(self, x: Float[Tensor, "T D"], y: Int[Tensor, " T"], outlier: Bool[Tensor, " T"]) -> None:
         order = torch.randperm(len(y), generator=self._order).to(self._device)
         # As equal as they can be: a last batch of a few patches would be a step as large as any.
-        for batch in order.chunk(math.ceil(len(y) / self._config.batch_size)):
+        for batch in order.chunk(math.ceil(len(y) / self._config.head_batch_size)):
             losses: list[Tensor] = []
             for group in self._weights:
                 member = batch[group.members(outlier[batch])]

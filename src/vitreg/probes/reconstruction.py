@@ -24,22 +24,12 @@ from vitreg.model.preprocess import IMAGENET_MEAN, IMAGENET_STD
 from vitreg.probes.features import Progress
 from vitreg.probes.least_squares import LinearMap, Moments, fit_linear
 from vitreg.probes.patch_kinds import SUBJECTS, Counts, Group, marked_patches
+from vitreg.probes.protocols import ReconstructionConfig
 from vitreg.probes.score import ProbeResult, Score
 from vitreg.probes.store import FeatureStore
 
 NAME = "reconstruction error"
 _BATCH = 32
-
-
-@dataclass(frozen=True)
-class ReconstructionConfig:
-    """What the reconstruction probe reads.
-
-    Attributes:
-        block: whose patch tokens, counted from 0, negative from the end.
-    """
-
-    block: int = -1
 
 
 def reconstruction(

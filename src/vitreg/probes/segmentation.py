@@ -17,40 +17,12 @@ from vitreg.images import IGNORED, SegmentationSet, evenly, image_size, map_ahea
 from vitreg.probes.dense_features import DenseFeatures, check_stores, check_values, read_targets
 from vitreg.probes.dense_head import UPSAMPLING, LinearHead, Plan, num_steps, train_head
 from vitreg.probes.features import Progress
+from vitreg.probes.protocols import SegmentationConfig
 from vitreg.probes.score import NUM_SHOWN, ProbeResult, Score
 from vitreg.probes.store import FeatureStore
 
 EPOCHS, MIN_STEPS = 32, 2000
 _MASKS_AHEAD = 8
-
-
-@dataclass(frozen=True)
-class SegmentationConfig:
-    """DINOv2's linear protocol (Oquab et al. 2023; `BNHead`, and the published config of DVT, Yang et al. 2024).
-
-    Batch normalisation and a 1 x 1 convolution, logits upsampled bilinearly, cross-entropy, AdamW, linear warm-up and
-    linear decay to 0. There: 40000 steps of 16 pictures of ADE20k, which are 32 epochs, with random scales, crops,
-    flips and colours. Here pictures are whole and not augmented, because their features are computed once, and the loss
-    is taken at 4 x 4 points a patch.
-
-    Attributes:
-        blocks: whose patch tokens are concatenated: the last; the last four are DINOv2's +ms, which also averages over
-            several sizes of the test pictures.
-        lr, weight_decay, betas: of AdamW.
-        warmup: part of the steps in which the learning rate rises.
-        batch_size: pictures a step.
-        steps: of training; by default 32 epochs, at least 2000 steps.
-        seed: of the initial weights and the pictures' order.
-    """
-
-    blocks: tuple[int, ...] = (-1,)
-    lr: float = 1e-3
-    weight_decay: float = 1e-4
-    betas: tuple[float, float] = (0.9, 0.999)
-    warmup: float = 1500 / 40000
-    batch_size: int = 16
-    steps: int | None = None
-    seed: int = 0
 
 
 def linear_segmentation(
@@ -105,11 +77,11 @@ def fit_segmentation(
         raise ValueError(
             f"{targets.source} has pixels of {(seen > 0).sum()} class; a head needs at least 2 to train on"
         )
-    steps = num_steps(config.steps, len(features), config.batch_size, EPOCHS, MIN_STEPS)
+    steps = num_steps(config.steps, len(features), config.head_batch_size, EPOCHS, MIN_STEPS)
     head = LinearHead(features.channels, len(names), batch_norm=True, seed=config.seed).to(device)
     optimizer = torch.optim.AdamW(head.parameters(), lr=config.lr, betas=config.betas, weight_decay=config.weight_decay)
     schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda step: _rate(step, steps, config.warmup))
-    plan = Plan(steps, config.batch_size, config.seed, device)
+    plan = Plan(steps, config.head_batch_size, config.seed, device)
     train_head(head, features, masks, _per_pixel, _mean, optimizer, schedule, plan, on_progress)
     details = {
         "steps": steps,

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from statistics import stdev
 from typing import Any
 
@@ -13,34 +13,10 @@ from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
 from vitreg.probes.classes import Classes, check_classes, check_finite
-from vitreg.probes.logistic import LogisticConfig, choose_logistic, fit_logistic
+from vitreg.probes.logistic import choose_logistic, fit_logistic
+from vitreg.probes.protocols import SingleTokenConfig
 from vitreg.probes.score import ProbeResult, Score
 from vitreg.probes.store import FeatureStore
-
-
-@dataclass(frozen=True)
-class SingleTokenConfig:
-    """Tables 1 and 6 of "Vision Transformers Need Registers".
-
-    Attributes:
-        block: whose tokens are classified, counted from 0, negative from the end.
-        draws: how often a patch of every picture is drawn, for the deviation. The paper does not say how often; five
-            tell a deviation of a tenth of a point from one of a point, which is what its table is read for.
-        min_images: a kind of token that fewer pictures of the training or the validation set have has no figure.
-        logistic: how classifiers are fitted. C is chosen with the first draw, and holds for all.
-        seed: of the draws.
-    """
-
-    block: int = -1
-    draws: int = 5
-    min_images: int = 50
-    logistic: LogisticConfig = field(default_factory=LogisticConfig)
-    seed: int = 0
-
-    def __post_init__(self) -> None:
-        for name in ("draws", "min_images"):
-            if getattr(self, name) < 1:
-                raise ValueError(f"{name} is {getattr(self, name)}; it must be at least 1")
 
 
 @dataclass(frozen=True, eq=False)

@@ -8,7 +8,6 @@ bias of the logits do not change which class is first, so there are only cosines
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
 
 import torch
 import torch.nn.functional as F
@@ -18,21 +17,11 @@ from torch import Tensor
 from vitreg.model import VisionTransformer
 from vitreg.probes.features import Progress
 from vitreg.probes.origin import StoredModel
+from vitreg.probes.protocols import ZeroShotConfig
 from vitreg.probes.score import ProbeResult, Score
 from vitreg.probes.store import FeatureStore
 from vitreg.probes.templates import class_names, sentences
 from vitreg.probes.text_encoders import TextEncoder
-
-
-@dataclass(frozen=True)
-class ZeroShotConfig:
-    """How classes are put into words.
-
-    Attributes:
-        templates: `"openai"` (80 sentences a class), `"simple"` (7), or one's own, with `{}` for the class.
-    """
-
-    templates: str | tuple[str, ...] = "openai"
 
 
 def zero_shot(

@@ -5,18 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Literal
 
-from vitreg.cli.evaluate.data import (
-    DEPTH_PROBES,
-    SEGMENTATION_PROBES,
-    classification_data,
-    depth_data,
-    segmentation_data,
-)
-from vitreg.cli.evaluate.run import EvaluationOptions, run_evaluation
-from vitreg.images import (
-    MILLIMETRES,
-)
-from vitreg.probes.catalogue import PROBES
+from vitreg.cli.evaluate.options import DEPTH_PROBES, SEGMENTATION_PROBES, EvaluationOptions
 
 
 def all(
@@ -30,7 +19,7 @@ def all(
     segmentation_variants: tuple[Literal["linear", "+ms"], ...] = ("linear",),
     depth: str | None = None,
     depth_size: tuple[int, int] | None = None,
-    depth_scale: float = MILLIMETRES,
+    depth_scale: float = 0.001,
     depth_variants: tuple[Literal["lin.1", "lin.4"], ...] = ("lin.1",),
     discovery: str | None = None,
 ) -> int:
@@ -56,6 +45,10 @@ def all(
         depth_variants: as its --variant.
         discovery: as --data of `evaluate discovery`.
     """
+    from vitreg.cli.evaluate.data import classification_data, depth_data, segmentation_data
+    from vitreg.cli.evaluate.run import run_evaluation
+    from vitreg.probes.catalogue import PROBES
+
     found = [
         *([classification_data(data, class_names)] if data else []),
         *([segmentation_data(segmentation, segmentation_size, segmentation_ignore)] if segmentation else []),

@@ -12,12 +12,6 @@ from vitreg.images import (
 )
 from vitreg.probes.evaluation import Data, hold_out
 
-SEGMENTATION_PROBES = {"linear": "segmentation", "+ms": "segmentation-ms"}
-
-
-DEPTH_PROBES = {"lin.1": "depth", "lin.4": "depth-lin4"}
-
-
 _SHORT_SIDE = {"segmentation": 512, "depth": 480}
 """Of pictures, in pixels, where no size is given: that of the usual crops of ADE20k, and NYUv2's own."""
 

@@ -4,15 +4,8 @@ from __future__ import annotations
 
 from typing import Literal
 
-from vitreg.cli.evaluate.data import (
-    DEPTH_PROBES,
-    depth_data,
-)
-from vitreg.cli.evaluate.run import EvaluationOptions, run_evaluation
-from vitreg.images import (
-    MILLIMETRES,
-)
-from vitreg.probes.depth import DepthConfig
+from vitreg.cli.evaluate.options import DEPTH_PROBES, EvaluationOptions
+from vitreg.probes.protocols import DepthConfig
 
 
 def depth(
@@ -20,7 +13,7 @@ def depth(
     data: str,
     common: EvaluationOptions,
     size: tuple[int, int] | None = None,
-    scale: float = MILLIMETRES,
+    scale: float = 0.001,
     variant: Literal["lin.1", "lin.4"] = "lin.1",
     protocol: DepthConfig = DepthConfig(),
 ) -> int:
@@ -36,4 +29,7 @@ def depth(
         variant: the head reads the last block (or --blocks), or four (lin.4), as DINOv2's.
         protocol: its settings; by default those of the paper, or as close as can be.
     """
+    from vitreg.cli.evaluate.data import depth_data
+    from vitreg.cli.evaluate.run import run_evaluation
+
     return run_evaluation(common, [depth_data(data, size, scale)], {DEPTH_PROBES[variant]: protocol})

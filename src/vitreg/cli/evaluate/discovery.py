@@ -7,15 +7,9 @@ import sys
 from pathlib import Path
 from typing import Any, Literal
 
-from rich.console import Console
-from rich.table import Table
-
 from vitreg.cli.options import Checkpoint, positive, writable_folder
 from vitreg.cli.output import INTERRUPTED, print_json, progress
-from vitreg.discovery.protocol import DEFAULT
-from vitreg.discovery.summary import describe, hits, summarize
-from vitreg.discovery.sweep import Axis, find_boxes, settings
-from vitreg.images import open_box_set
+from vitreg.discovery.protocol import DEFAULT, Axis
 
 _ROWS = 15
 
@@ -50,6 +44,9 @@ def discovery(
         batch_size: pictures at a time, of equal size.
         json: print discovery.json.
     """
+    from vitreg.discovery.summary import hits, summarize
+    from vitreg.discovery.sweep import find_boxes, settings
+    from vitreg.images import open_box_set
     from vitreg.report import sweep_figure
 
     if not models or len(set(models)) < len(models):
@@ -86,6 +83,11 @@ def discovery(
 
 
 def _print_summary(summary: dict[str, Any], out: Path) -> None:
+    from rich.console import Console
+    from rich.table import Table
+
+    from vitreg.discovery.summary import describe
+
     table = Table("setting", *(model["model"] for model in summary["models"]), box=None, pad_edge=False)
     table.add_row("protocol: " + describe(DEFAULT), *(_percent(model["protocol"]) for model in summary["models"]))
     columns = [model.get("settings", []) for model in summary["models"]]

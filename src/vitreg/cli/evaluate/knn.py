@@ -2,11 +2,8 @@
 
 from __future__ import annotations
 
-from vitreg.cli.evaluate.data import (
-    classification_data,
-)
-from vitreg.cli.evaluate.run import EvaluationOptions, run_evaluation
-from vitreg.probes.knn import KNNConfig
+from vitreg.cli.evaluate.options import EvaluationOptions
+from vitreg.probes.protocols import KNNConfig
 
 
 def knn(*, data: str, common: EvaluationOptions, protocol: KNNConfig = KNNConfig()) -> int:
@@ -20,4 +17,7 @@ def knn(*, data: str, common: EvaluationOptions, protocol: KNNConfig = KNNConfig
         common: models and pictures.
         protocol: its settings; by default those of the paper, or as close as can be.
     """
+    from vitreg.cli.evaluate.data import classification_data
+    from vitreg.cli.evaluate.run import run_evaluation
+
     return run_evaluation(common, [classification_data(data)], {"knn": protocol})

@@ -2,11 +2,8 @@
 
 from __future__ import annotations
 
-from vitreg.cli.evaluate.data import (
-    classification_data,
-)
-from vitreg.cli.evaluate.run import EvaluationOptions, run_evaluation
-from vitreg.probes.position_fit import PositionConfig
+from vitreg.cli.evaluate.options import EvaluationOptions
+from vitreg.probes.protocols import PositionConfig
 
 
 def position(*, data: str, common: EvaluationOptions, protocol: PositionConfig = PositionConfig()) -> int:
@@ -19,4 +16,7 @@ def position(*, data: str, common: EvaluationOptions, protocol: PositionConfig =
         common: models and pictures.
         protocol: its settings; by default those of the paper, or as close as can be.
     """
+    from vitreg.cli.evaluate.data import classification_data
+    from vitreg.cli.evaluate.run import run_evaluation
+
     return run_evaluation(common, [classification_data(data)], {"position": protocol})

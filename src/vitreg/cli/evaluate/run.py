@@ -8,14 +8,14 @@ import shlex
 import sys
 import time
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
 import numpy as np
 from rich.console import Console
 from rich.table import Table
 
+from vitreg.cli.evaluate.options import EvaluationOptions
 from vitreg.cli.options import Checkpoint, positive, writable_folder
 from vitreg.cli.output import INTERRUPTED, print_json, progress
 from vitreg.disk import replace_text
@@ -30,30 +30,6 @@ from vitreg.probes.score import ProbeResult, Score
 from vitreg.probes.summary import Evaluated, summarize
 from vitreg.probes.tables import LEGEND, headline_table, markdown, tables, write_csv
 from vitreg.probes.text_encoders import has_text_tower
-
-
-@dataclass(frozen=True)
-class EvaluationOptions:
-    """Which models, on how many pictures, and where results go."""
-
-    models: tuple[str, ...]
-    """names or files, as for --model; one with registers is compared with the nearest one before it that has fewer"""
-    out: Path = Path("vitreg-out/evaluation")
-    """folder for results and features; the same command goes on with what is in it"""
-    train_images: int | None = None
-    """so many training pictures, as many of each class; all by default"""
-    val_images: int | None = None
-    """so many validation pictures"""
-    patch_images: int = 10000
-    """keep the patch tokens of so many pictures (5 GB for a ViT-L/14); segmentation and depth keep all"""
-    device: str = "auto"
-    """cpu, cuda, mps; auto takes a GPU where there is one"""
-    dtype: Literal["float32", "bfloat16", "float16"] = "float32"
-    """precision of weights and activations"""
-    feature_batch_size: int = 32
-    """pictures at a time when features are computed"""
-    json: bool = False
-    """print evaluation.json"""
 
 
 def run_evaluation(

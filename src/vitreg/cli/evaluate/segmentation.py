@@ -4,12 +4,8 @@ from __future__ import annotations
 
 from typing import Literal
 
-from vitreg.cli.evaluate.data import (
-    SEGMENTATION_PROBES,
-    segmentation_data,
-)
-from vitreg.cli.evaluate.run import EvaluationOptions, run_evaluation
-from vitreg.probes.segmentation import SegmentationConfig
+from vitreg.cli.evaluate.options import SEGMENTATION_PROBES, EvaluationOptions
+from vitreg.probes.protocols import SegmentationConfig
 
 
 def segmentation(
@@ -33,4 +29,7 @@ def segmentation(
         variant: linear reads the last block (or --blocks); +ms four, and averages over three sizes of the pictures.
         protocol: its settings; by default those of the paper, or as close as can be.
     """
+    from vitreg.cli.evaluate.data import segmentation_data
+    from vitreg.cli.evaluate.run import run_evaluation
+
     return run_evaluation(common, [segmentation_data(data, size, ignore)], {SEGMENTATION_PROBES[variant]: protocol})

@@ -4,11 +4,8 @@ from __future__ import annotations
 
 from pathlib import Path
 
-from vitreg.cli.evaluate.data import (
-    classification_data,
-)
-from vitreg.cli.evaluate.run import EvaluationOptions, run_evaluation
-from vitreg.probes.zero_shot import ZeroShotConfig
+from vitreg.cli.evaluate.options import EvaluationOptions
+from vitreg.probes.protocols import ZeroShotConfig
 
 
 def zero_shot(
@@ -28,4 +25,7 @@ def zero_shot(
         class_names: a file with a name a line, in the order of the classes, where folders are not named by words.
         protocol: the sentences.
     """
+    from vitreg.cli.evaluate.data import classification_data
+    from vitreg.cli.evaluate.run import run_evaluation
+
     return run_evaluation(common, [classification_data(data, class_names)], {"zero-shot": protocol})
