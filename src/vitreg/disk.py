@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import errno
 import os
+import shutil
 from collections.abc import Iterator
 from pathlib import Path
 from typing import TextIO
@@ -18,6 +19,32 @@ def writing(path: Path) -> Iterator[None]:
     except OSError as error:
         reason = error.strerror or str(error)
         raise ValueError(f"cannot write to {path}: {reason}; make room, or choose another --out") from error
+
+
+def check_room(folder: Path, num_bytes: int, of: str) -> None:
+    """Refuse now what would fill the disk hours later.
+
+    Args:
+        folder: where it is to go.
+        num_bytes: what it takes.
+        of: what it is, for the message.
+
+    Raises:
+        ValueError: there is less room.
+    """
+    free = shutil.disk_usage(folder).free
+    if num_bytes > free:
+        raise ValueError(
+            f"{of} take {size_in_words(num_bytes)}, but {folder} has room for {size_in_words(free)}; make room, choose "
+            "another --out, or keep less"
+        )
+
+
+def size_in_words(num_bytes: int) -> str:
+    """`5.2 GB`."""
+    units = ("bytes", "kB", "MB", "GB", "TB")
+    power = min(len(units) - 1, max(0, len(str(num_bytes)) - 1) // 3)
+    return f"{num_bytes / 1000**power:.3g} {units[power]}"
 
 
 def replace_text(path: Path, text: str) -> None:

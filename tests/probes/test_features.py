@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import random
 import resource
+import shutil
 import signal
 
 import pytest
@@ -99,6 +100,9 @@ def test_patches_of_some_pictures_spread_over_the_set(images, tmp_path):
     assert torch.cat(rows).tolist() == [0, 10, 19, 29]
     assert torch.equal(torch.cat(patches), full[torch.cat(rows)])
     assert store.num_images == len(store.mean_patch(-1)) == 30
+    whole = FeatureStore.open(tmp_path / "all")
+    assert torch.equal(store.norms, whole.norms[torch.cat(rows)])
+    assert torch.equal(store.registers(0), whole.registers(0)[torch.cat(rows)])
     none = extract(vit, images, tmp_path / "none", dataclasses.replace(BLOCKS, patches=0))
     with pytest.raises(ValueError, match="holds no patch tokens; run the feature pass with patches=None"):
         none.patches(0)
@@ -138,7 +142,7 @@ def test_one_forward_pass_for_every_picture_and_none_for_a_finished_store(images
 
 def test_outliers_are_those_of_the_diagnosis(tiny_vit, photographs, photograph_batch, tmp_path):
     images = ImageFiles("photographs", map(str, photographs[:16]))
-    store = extract(tiny_vit, images, tmp_path / "store", FeaturesConfig(patches=0, shard_size=6))
+    store = extract(tiny_vit, images, tmp_path / "store", FeaturesConfig(patch_blocks=(), shard_size=6))
     diagnosis = vitreg.diagnose(tiny_vit, photograph_batch[:16])
     assert diagnosis.threshold is not None
     assert (store.threshold, store.block) == (diagnosis.threshold, diagnosis.block)
@@ -257,11 +261,42 @@ def test_patches_of_fewer_blocks(test_data, tmp_path):
     whole = extract(vit, images, tmp_path / "all", BLOCKS)
     for (_, ours), (_, theirs) in zip(store.patches(-1), whole.patches(-1), strict=True):
         assert torch.equal(ours, theirs)
-    assert torch.equal(store.mean_patch(0), whole.mean_patch(0))
-    with pytest.raises(ValueError, match="no patch tokens of block 0"):
-        store.patches(0)
+    cls, of_whole = store.cls(0), whole.cls(0)
+    assert cls is not None
+    assert of_whole is not None
+    assert torch.equal(cls, of_whole)
+    for read in (store.patches, store.mean_patch, store.registers):
+        with pytest.raises(ValueError, match="no patch tokens of block 0"):
+            read(0)
     with pytest.raises(ValueError, match="must be among the blocks"):
         extract(vit, images, tmp_path / "none", dataclasses.replace(BLOCKS, patch_blocks=(1,)))
+
+
+@pytest.mark.parametrize("config", [
+    FeaturesConfig(patches=0),
+    FeaturesConfig(blocks=(0, 1, 2), patches=100, patch_blocks=(1,)),
+    FeaturesConfig(blocks=(1, 2), dtype="float32"),
+])  # fmt: skip
+def test_the_bytes_are_known_before(config, test_data, tmp_path):
+    vit, images = small_vit(), validation(test_data, 600)
+    store = extract(vit, images, tmp_path / "store", config)
+    headers = 2500 * len(store.shards)
+    written = sum(shard.path.stat().st_size for shard in store.shards)
+    labels = 8 * sum(3 if shard.num_with_patches else 2 for shard in store.shards) * 256
+    expected = config.num_bytes(vit, vit.preprocess, 600)
+    assert expected <= written <= expected + headers + labels
+
+
+def test_too_little_room_is_said_before_the_pass(images, tmp_path, monkeypatch):
+    usage = shutil.disk_usage(tmp_path)._replace(free=1000)
+    monkeypatch.setattr(shutil, "disk_usage", lambda _: usage)
+    vit = small_vit()
+    seen = forwards(vit)
+    with pytest.raises(ValueError, match=r"features of .* take [\d.]+ kB, but .*store has room for 1 kB; make room"):
+        extract(vit, images, tmp_path / "store", BLOCKS)
+    assert not seen
+    monkeypatch.undo()
+    assert extract(vit, images, tmp_path / "store", BLOCKS).num_images == 30
 
 
 def test_pooled_is_what_the_head_reads(test_data, tmp_path, tiny_vit):

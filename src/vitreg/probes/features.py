@@ -13,8 +13,8 @@ import torch
 from jaxtyping import Float, UInt8
 from torch import Tensor
 
-from vitreg.artifacts import find_outliers
-from vitreg.disk import lock, writing
+from vitreg.artifacts import OutlierNorms, find_outliers
+from vitreg.disk import check_room, lock, writing
 from vitreg.images import ImageError, ImageSet, evenly, map_ahead
 from vitreg.model import Preprocess, VisionTransformer
 from vitreg.probes.manifest import Finding, Manifest, read_manifest
@@ -78,6 +78,9 @@ def extract(
             if existing is None:
                 _check_empty(folder)
                 manifest.write(folder)
+            there = sum(shard.stat().st_size for shard in folder.glob("shard-*"))
+            total = origin.config.num_bytes(vit, preprocess, len(images))
+            check_room(folder, total - there, f"features of {images.source}")
             _Pass(vit, images, folder, manifest, batch_size, on_progress).run()
             _finish(folder, manifest)
         finally:
@@ -168,18 +171,20 @@ class _Pass:
         assert trace.hidden is not None
         dtype = getattr(torch, self._config.dtype)
         rows = self._patch_rows(numbers)
-        found = {"norms": trace.patch_norms.movedim(0, 1).contiguous().cpu()}
+        found = {"norms": trace.patch_norms.movedim(0, 1)[rows].contiguous().cpu()}
         found["pooled"] = self._vit.pool(trace.tokens).to("cpu", dtype)
         for i, block in enumerate(self._config.blocks):
             if trace.hidden.cls is not None:
                 found[f"cls.{block}"] = self._normed(trace.hidden.cls[i]).to("cpu", dtype)
-            found[f"registers.{block}"] = self._normed(trace.hidden.registers[i]).to("cpu", dtype)
+            if block not in self._patch_blocks:
+                continue
             patches = self._normed(trace.hidden.patches[i])
             found[f"mean_patch.{block}"] = patches.mean(1, dtype=torch.float32).to("cpu", dtype)
-            if block in self._patch_blocks:
-                found[f"patches.{block}"] = patches[rows].to("cpu", dtype)
+            found[f"patches.{block}"] = patches[rows].to("cpu", dtype)
+            found[f"registers.{block}"] = self._normed(trace.hidden.registers[i][rows]).to("cpu", dtype)
         for name, tensor in found.items():
-            self._check_finite(name, tensor, [numbers[row] for row in rows] if "patches" in name else numbers)
+            of_all = len(tensor) == len(numbers)
+            self._check_finite(name, tensor, numbers if of_all else [numbers[row] for row in rows])
         return found
 
     def _normed(self, tokens: Float[Tensor, "B *T D"]) -> Float[Tensor, "B *T D"]:
@@ -220,8 +225,11 @@ def _finish(folder: Path, manifest: Manifest) -> None:
     filled = [shard for shard in shards if shard.num_images]
     if not filled:
         raise ValueError(f"no picture of {manifest.origin.data.source} can be read: {shards[0].skipped[0].reason}")
-    outliers = find_outliers(shard.read("norms").movedim(1, 0) for shard in filled)
     _, depth, rows, columns = filled[0].read("norms").shape
+    looked_at = [shard for shard in filled if shard.num_with_patches]
+    outliers = OutlierNorms(None, depth - 1, None)
+    if looked_at:
+        outliers = find_outliers(shard.read("norms").movedim(1, 0) for shard in looked_at)
     dataclasses.replace(manifest, finding=Finding((rows, columns), depth, outliers)).write(folder)
 
 

@@ -18,12 +18,14 @@ StoredType = Literal["float16", "float32"]
 
 @dataclass(frozen=True)
 class FeaturesConfig:
-    """What a feature pass keeps. Class token, registers, mean patch and norms are kept of all pictures.
+    """What a feature pass keeps: of all images little, of `patches` of them what is large.
 
     Attributes:
-        blocks: whose tokens are kept, counted from 0, negative from the end.
-        patches: keep the patch tokens of so many pictures, evenly spread over the set; None for all.
-        patch_blocks: whose patch tokens are kept; None for those of `blocks`.
+        blocks: whose class tokens are kept, counted from 0, negative from the end.
+        patches: keep patch tokens, registers, and the patches' norms after every block of so many images, evenly spread
+            over the set; None for all.
+        patch_blocks: whose patch tokens and registers are kept, and of all images the mean patch; None for those of
+            `blocks`.
         normed: apply the model's final norm to the tokens, as timm's `get_intermediate_layers(norm=True)` does. Norms
             are taken before it in any case.
         dtype: of the stored tokens; norms are float32.
@@ -62,6 +64,26 @@ class FeaturesConfig:
         if not set(patch_blocks) <= set(blocks):
             raise ValueError(f"patch_blocks {patch_blocks} must be among the blocks {blocks}")
         return dataclasses.replace(self, blocks=blocks, patch_blocks=patch_blocks)
+
+    def covers(self, other: FeaturesConfig) -> bool:
+        """Whether what the other keeps, both `for_depth`, is there; shards may be of other sizes."""
+        return (
+            {*self.blocks} >= {*other.blocks}
+            and {*(self.patch_blocks or ())} >= {*(other.patch_blocks or ())}
+            and other.patches in (0, self.patches)
+            and (self.normed, self.dtype) == (other.normed, other.dtype)
+        )
+
+    def num_bytes(self, vit: VisionTransformer, preprocess: Preprocess, num_images: int) -> int:
+        """What the features of so many images of a set take on the disk, but for the headers of the files."""
+        config = self.for_depth(vit.config.depth)
+        assert config.patch_blocks is not None
+        rows, columns = (side // vit.config.patch_size for side in preprocess.size)
+        with_patches = num_images if self.patches is None else min(self.patches, num_images)
+        tokens = num_images * (len(config.blocks) * vit.config.class_token + len(config.patch_blocks) + 1)
+        tokens += with_patches * len(config.patch_blocks) * (vit.num_registers + rows * columns)
+        norms = with_patches * vit.config.depth * rows * columns
+        return tokens * vit.config.embed_dim * (2 if self.dtype == "float16" else 4) + 4 * norms
 
 
 @dataclass(frozen=True)

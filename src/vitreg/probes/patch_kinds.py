@@ -64,11 +64,12 @@ def marked_patches(
     Raises:
         ValueError: the store has no patch tokens of the block, or they are not finite.
     """
-    outliers = store.outliers().flatten(1)
+    outliers, first = store.outliers().flatten(1), 0
     for rows, tokens in store.patches(block):
         if not tokens.isfinite().all():
             raise ValueError(f"{store.path} holds patch tokens of block {block} that are not finite; extract it again")
-        yield rows, tokens, outliers[rows]
+        yield rows, tokens, outliers[first : first + len(rows)]
+        first += len(rows)
 
 
 @dataclass(frozen=True)

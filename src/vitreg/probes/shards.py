@@ -70,7 +70,7 @@ def write_shard(
         index: which one it is.
         origin: digest of what the store is of.
         tensors: with `numbers`, the pictures' positions in the set, and `patch_rows`, the rows of those whose patch
-            tokens are kept.
+            tokens are kept, which `registers`, `norms` and `patches` are of.
         skipped: pictures that could not be read.
 
     Raises:

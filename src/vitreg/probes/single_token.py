@@ -14,6 +14,7 @@ from torch import Tensor
 
 from vitreg.probes.classes import Classes, check_classes, check_finite
 from vitreg.probes.logistic import choose_logistic, fit_logistic
+from vitreg.probes.patch_kinds import marked_patches
 from vitreg.probes.protocols import SingleTokenConfig
 from vitreg.probes.score import ProbeResult, Score
 from vitreg.probes.store import FeatureStore
@@ -126,13 +127,12 @@ def _judge(
 
 def _kinds(store: FeatureStore, config: SingleTokenConfig, split: int) -> dict[str, _Kind]:
     """All kinds of tokens of a store."""
-    outliers = store.outliers().flatten(1)
     drawn = {"normal patch": ([], []), "outlier patch": ([], [])}
     kept = []
     generator = torch.Generator().manual_seed(2 * config.seed + split)
-    for rows, patches in store.patches(config.block):
+    for rows, patches, outlier in marked_patches(store, config.block):
         kept.append(rows)
-        for name, wanted in (("normal patch", ~outliers[rows]), ("outlier patch", outliers[rows])):
+        for name, wanted in (("normal patch", ~outlier), ("outlier patch", outlier)):
             has = wanted.any(1)
             drawn[name][0].append(rows[has])
             drawn[name][1].append(_draw(patches[has], wanted[has], config.draws, generator))
@@ -143,7 +143,7 @@ def _kinds(store: FeatureStore, config: SingleTokenConfig, split: int) -> dict[s
         kinds["class token"] = _Kind(rows, cls[rows][None])
     for name, (found, tokens) in drawn.items():
         kinds[name] = _Kind(torch.cat(found), torch.cat(tokens, 1))
-    for number, register in enumerate(store.registers(config.block)[rows].unbind(1), 1):
+    for number, register in enumerate(store.registers(config.block).unbind(1), 1):
         kinds[f"register {number}"] = _Kind(rows, register[None])
     return kinds
 

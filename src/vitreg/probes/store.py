@@ -115,8 +115,8 @@ class FeatureStore:
         return self._rows(name).float() if name in self.shards[0].names else None
 
     def registers(self, block: int) -> Float[Tensor, "N R D"]:
-        """The registers; R is 0 where the model has none."""
-        return self._rows(f"registers.{self._kept(block)}").float()
+        """The registers, of the images that `patches` gives; R is 0 where the model has none."""
+        return self._rows(self._of_patches("registers", block)).float()
 
     @property
     def pooled(self) -> Float[Tensor, "N F"]:
@@ -125,34 +125,32 @@ class FeatureStore:
 
     def mean_patch(self, block: int) -> Float[Tensor, "N D"]:
         """The mean of a picture's patch tokens, taken in float32 before they were rounded."""
-        return self._rows(f"mean_patch.{self._kept(block)}").float()
+        return self._rows(self._of_patches("mean_patch", block)).float()
 
     @property
     def norms(self) -> Float[Tensor, "N L h w"]:
-        """L2 norms of the patches after every block, before the final norm."""
+        """L2 norms of the patches after every block, before the final norm, of the images that `patches` gives."""
         return self._rows("norms")
 
     def outliers(self) -> Bool[Tensor, "N h w"]:
-        """Which patches are outliers after `block`; none where there is no threshold."""
+        """Which patches, of the images that `patches` gives, are outliers after `block`; without threshold none is."""
         if self.threshold is None:
-            return torch.zeros(self.num_images, *self.grid, dtype=torch.bool)
+            with_patches = sum(shard.num_with_patches for shard in self.shards)
+            return torch.zeros(with_patches, *self.grid, dtype=torch.bool)
         return torch.cat([shard.read("norms", block=self.block) >= self.threshold for shard in self.shards])
 
     def patches(self, block: int) -> Iterator[tuple[Int[Tensor, " n"], Float[Tensor, "n P D"]]]:
         """Patch tokens, file by file, so that memory does not grow with their number.
 
         Returns:
-            Rows of the pictures (in `labels`, `outliers()` and so on), and their patches, row by row of the grid.
+            Rows of the pictures (in `labels`, `cls` and so on), and their patches, row by row of the grid.
 
         Raises:
             ValueError: no patch tokens were kept.
         """
-        name = f"patches.{self._kept(block)}"
         if not any(shard.num_with_patches for shard in self.shards):
             raise ValueError(f"{self.path} holds no patch tokens; run the feature pass with patches=None, or a number")
-        if name not in self.shards[0].names:
-            raise ValueError(f"{self.path} holds no patch tokens of block {block}; name it in patch_blocks")
-        return self._patches(name)
+        return self._patches(self._of_patches("patches", block))
 
     def _patches(self, name: str) -> Iterator[tuple[Tensor, Tensor]]:
         first = 0
@@ -163,6 +161,13 @@ class FeatureStore:
 
     def _rows(self, name: str) -> Tensor:
         return torch.cat([shard.read(name) for shard in self.shards])
+
+    def _of_patches(self, name: str, block: int) -> str:
+        """The tensor of a block, if it was named in `patch_blocks`."""
+        tensor = f"{name}.{self._kept(block)}"
+        if tensor not in self.shards[0].names:
+            raise ValueError(f"{self.path} holds no patch tokens of block {block}; name it in patch_blocks")
+        return tensor
 
     def _kept(self, block: int) -> int:
         """A block's number from 0."""
