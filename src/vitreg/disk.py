@@ -5,20 +5,25 @@ from __future__ import annotations
 import contextlib
 import errno
 import os
+import re
 import shutil
+import tempfile
 from collections.abc import Iterator
 from pathlib import Path
 from typing import TextIO
 
+from safetensors import SafetensorError
+
 
 @contextlib.contextmanager
-def writing(path: Path) -> Iterator[None]:
+def writing(folder: Path) -> Iterator[None]:
     """Turns a failure to write into a sentence."""
     try:
         yield
-    except OSError as error:
-        reason = error.strerror or str(error)
-        raise ValueError(f"cannot write to {path}: {reason}; make room, or choose another --out") from error
+    except (OSError, SafetensorError) as error:
+        number = re.search(r"os error (\d+)", str(error))
+        reason = os.strerror(int(number[1])) if number else getattr(error, "strerror", None) or error
+        raise ValueError(f"cannot write to {folder}: {reason}; make room, or choose another folder") from error
 
 
 def check_room(folder: Path, num_bytes: int, of: str) -> None:
@@ -48,36 +53,75 @@ def size_in_words(num_bytes: int) -> str:
 
 
 def replace_text(path: Path, text: str) -> None:
-    """Write a file so that a reader sees the old one or the new one, whole."""
+    """Write a file; as `replacing`."""
     with replacing(path) as temporary:
-        temporary.write_text(text)
+        temporary.write_text(text, encoding="utf-8")
 
 
 @contextlib.contextmanager
 def replacing(path: Path) -> Iterator[Path]:
-    """A name to write a file under, which then takes the place of `path` and is on the disk, or nothing is left of it.
+    """A name, of the same suffix, to write a file under, which then takes the place of `path`, whose folder is made.
+
+    Who reads `path` sees the old file or the new one, whole; where writing fails, nothing is left of the new one.
 
     Raises:
-        OSError: there is no room.
+        ValueError: it cannot be written.
     """
-    temporary = path.with_name(f".{path.name}.partial")
-    try:
-        temporary.touch()
-        mode = temporary.stat().st_mode
-        yield temporary
-        # safetensors lets only the owner read what it writes.
-        temporary.chmod(mode)
-        with temporary.open("rb") as file:
-            os.fsync(file.fileno())
-        os.replace(temporary, path)
-    except BaseException:
-        with contextlib.suppress(OSError):
-            temporary.unlink()
-        raise
+    # Not one name for all: two processes that write the same file would write into each other's.
+    temporary = path.with_name(f".{path.stem}.{os.getpid()}.partial{path.suffix}")
+    with writing(path.parent):
+        path.parent.mkdir(parents=True, exist_ok=True)
+        try:
+            temporary.touch()
+            mode = temporary.stat().st_mode
+            yield temporary
+            # safetensors lets only the owner read what it writes.
+            temporary.chmod(mode)
+            put_in_place(temporary, path)
+        except BaseException:
+            with contextlib.suppress(OSError):
+                temporary.unlink()
+            raise
+
+
+@contextlib.contextmanager
+def replacing_files(folder: Path) -> Iterator[Path]:
+    """A folder to write files in, each of which then takes its place in `folder`, which is made, as with `replacing`.
+
+    Raises:
+        ValueError: they cannot be written.
+    """
+    with writing(folder):
+        folder.parent.mkdir(parents=True, exist_ok=True)
+        with tempfile.TemporaryDirectory(dir=folder.parent, prefix=f".{folder.name}.", suffix=".partial") as temporary:
+            yield Path(temporary)
+            for file in sorted(Path(temporary).iterdir()):
+                with replacing(folder / file.name) as name:
+                    # The folder may be another disk.
+                    shutil.move(file, name)
+
+
+def put_in_place(temporary: Path, path: Path) -> None:
+    """Give a file, or a folder of files, its name once what was written is on the disk.
+
+    Raises:
+        OSError: the disk has no room, or there is something else at `path`.
+    """
+    for each in (*(temporary.iterdir() if temporary.is_dir() else ()), temporary):
+        # Windows flushes what is open for writing only, and no folders.
+        if each.is_file() or os.name != "nt":
+            handle = os.open(each, os.O_RDWR if each.is_file() else os.O_RDONLY)
+            try:
+                os.fsync(handle)
+            finally:
+                os.close(handle)
+    os.replace(temporary, path)
 
 
 def lock(folder: Path, doing: str) -> TextIO | None:
     """Keep other processes out of a folder until the file that is returned is closed, or this process ends.
+
+    What a process that was killed had half written there is removed.
 
     Args:
         folder: which exists.
@@ -99,4 +143,7 @@ def lock(folder: Path, doing: str) -> TextIO | None:
         if error.errno in (errno.EACCES, errno.EAGAIN):
             file.close()
             raise ValueError(f"another process {doing} {folder}; wait for it, or stop it") from None
+    for left in folder.glob(".*.partial*"):
+        if left.is_file():
+            left.unlink()
     return file

@@ -153,5 +153,5 @@ def test_saves_a_page_and_json(comparison, tmp_path):
     assert saved["outcome"] == "removed"
     assert len(saved["blocks"]) == 12
     (tmp_path / "file").write_text("")
-    with pytest.raises(ValueError, match=r"cannot write to .*file.*; choose another folder"):
+    with pytest.raises(ValueError, match=r"cannot write to .*file.*, or choose another folder"):
         comparison.save(tmp_path / "file")

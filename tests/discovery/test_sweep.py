@@ -185,3 +185,40 @@ def test_whole_picture_and_hits(images):
     assert "best" not in made["models"][0]
     boxes = [[[0, 0, 60, 60], [0, 0, 30, 30]]] * 6
     np.testing.assert_array_equal(hits(boxes, images), [[True] * 6, [False] * 6])
+
+
+def test_a_kill_while_a_record_is_trimmed_does_not_lose_the_sweep(small, images, tmp_path, monkeypatch):
+    record = tmp_path / "record.jsonl"
+    whole = find_boxes(small, "small", images, CHOICES, record)
+    half = record.read_text()[:-7]
+    record.write_text(half)
+
+    def killed(*_: object) -> None:
+        raise KeyboardInterrupt
+
+    # The last moment at which the file is not yet written anew.
+    monkeypatch.setattr("os.fsync", killed)
+    with pytest.raises(KeyboardInterrupt):
+        find_boxes(small, "small", images, CHOICES, record)
+    assert record.read_text() == half
+    monkeypatch.undo()
+    assert find_boxes(small, "small", images, CHOICES, record) == whole
+
+
+def test_a_full_disk_stops_a_sweep_with_a_sentence_and_keeps_what_is_done(small, images, tmp_path):
+    import resource
+
+    record = tmp_path / "record.jsonl"
+    whole = find_boxes(small, "small", images, CHOICES, tmp_path / "other.jsonl", batch_size=1)
+    size = (tmp_path / "other.jsonl").stat().st_size
+    limits = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (size - 100, limits[1]))
+    try:
+        with pytest.raises(ValueError, match=f"^cannot write to {tmp_path}: File too large; make room"):
+            find_boxes(small, "small", images, CHOICES, record, batch_size=1)
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, limits)
+    seen: list[int] = []
+    again = find_boxes(small, "small", images, CHOICES, record, batch_size=1, on_progress=lambda n, _: seen.append(n))
+    assert again == whole
+    assert seen[0] > 0

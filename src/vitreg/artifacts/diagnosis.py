@@ -14,6 +14,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
+from vitreg.disk import replace_text
 from vitreg.images import SkippedImage
 from vitreg.report import ExampleMaps, write_report
 
@@ -162,12 +163,6 @@ def save_report(
         ValueError: the folder cannot be written.
     """
     folder = Path(folder).expanduser()
-    try:
-        folder.mkdir(parents=True, exist_ok=True)
-        report = write(folder / "report.html")
-        temporary = folder / f".{name}.partial"
-        temporary.write_text(json.dumps(summary, indent=1))
-        os.replace(temporary, folder / name)
-    except OSError as error:
-        raise ValueError(f"cannot write to {folder}: {error.strerror or error}; choose another folder") from error
+    report = write(folder / "report.html")
+    replace_text(folder / name, json.dumps(summary, indent=1))
     return report

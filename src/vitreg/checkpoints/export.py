@@ -2,20 +2,18 @@
 
 from __future__ import annotations
 
-import contextlib
 import json
 import os
-import shutil
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Literal
 
-from safetensors import SafetensorError
 from safetensors.torch import save_file
 
 from vitreg.checkpoints.state import CheckpointError
 from vitreg.checkpoints.to_timm import to_timm_state
 from vitreg.checkpoints.to_transformers import to_transformers_folder
+from vitreg.disk import replacing, replacing_files
 from vitreg.model import VisionTransformer, ViTConfig
 
 __all__ = ["Format", "config_from_metadata", "save", "to_timm_state"]
@@ -36,8 +34,8 @@ def save(vit: VisionTransformer, path: str | os.PathLike[str], format: Format = 
             the keyword arguments in the file's metadata; `"transformers"` is what `from_pretrained` reads.
 
     Raises:
-        CheckpointError: the format cannot express the model, or the file cannot be written. No partial file
-            is left.
+        CheckpointError: the format cannot express the model.
+        ValueError: the file cannot be written; no part of it is left.
     """
     path = Path(path)
     if vit.config.register_neurons and format in ("timm", "transformers"):
@@ -46,7 +44,8 @@ def save(vit: VisionTransformer, path: str | os.PathLike[str], format: Format = 
             f"save with format='vitreg'"
         )
     if format == "transformers":
-        _write(path, lambda temporary: to_transformers_folder(vit, temporary))
+        with replacing_files(path) as folder:
+            to_transformers_folder(vit, folder)
         return
     if format not in ("vitreg", "timm"):
         raise CheckpointError(f"format {format!r} is unknown; choose vitreg, timm or transformers")
@@ -59,7 +58,8 @@ def save(vit: VisionTransformer, path: str | os.PathLike[str], format: Format = 
         metadata = {key: value if isinstance(value, str) else json.dumps(value) for key, value in kwargs.items()}
         metadata |= {"mean": json.dumps(vit.preprocess.mean), "std": json.dumps(vit.preprocess.std)}
     tensors = {key: tensor.detach().cpu().contiguous() for key, tensor in state.items()}
-    _write(path, lambda temporary: save_file(tensors, temporary, {"format": format, **metadata}))
+    with replacing(path) as temporary:
+        save_file(tensors, temporary, {"format": format, **metadata})
 
 
 def config_from_metadata(metadata: Mapping[str, str] | None) -> ViTConfig | None:
@@ -74,28 +74,3 @@ def config_from_metadata(metadata: Mapping[str, str] | None) -> ViTConfig | None
         return ViTConfig.from_dict(json.loads(metadata["config"]))
     except (KeyError, TypeError, ValueError) as error:
         raise CheckpointError(f"the file's vitreg config cannot be read: {error}") from error
-
-
-def _write(path: Path, write: Callable[[Path], None]) -> None:
-    """Write beside the target and rename, so that a reader sees the whole of it or nothing."""
-    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
-    try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        temporary.touch()
-        # safetensors lets only the owner read what it writes; a model is a file like any other.
-        mode = temporary.stat().st_mode
-        temporary.unlink()
-        write(temporary)
-        parts = list(temporary.iterdir()) if temporary.is_dir() else [temporary]
-        if temporary.is_dir():
-            path.mkdir(exist_ok=True)
-        for part in parts:
-            part.chmod(mode)
-            os.replace(part, path / part.name if temporary.is_dir() else path)
-    except (OSError, SafetensorError) as error:
-        reason = getattr(error, "strerror", None) or str(error)
-        raise CheckpointError(f"cannot write {path}: {reason}") from error
-    finally:
-        shutil.rmtree(temporary, ignore_errors=True)
-        with contextlib.suppress(OSError):
-            temporary.unlink()

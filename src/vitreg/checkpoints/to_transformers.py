@@ -16,6 +16,7 @@ from vitreg.checkpoints.pieces import Inexpressible, piece, pieces_of, with_pref
 from vitreg.checkpoints.state import CheckpointError
 from vitreg.checkpoints.to_timm import snap, theta_of, timm_architecture
 from vitreg.checkpoints.transformers import ACTIVATIONS, canonical_name
+from vitreg.disk import replace_text, replacing
 from vitreg.model import Preprocess, RopeConfig, VisionTransformer, ViTConfig
 
 
@@ -41,15 +42,14 @@ def to_transformers_folder(vit: VisionTransformer, folder: Path) -> None:
     if name in ("CLIPVisionModel", "SiglipVisionModel"):
         _nest(folder / "model.safetensors")
     if (processor := _processor(vit.preprocess)) is not None:
-        (folder / "preprocessor_config.json").write_text(json.dumps(processor, indent=2))
+        replace_text(folder / "preprocessor_config.json", json.dumps(processor, indent=2))
 
 
 def _nest(file: Path) -> None:
     """Put the tower under `vision_model.`: transformers 4 looks only there, transformers 5 there as well."""
     state = {f"vision_model.{key.removeprefix('vision_model.')}": tensor for key, tensor in load_file(file).items()}
-    nested = file.with_suffix(".nested")
-    save_file(state, nested, {"format": "pt"})
-    nested.replace(file)
+    with replacing(file) as temporary:
+        save_file(state, temporary, {"format": "pt"})
 
 
 def _transformers_pieces(vit: VisionTransformer) -> dict[str, Tensor]:

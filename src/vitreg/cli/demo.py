@@ -15,6 +15,7 @@ from typing import TYPE_CHECKING, Any
 
 from vitreg.cli.options import Checkpoint, writable_folder
 from vitreg.cli.output import print_json, status
+from vitreg.disk import replace_text
 
 if TYPE_CHECKING:
     import numpy as np
@@ -56,7 +57,7 @@ def demo(out: Path = Path("vitreg-out/demo"), json: bool = False) -> int:
     summary["seconds"] = round(time.perf_counter() - start, 1)
     report = write_side_by_side(summary, photographs, out / "report.html")
     side_by_side_figure(summary, photographs, out / "demo.png")
-    (out / "demo.json").write_text(jsonlib.dumps(summary, indent=1))
+    replace_text(out / "demo.json", jsonlib.dumps(summary, indent=1))
     if json:
         print_json({**summary, "report": str(report)})
         return 0

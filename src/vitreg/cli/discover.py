@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Any
 from vitreg.cli.options import Checkpoint, Images, positive, writable_folder
 from vitreg.cli.output import INTERRUPTED, print_json, print_skipped, progress, unused
 from vitreg.discovery.protocol import DEFAULT, Method, Protocol
+from vitreg.disk import replace_text, replacing
 
 if TYPE_CHECKING:
     from vitreg import Detection
@@ -89,8 +90,8 @@ def discover(
         "skipped": skipped,
         "interrupted": interrupted,
     }
-    (out / "detections.json").write_text(jsonlib.dumps(found, indent=1))
-    (out / "coco.json").write_text(jsonlib.dumps(_coco(found["pictures"]), indent=1))
+    replace_text(out / "detections.json", jsonlib.dumps(found, indent=1))
+    replace_text(out / "coco.json", jsonlib.dumps(_coco(found["pictures"]), indent=1))
     if json:
         print_json(found)
     else:
@@ -130,7 +131,8 @@ def _draw(photo: Any, name: str, detection: Detection, patch_size: int, path: Pa
         patch_size=patch_size,
         title=f"{name}: x {x0} to {x1}, y {y0} to {y1}",
     )
-    sheet.save(path, quality=90)
+    with replacing(path) as temporary:
+        sheet.save(temporary, quality=90)
 
 
 def _coco(pictures: list[dict[str, Any]]) -> dict[str, Any]:

@@ -10,6 +10,7 @@ from tyro.conf import Positional, arg
 
 from vitreg.cli.options import writable_folder
 from vitreg.cli.output import print_json
+from vitreg.disk import replace_text
 
 Runs = Annotated[Positional[list[Path]], arg(metavar="RUN", help="folders of training runs, finished or not")]
 
@@ -32,7 +33,7 @@ def timeline(runs: Runs, *, out: Path = Path("vitreg-out"), json: bool = False) 
 
     found = read_timeline(runs)
     out = writable_folder(out)
-    (out / "timeline.json").write_text(jsonlib.dumps(found, indent=1))
+    replace_text(out / "timeline.json", jsonlib.dumps(found, indent=1))
     timeline_figure(found, out / "timeline.png")
     if json:
         print_json(found)

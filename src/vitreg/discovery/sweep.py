@@ -14,6 +14,7 @@ from vitreg.checkpoints.digest import digest
 from vitreg.discovery.discover import check_size, find_regions, native_stream
 from vitreg.discovery.features import patch_features
 from vitreg.discovery.protocol import DEFAULT, Axis, Protocol
+from vitreg.disk import replace_text, writing
 from vitreg.images import BoxedImage, image_size
 from vitreg.model import VisionTransformer
 
@@ -101,15 +102,14 @@ def find_boxes(
     stream = native_stream(
         vit, [image.path for image in images if numbers[image.path] not in boxes], batch_size=batch_size, strict=True
     )
-    with record.open("a") as file:
-        for batch in stream:
-            found = _boxes(vit, batch.images, batch.sizes, protocols)
-            for path, row in zip(batch.paths, found, strict=True):
-                boxes[numbers[path]] = row
-                file.write(json.dumps({"image": numbers[path], "boxes": row}) + "\n")
-            file.flush()
-            if on_progress is not None:
-                on_progress(len(boxes), len(images))
+    for batch in stream:
+        found = _boxes(vit, batch.images, batch.sizes, protocols)
+        rows = {numbers[path]: row for path, row in zip(batch.paths, found, strict=True)}
+        with writing(record.parent), record.open("a", encoding="utf-8") as file:
+            file.write("".join(json.dumps({"image": number, "boxes": row}) + "\n" for number, row in rows.items()))
+        boxes |= rows
+        if on_progress is not None:
+            on_progress(len(boxes), len(images))
     return [boxes[number] for number in range(len(images))]
 
 
@@ -129,21 +129,21 @@ def _boxes(
 
 def _read(record: Path, header: dict[str, Any]) -> dict[int, list[Box]]:
     """The pictures that an earlier run finished; the file begins with the header afterwards and ends with a line."""
-    lines = record.read_text().splitlines(keepends=True) if record.exists() else []
+    lines = record.read_text(encoding="utf-8", errors="replace").splitlines(keepends=True) if record.exists() else []
     # A process that was killed may have left half a line.
-    if lines and not lines[-1].endswith("\n"):
-        lines.pop()
-    if not lines:
-        record.write_text(json.dumps(header) + "\n")
+    whole = [line for line in lines if line.endswith("\n")]
+    if not whole:
+        replace_text(record, json.dumps(header) + "\n")
         return {}
     try:
-        earlier = dict(json.loads(lines[0]))
-        done = {entry["image"]: entry["boxes"] for entry in map(json.loads, lines[1:])}
+        earlier = dict(json.loads(whole[0]))
+        done = {entry["image"]: entry["boxes"] for entry in map(json.loads, whole[1:])}
     except (ValueError, KeyError, TypeError):
         raise ValueError(f"{record} is no record of a sweep; delete it or choose another folder") from None
     if differing := [key for key in header if earlier.get(key) != header[key]]:
         raise ValueError(
             f"{record} is of another sweep (its {differing[0]} differ); delete it or choose another folder"
         )
-    record.write_text("".join(lines))
+    if whole != lines:
+        replace_text(record, "".join(whole))
     return done

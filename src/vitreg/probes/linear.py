@@ -16,7 +16,7 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save
 from torch import Tensor
 
-from vitreg.disk import replacing, writing
+from vitreg.disk import replacing
 from vitreg.probes.classes import check_classes, check_finite
 from vitreg.probes.linear_heads import Heads, LinearConfig
 from vitreg.probes.score import ProbeResult, Score
@@ -167,10 +167,8 @@ class _State:
         """
         note = {"format": _FORMAT, **self._origin, "iteration": training.iteration}
         tensors = {name: tensor.cpu() for name, tensor in training.tensors.items()}
-        with writing(self._path.parent):
-            self._path.parent.mkdir(parents=True, exist_ok=True)
-            with replacing(self._path) as temporary:
-                temporary.write_bytes(save(tensors, {"vitreg": json.dumps(note)}))
+        with replacing(self._path) as temporary:
+            temporary.write_bytes(save(tensors, {"vitreg": json.dumps(note)}))
 
     def read_into(self, training: Heads) -> None:
         """Go on where it is, if there is one.

@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from vitreg.artifacts import OutlierNorms
-from vitreg.disk import replace_text, writing
+from vitreg.disk import replace_text
 from vitreg.probes.origin import Origin
 
 FORMAT = "vitreg-features/1"
@@ -57,8 +57,7 @@ class Manifest:
         Raises:
             ValueError: there is no room.
         """
-        with writing(folder):
-            replace_text(folder / "manifest.json", json.dumps({"format": FORMAT, **dataclasses.asdict(self)}, indent=1))
+        replace_text(folder / "manifest.json", json.dumps({"format": FORMAT, **dataclasses.asdict(self)}, indent=1))
 
 
 def read_manifest(folder: Path) -> Manifest | None:

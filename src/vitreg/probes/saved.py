@@ -10,7 +10,7 @@ import numpy as np
 from safetensors import SafetensorError, safe_open
 from safetensors.numpy import save_file
 
-from vitreg.disk import replacing, writing
+from vitreg.disk import replacing
 from vitreg.probes.score import ProbeResult, Score
 
 
@@ -30,10 +30,8 @@ def save_result(path: Path, question: str, result: ProbeResult) -> None:
     arrays = {f"sums.{i}": score.sums for i, score in enumerate(result.scores)}
     arrays |= {f"prediction.{number}": prediction for number, prediction in result.predictions.items()}
     arrays = {name: np.ascontiguousarray(array) for name, array in arrays.items()}
-    with writing(path.parent):
-        path.parent.mkdir(parents=True, exist_ok=True)
-        with replacing(path) as temporary:
-            save_file(arrays, temporary, {"vitreg": json.dumps(note)})
+    with replacing(path) as temporary:
+        save_file(arrays, temporary, {"vitreg": json.dumps(note)})
 
 
 def load_result(path: Path, question: str) -> ProbeResult | None:

@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 import json
-import os
-import re
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -14,7 +12,7 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor
 
-from vitreg.disk import replacing, writing
+from vitreg.disk import replacing
 
 
 @dataclass(frozen=True)
@@ -83,13 +81,9 @@ def write_shard(
         "with_patches": len(tensors["patch_rows"]),
         "skipped": [[picture.number, picture.name, picture.reason] for picture in skipped],
     }
-    with writing(folder), replacing(shard_path(folder, index)) as temporary:
-        try:
-            # One entry: safetensors writes several in no order.
-            save_file(dict(tensors), temporary, {"vitreg": json.dumps(note)})
-        except SafetensorError as error:
-            number = re.search(r"os error (\d+)", str(error))
-            raise OSError(str(error) if number is None else os.strerror(int(number[1]))) from error
+    with replacing(shard_path(folder, index)) as temporary:
+        # One entry: safetensors writes several in no order.
+        save_file(dict(tensors), temporary, {"vitreg": json.dumps(note)})
 
 
 def open_shard(folder: Path, index: int, origin: str) -> Shard:

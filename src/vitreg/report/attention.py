@@ -9,6 +9,7 @@ import numpy as np
 from jaxtyping import Float, UInt8
 from PIL import Image
 
+from vitreg.disk import replacing
 from vitreg.report.sheet import GAP, MARGIN, TITLE, Sheet, root_scale
 
 
@@ -109,8 +110,10 @@ def write_attention(
         "heads": folder / f"{stem}.png",
         "overlay": folder / f"{stem}_overlay.png",
     }
-    np.save(paths["array"], attention.astype(np.float32))
+    with replacing(paths["array"]) as temporary:
+        np.save(temporary, attention.astype(np.float32))
     attention = attention.clip(min=0)  # differential attention may be negative; colours begin at nothing
     attention_figure(photo, attention, title=f"{name}: attention of {query}, block {block}", path=paths["heads"])
-    Image.fromarray(overlay(photo, attention.mean(0))).save(paths["overlay"])
+    with replacing(paths["overlay"]) as temporary:
+        Image.fromarray(overlay(photo, attention.mean(0))).save(temporary)
     return {kind: str(path) for kind, path in paths.items()}

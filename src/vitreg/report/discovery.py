@@ -11,6 +11,8 @@ import numpy as np
 from jaxtyping import Bool, Integer, UInt8
 from PIL import Image, ImageDraw, ImageFont
 
+from vitreg.disk import replacing
+
 BOX = (255, 90, 60)
 MASK = np.array((60, 160, 255))
 SEED = (255, 225, 60)
@@ -121,6 +123,6 @@ def sweep_figure(summary: Mapping[str, Any], path: Path, *, most: int = 48) -> P
     axes.set_xlabel("CorLoc in percent, with 95 % bootstrap intervals over pictures")
     axes.set_title(f"{summary['data']}: {summary['num_images']} pictures", fontsize=10, parse_math=False)
     figure.legend(loc="outside lower center", ncols=1, fontsize=8, frameon=False)
-    path.parent.mkdir(parents=True, exist_ok=True)
-    figure.savefig(path)
+    with replacing(path) as temporary:
+        figure.savefig(temporary)
     return path

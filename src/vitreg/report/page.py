@@ -1,10 +1,10 @@
 """One HTML file that opens from disk, without a network, and can be sent to a colleague."""
 
 import json
-import os
 from pathlib import Path
 from typing import Any
 
+from vitreg.disk import replace_text
 from vitreg.report.words import number, percent
 
 TEMPLATES = Path(__file__).parent / "templates"
@@ -52,14 +52,7 @@ def write_still_page(name: str, path: Path, **values: Any) -> Path:
     )
     environment.filters |= {"percent": percent, "number": number}
     page = environment.get_template(f"{name}.html.j2").render(css=_sources("page.css", f"{name}.css"), **values)
-    path = Path(path)
-    path.parent.mkdir(parents=True, exist_ok=True)
-    temporary = path.with_name(f".{path.name}.{os.getpid()}")
-    try:
-        temporary.write_text(page, encoding="utf-8")
-        os.replace(temporary, path)
-    finally:
-        temporary.unlink(missing_ok=True)
+    replace_text(path, page)
     return path
 
 

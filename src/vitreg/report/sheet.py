@@ -8,6 +8,8 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
+from vitreg.disk import replacing
+
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
     from matplotlib.colors import Colormap, Normalize
@@ -87,9 +89,8 @@ class Sheet:
         return axes
 
     def write(self, path: Path) -> Path:
-        path = Path(path)
-        path.parent.mkdir(parents=True, exist_ok=True)
-        self.figure.savefig(path)
+        with replacing(path) as temporary:
+            self.figure.savefig(temporary)
         return path
 
 

@@ -5,7 +5,6 @@ from __future__ import annotations
 import contextlib
 import json
 import math
-import os
 import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -16,7 +15,7 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from vitreg.checkpoints import save
-from vitreg.disk import writing
+from vitreg.disk import replacing, writing
 from vitreg.model import VisionTransformer
 from vitreg.training.config import TrainingConfig
 from vitreg.training.method import Companions, Method
@@ -141,11 +140,9 @@ class Journal:
         """Write the model, and what is trained beside it, each whole or not at all."""
         save(vit, self._folder.model)
         for name, module in method.companions().items():
-            with writing(self._folder.path):
-                temporary = self._folder.path / f".{name}.partial"
-                tensors = {key: tensor.cpu().contiguous() for key, tensor in companions[name].items()}
+            tensors = {key: tensor.cpu().contiguous() for key, tensor in companions[name].items()}
+            with replacing(self._folder.path / f"{name}.safetensors") as temporary:
                 save_file(tensors, temporary, module.metadata)  # pyright: ignore[reportArgumentType]
-                os.replace(temporary, self._folder.path / f"{name}.safetensors")
         self._clock = time.perf_counter()
 
 

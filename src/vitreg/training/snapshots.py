@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import contextlib
-import os
 import shutil
 import warnings
 from collections.abc import Iterator
@@ -16,7 +15,7 @@ from torch.distributed.checkpoint.state_dict import get_state_dict, set_state_di
 from torch.distributed.checkpoint.state_dict_loader import load
 from torch.distributed.checkpoint.state_dict_saver import save
 
-from vitreg.disk import writing
+from vitreg.disk import put_in_place, writing
 from vitreg.training.learner import Learner
 
 
@@ -40,8 +39,7 @@ def save_snapshot(folder: Path, learner: Learner) -> None:
 
     def finish() -> None:
         with writing(folder):
-            _flush(temporary)
-            os.replace(temporary, final)
+            put_in_place(temporary, final)
         for old in _snapshots(folder)[:-1]:
             shutil.rmtree(old, ignore_errors=True)
 
@@ -116,16 +114,6 @@ def _state(learner: Learner) -> dict[str, Any]:
     model, optimizer = get_state_dict(learner.method, learner.optimizer)
     average = {} if learner.average is None else learner.average.tensors
     return {"model": model, "optimizer": optimizer, "average": average}
-
-
-def _flush(folder: Path) -> None:
-    """Make sure that what was written is on the disk before the name says so."""
-    for path in [*folder.iterdir(), folder]:
-        handle = os.open(path, os.O_RDONLY)
-        try:
-            os.fsync(handle)
-        finally:
-            os.close(handle)
 
 
 @contextlib.contextmanager

@@ -10,6 +10,7 @@ from typing import Any, Literal
 from vitreg.cli.options import Checkpoint, positive, writable_folder
 from vitreg.cli.output import INTERRUPTED, print_json, progress
 from vitreg.discovery.protocol import DEFAULT, Axis
+from vitreg.disk import replace_text
 
 _ROWS = 15
 
@@ -73,7 +74,7 @@ def discovery(
         print(f"vitreg: interrupted; the same command continues, {out} keeps what is done", file=sys.stderr)
         return INTERRUPTED
     summary = summarize(found, protocols, labelled, data=data, boxed=boxed, swept=swept)
-    (out / "discovery.json").write_text(jsonlib.dumps(summary, indent=1))
+    replace_text(out / "discovery.json", jsonlib.dumps(summary, indent=1))
     sweep_figure(summary, out / "discovery.png")
     if json:
         print_json(summary)
