@@ -25,8 +25,8 @@ MAX_VALLEY, MAX_VALLEY_CHANCE = 0.5, 0.05
 MIN_EXCESS, MAX_CHANCE = 4.0, 1e-4
 """How many times more tokens lie above the cut than the lower mode's tail explains, and the chance of that many."""
 
-WINDOW = BINS_PER_OCTAVE // 4
-"""Densities are taken over a quarter of an octave."""
+WINDOWS = BINS_PER_OCTAVE // 4, BINS_PER_OCTAVE
+"""Densities are taken over a quarter of an octave, or a whole one, which shows a valley of few tokens if it is wide."""
 
 TAIL, MIN_TAIL = 0.02, 20
 """The upper part of the lower mode whose decay is extrapolated: a share, but at least so many tokens."""
@@ -98,7 +98,8 @@ def two_modes(axis: LogAxis, counts: NDArray[np.int64]) -> int | None:
 
     1. are at least `MIN_TOKENS` and `MIN_FRACTION`, and at most `MAX_FRACTION` of all;
     2. have a median of at least `MIN_RATIO` times the median of all;
-    3. form a mode of their own: the density at the cut is at most `MAX_VALLEY` of the density at their peak;
+    3. form a mode of their own: the density at the cut is at most `MAX_VALLEY` of the density at their peak, and a cut
+       as empty has a chance of at most `MAX_VALLEY_CHANCE` where there is no valley;
     4. are no tail of the lower mode: an exponential fitted to its end (which decays more slowly than a normal
        distribution) would leave `MIN_EXCESS` times fewer, and so many by chance less often than `MAX_CHANCE`.
 
@@ -110,7 +111,7 @@ def two_modes(axis: LogAxis, counts: NDArray[np.int64]) -> int | None:
     if total == 0:
         return None
     median = axis.quantile(counts, 0.5)
-    density = np.convolve(counts, np.ones(WINDOW), mode="same")
+    densities = [np.convolve(counts, np.ones(window), mode="same") for window in WINDOWS]
     below = np.concatenate([[0], np.cumsum(counts)])
     accepted: dict[int, float] = {}
     for step in range(axis.step_of(median) + 1, len(counts) // BINS_PER_STEP):
@@ -122,13 +123,16 @@ def two_modes(axis: LogAxis, counts: NDArray[np.int64]) -> int | None:
         upper[edge:] = counts[edge:]
         if axis.quantile(upper, 0.5) < MIN_RATIO * median:
             continue
-        peak = density[edge + WINDOW // 2 :].max(initial=1.0)
-        valley = density[edge] / peak
+        peaks = [density[edge + w // 2 :].max(initial=1.0) for density, w in zip(densities, WINDOWS, strict=True)]
+        cuts = [density[edge] for density in densities]
         # With few tokens a valley may be chance: the density of the peak would have to leave it so rarely.
-        if valley > MAX_VALLEY or pdtr(density[edge], peak) > MAX_VALLEY_CHANCE:
+        if not any(
+            cut <= MAX_VALLEY * peak and pdtr(cut, peak) <= MAX_VALLEY_CHANCE
+            for cut, peak in zip(cuts, peaks, strict=True)
+        ):
             continue
         if _exceeds_tail(counts[:edge], int(above)):
-            accepted[step] = valley
+            accepted[step] = cuts[0] / peaks[0]
     return _middle_of_emptiest(accepted)
 
 
