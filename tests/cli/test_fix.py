@@ -79,7 +79,7 @@ def test_fix_leaves_a_clean_model_alone(photographs, tmp_path, capsys):
     out = tmp_path / "fixed.safetensors"
     arguments = ("fix", *photographs, "--model", tmp_path / "clean.safetensors", "--out", out)
     assert run(*arguments) == 0
-    assert "returned unchanged. No artifacts in" in capsys.readouterr().out
+    assert "No register was added. No artifacts in" in capsys.readouterr().out
     assert run(*arguments, "--json") == 0
     assert json.loads(capsys.readouterr().out)["fixed"] is False
     assert not out.exists()

@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import copy
+import dataclasses
 import subprocess
 import sys
+import warnings
 
 import pytest
 import torch
@@ -192,11 +194,22 @@ def test_units_planted_in_two_blocks_are_found_and_moved(family, photographs):
     assert trace.register_norms[-1, :, -1].min() > 5 * trace.patch_norms[-1].max()
 
 
+def unchanged(vit: vitreg.VisionTransformer, images) -> str:
+    """What the copy says, after a look that it is one."""
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")  # what was done is returned, not warned of
+        same = vitreg.add_test_time_registers(vit, images)
+    assert same is not vit
+    assert same.config == dataclasses.replace(vit.config, changes=same.config.changes)
+    assert all(torch.equal(a, b) and a is not b for a, b in zip(same.parameters(), vit.parameters(), strict=True))
+    assert not vit.config.changes
+    return same.config.changes[-1]
+
+
 @pytest.mark.parametrize("family", ["vit_small_patch16_224", "deit3_small_patch16_224", "vit_base_patch16_siglip_224"])
-def test_a_clean_model_is_returned_unchanged(family, photographs):
+def test_a_clean_model_is_returned_unchanged_and_says_so(family, photographs):
     vit = random_vit(family, embed_dim=96, num_heads=3)
-    with pytest.warns(UserWarning, match="returned unchanged. No artifacts in"):
-        assert vitreg.add_test_time_registers(vit, photos(photographs, vit)) is vit
+    assert unchanged(vit, photos(photographs, vit)).startswith("No register was added. No artifacts in")
 
 
 def test_artifacts_that_no_unit_writes_are_left(photographs):
@@ -204,8 +217,20 @@ def test_artifacts_that_no_unit_writes_are_left(photographs):
     vit = random_vit("vit_small_patch16_224", embed_dim=96, num_heads=3)
     with torch.no_grad():
         vit.positions[:, [3, 40]] *= 1000
-    with pytest.warns(UserWarning, match="removes no outliers, so something else writes them"):
-        assert vitreg.add_test_time_registers(vit, photos(photographs, vit)) is vit
+    assert "removes no outliers, so something else writes them" in unchanged(vit, photos(photographs, vit))
+
+
+def test_too_few_patches_to_tell_are_refused_with_how_many_would_do(photographs):
+    """Of eight images, one patch of one stands out."""
+    vit = random_vit("vit_small_patch16_224", embed_dim=96, num_heads=3)
+    images, marks = with_patches(photos(photographs[:8], vit), 16)
+    images[1:] = photos(photographs[1:8], vit)
+    marks[1:] = False
+    plant(vit, 1, (7,), images, marks)
+    with pytest.raises(
+        ValueError, match=r"cannot be told from 7 images: .* 1 patch has a norm .*; give at least \d+, one"
+    ):
+        vitreg.add_test_time_registers(vit, images)
 
 
 def test_the_real_vit_is_fixed(tiny_vit, photographs, photograph_batch):

@@ -68,6 +68,8 @@ def make_summary(examples: list[ExampleMaps], *, block: int = 3, threshold: floa
         "num_images": num_images,
         "num_patches": num_images * grid[0] * grid[1],
         "has_artifacts": bool(found),
+        "status": "artifacts" if found else "clean",
+        "undecided": None,
         "outlier_fraction": reported["outlier_fraction"],
         "threshold": reported["threshold"],
         "threshold_rule": f"fixed: norms of {threshold} and more",

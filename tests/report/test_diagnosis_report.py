@@ -128,16 +128,31 @@ def test_names_are_text_never_markup(tmp_path, open_page):
     assert page.locator(".skipped code").text_content() == EVIL
 
 
+def test_a_green_clean_over_visible_artifacts(tmp_path, open_page):
+    """Nothing is green where it cannot be told, or where norms have a long tail."""
+    examples = make_examples()
+    undecided = {"block": 2, "num_patches": 2, "ratio": 34.5, "num_images_needed": 4}
+    for has_artifacts, status, found in ((None, "cannot tell", undecided), (False, "long tail", None)):
+        summary = make_summary(examples, threshold=None)
+        summary |= {"has_artifacts": has_artifacts, "status": status, "undecided": found}
+        page = open_page(write_report(summary, examples, tmp_path / "report.html"))
+        assert page.locator("h1 .good").count() == 0
+        assert page.locator("h1 .middling").inner_text() == status.capitalize()
+        said = " ".join(page.locator("h1").inner_text().split())
+        expected = "2 patches at 34.5 × the median; give at least 4 images" if found else "× the median, after block"
+        assert expected in said
+
+
 def test_clean_model(tmp_path, open_page):
     examples = make_examples()
     for example in examples:
         example.norms[example.norms > 100] = 12
     summary = make_summary(examples, threshold=None)
     page = open_page(write_report(summary, examples, tmp_path / "report.html"))
-    ratio = summary["blocks"][3]["max"] / summary["blocks"][3]["median"]
-    assert (
-        page.locator("h1").inner_text().split() == f"Clean the largest patch norm is {ratio:.2f} × the median".split()
-    )
+    ratio, block = max((b["max"] / b["median"], b["block"]) for b in summary["blocks"])
+    said = f"Clean the largest patch norm is {ratio:.2f} × the median, after block {block}"
+    assert page.locator("h1").inner_text().split() == said.split()
+    assert page.locator("h1 .good").count() == 1
     assert page.get_by_text("No position was ever an outlier.").is_visible()
     assert page.get_by_text("No patch is an outlier after any block.").is_visible()
     assert page.locator("#position, #shares, .channels").count() == 0

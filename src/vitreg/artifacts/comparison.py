@@ -169,7 +169,7 @@ def compare(
         after=two,
         blocks=blocks,
         outcome=judge(one, two, blocks),
-        patch_similarity=features.patch_similarity(one.block, observers[0].steps[one.block]),
+        patch_similarity=features.patch_similarity(one.block, observers[0].decision.steps[one.block]),
         cls_similarity=features.mean("cls"),
         head_agreement=features.mean("agreement"),
         head_similarity=features.mean("head"),
@@ -198,7 +198,8 @@ def _as_normalised_by(after: VisionTransformer, before: VisionTransformer, batch
 
 
 def _block_change(i: int, observers: list[Observer], one: Diagnosis, two: Diagnosis) -> BlockChange:
-    steps = [a if a is not None else b for a, b in zip(observers[0].steps, observers[1].steps, strict=True)]
+    pairs = zip(observers[0].decision.steps, observers[1].decision.steps, strict=True)
+    steps = [a if a is not None else b for a, b in pairs]
     threshold = one.blocks[i].threshold
     values: dict[str, Any] = {}
     for name, observer, diagnosis in (("before", observers[0], one), ("after", observers[1], two)):

@@ -15,8 +15,8 @@ EVIDENT = 5.0
 """An upper mode with a median of so many medians counts in a single image."""
 
 ENOUGH_IMAGES = 32
-"""From so many on a nearer mode counts too. Patches of one image resemble each other: a few bright ones look like a mode
-until other images fill the valley (`docs/diagnosis.md` has the rates)."""
+"""From so many on a nearer mode counts too. Patches of one image resemble each other: a few bright ones look like a
+mode until other images fill the valley (`docs/diagnosis.md` has the rates)."""
 
 MULTIPLES = (2, 4, 8, 16, 32, 64)
 """Of the images, which are tried to find out how many would do."""

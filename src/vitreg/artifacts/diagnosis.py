@@ -9,14 +9,19 @@ from collections.abc import Callable
 from dataclasses import dataclass, field
 from importlib import metadata
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import numpy as np
 from numpy.typing import NDArray
 
+from vitreg.artifacts.decision import Undecided
 from vitreg.disk import replace_text
 from vitreg.images import SkippedImage
 from vitreg.report import ExampleMaps, write_report
+
+Status = Literal["artifacts", "outliers", "cannot tell", "long tail", "clean"]
+"""`"outliers"`: patches reach a threshold that was asked for; `"long tail"`: none is an outlier, but some have norms of
+over five medians; `"clean"`: none has."""
 
 
 @dataclass(frozen=True)
@@ -59,7 +64,9 @@ class Diagnosis:
 
     Attributes:
         has_artifacts: whether the norms of any block have a second mode (or, with a threshold that was asked for,
-            whether any patch reaches it).
+            whether any patch reaches it); None where there are too few patches to tell.
+        status: the same in a word, and what is not the same where there are none.
+        undecided: what looks like artifacts, and how many images would tell; None where it is known.
         outlier_fraction: share of the patches at or above `threshold` after `block`.
         threshold: where outliers begin after `block`; None where there are none.
         threshold_rule: how it was chosen.
@@ -82,7 +89,9 @@ class Diagnosis:
         examples: the first images with their maps, for the report.
     """
 
-    has_artifacts: bool
+    has_artifacts: bool | None
+    status: Status
+    undecided: Undecided | None
     outlier_fraction: float
     threshold: float | None
     threshold_rule: str
@@ -105,6 +114,11 @@ class Diagnosis:
     verdict: tuple[str, ...] = ()
     examples: tuple[ExampleMaps, ...] = field(default=(), repr=False)
 
+    def __repr__(self) -> str:
+        names = ("has_artifacts", "outlier_fraction", "threshold", "block", "onset_block", "num_images")
+        values = ", ".join(f"{name}={getattr(self, name)}" for name in names)
+        return f"Diagnosis({values}):\n  " + "\n  ".join(self.verdict[:2])
+
     def to_dict(self) -> dict[str, Any]:
         """Everything but the examples, in JSON types; `docs/diagnosis.md` describes the keys."""
 
@@ -120,6 +134,8 @@ class Diagnosis:
             "num_images": self.num_images,
             "num_patches": self.num_patches,
             "has_artifacts": self.has_artifacts,
+            "status": self.status,
+            "undecided": None if self.undecided is None else dataclasses.asdict(self.undecided),
             "outlier_fraction": self.outlier_fraction,
             "threshold": self.threshold,
             "threshold_rule": self.threshold_rule,

@@ -14,7 +14,8 @@ from jaxtyping import Float, Int
 from numpy.typing import NDArray
 from torch import Tensor
 
-from vitreg.artifacts.diagnosis import BlockNorms, Diagnosis, NeighbourSimilarity
+from vitreg.artifacts.decision import EVIDENT, Decision, decide
+from vitreg.artifacts.diagnosis import BlockNorms, Diagnosis, NeighbourSimilarity, Status
 from vitreg.artifacts.examples import Examples
 from vitreg.artifacts.histogram import BINS_PER_STEP, LogAxis
 from vitreg.artifacts.outliers import onset_block, reported_block
@@ -82,15 +83,19 @@ class Observer:
         return self._axis.bins(trace.patch_norms.flatten(2).cpu())
 
     @cached_property
-    def steps(self) -> list[int | None]:
-        """Per block, the step of the axis from which norms count as outliers; asked for after the last batch."""
+    def decision(self) -> Decision:
+        """From where on norms count as outliers; asked for after the last batch."""
         counts = self.statistics.counts()
+        if self._rule.kind == "auto":
+            return decide(self._axis, counts, self.statistics.num_images)
         mean, sd, _ = self.statistics.moments()
-        return [threshold_step(self._rule, self._axis, *block) for block in zip(counts, mean, sd, strict=True)]
+        return Decision(
+            [threshold_step(self._rule, self._axis, *block) for block in zip(counts, mean, sd, strict=True)]
+        )
 
     def conclude(self, *, skipped: tuple[SkippedImage, ...], interrupted: bool, seconds: float) -> Diagnosis:
         """Choose thresholds, block and onset from the sums, and put the findings into words."""
-        statistics, axis, steps = self.statistics, self._axis, self.steps
+        statistics, axis, steps, undecided = self.statistics, self._axis, self.decision.steps, self.decision.undecided
         counts, largest = statistics.counts(), statistics.moments()[2]
         above = [statistics.num_above(i, step) for i, step in enumerate(steps)]
         num_patches = int(counts[0].sum())
@@ -115,7 +120,9 @@ class Observer:
         frequency = statistics.position_frequency(reported, step)
         threshold = blocks[reported].threshold if step is not None else None
         diagnosis = Diagnosis(
-            has_artifacts=any(above),
+            has_artifacts=None if undecided else any(above),
+            status=self._status(blocks),
+            undecided=undecided,
             outlier_fraction=blocks[reported].outlier_fraction,
             threshold=threshold,
             threshold_rule=self._rule.describe(),
@@ -138,6 +145,13 @@ class Observer:
             examples=tuple(self._examples.maps),
         )
         return dataclasses.replace(diagnosis, verdict=write_verdict(diagnosis))
+
+    def _status(self, blocks: Sequence[BlockNorms]) -> Status:
+        if self.decision.undecided:
+            return "cannot tell"
+        if any(block.outlier_fraction for block in blocks):
+            return "artifacts" if self._rule.kind == "auto" else "outliers"
+        return "clean" if all(block.max <= EVIDENT * block.median for block in blocks) else "long tail"
 
 
 def diagnose(

@@ -5,13 +5,13 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import TYPE_CHECKING, Literal
 
-from vitreg.artifacts.verdict import number, percent
+from vitreg.artifacts.verdict import cannot_tell, number, percent
 
 if TYPE_CHECKING:
     from vitreg.artifacts.comparison import BlockChange, Comparison
     from vitreg.artifacts.diagnosis import Diagnosis
 
-Outcome = Literal["removed", "partly removed", "not removed", "nothing to remove"]
+Outcome = Literal["removed", "partly removed", "not removed", "nothing to remove", "cannot tell"]
 
 REMOVED = 1e-4
 """Share of outlier patches, in every block, up to which artifacts count as removed."""
@@ -22,18 +22,21 @@ PARTLY = 0.5
 
 def judge(before: Diagnosis, after: Diagnosis, blocks: Sequence[BlockChange]) -> Outcome:
     """Removed: by the first model's thresholds at most 0.01 % are left in every block, and no new mode appeared."""
+    if before.undecided is not None:
+        return "cannot tell"
     if not before.has_artifacts:
         return "nothing to remove"
     left = max(block.outlier_fraction_after for block in blocks)
     if left <= REMOVED and not after.has_artifacts:
-        return "removed"
+        return "removed" if after.undecided is None else "cannot tell"
     return "partly removed" if left <= PARTLY * max(b.outlier_fraction_before for b in blocks) else "not removed"
 
 
 def write_comparison_verdict(comparison: Comparison) -> tuple[str, ...]:
     """The findings as sentences, most important first."""
     c = comparison
-    sentences = _nothing(c) if c.outcome == "nothing to remove" else _outliers(c)
+    sentences = _nothing(c) if not c.before.has_artifacts else _outliers(c)
+    sentences += [cannot_tell(d) for d in (c.before, c.after) if d.undecided is not None]
     if c.outcome in ("partly removed", "not removed"):
         sentences += _why(c)
     sentences += _attention(c) + _registers(c) + _features(c)
@@ -45,15 +48,16 @@ def write_comparison_verdict(comparison: Comparison) -> tuple[str, ...]:
 def _nothing(c: Comparison) -> list[str]:
     name = c.before.model["name"]
     if c.after.has_artifacts:
-        return [f"{name} has no artifacts to remove, but the second model has: {c.after.verdict[0]}"]
-    return ["Neither of the two models has artifacts."]
+        has = "no artifacts to remove" if c.before.undecided is None else "none that these images prove"
+        return [f"{name} has {has}, but the second model has: {c.after.verdict[0]}"]
+    if c.before.undecided is not None:
+        return []
+    return [f"{name} has no artifacts to remove." if c.after.undecided else "Neither of the two models has artifacts."]
 
 
 def _outliers(c: Comparison) -> list[str]:
     block = c.blocks[c.before.block]
-    verb = {"removed": "are removed", "partly removed": "are partly removed", "not removed": "are not removed"}[
-        c.outcome
-    ]
+    verb = "are no more seen" if c.outcome == "cannot tell" else f"are {c.outcome}"
     return [
         f"The artifacts of {c.before.model['name']} {verb}: after block {block.block}, "
         f"{percent(block.outlier_fraction_before)} of the patches had norms of {number(block.threshold or 0)} or more, "

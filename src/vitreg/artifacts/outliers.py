@@ -9,8 +9,8 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
+from vitreg.artifacts.decision import decide
 from vitreg.artifacts.histogram import BINS_PER_STEP, NUM_BINS, LogAxis, add_counts
-from vitreg.artifacts.threshold import two_modes
 
 
 @dataclass(frozen=True)
@@ -18,7 +18,7 @@ class OutlierNorms:
     """What of a `Diagnosis` follows from norms.
 
     Attributes:
-        threshold: where outliers begin after `block`; None where there are none.
+        threshold: where outliers begin after `block`; None where there are none, or too few patches to tell.
         block: the block reported: the last, unless artifacts exist only further inside.
         onset_block: the first of the unbroken run of blocks with outliers that reaches `block`.
     """
@@ -36,14 +36,16 @@ def find_outliers(norms: Iterable[Float[Tensor, "depth _ h w"]]) -> OutlierNorms
     """
     axis = LogAxis()
     summed = largest = torch.zeros(0)
+    num_images = 0
     for batch in norms:
         bins = axis.bins(batch.flatten(1))
         if not len(summed):
             summed, largest = torch.zeros(len(batch), NUM_BINS, dtype=torch.int64), torch.zeros(len(batch))
         add_counts(summed, torch.arange(len(batch))[:, None].expand_as(bins), bins)
+        num_images += batch.shape[1]
         largest = torch.maximum(largest, batch.flatten(1).amax(1))
     counts = summed.numpy()
-    steps = [two_modes(axis, of_block) for of_block in counts]
+    steps = decide(axis, counts, num_images).steps
     above = [
         0 if step is None else int(of_block[step * BINS_PER_STEP :].sum())
         for step, of_block in zip(steps, counts, strict=True)

@@ -80,9 +80,7 @@ def parse_rule(threshold: float | int | str) -> Rule:
 
 
 def threshold_step(rule: Rule, axis: LogAxis, counts: NDArray[np.int64], mean: float, sd: float) -> int | None:
-    """The step of the axis from which norms count as outliers; None where the rule finds no second mode."""
-    if rule.kind == "auto":
-        return two_modes(axis, counts)
+    """The step of the axis from which norms count as outliers by a rule that was asked for; None for a norm of 0."""
     norm = {
         "fixed": rule.value,
         "mean+sd": mean + rule.value * sd,

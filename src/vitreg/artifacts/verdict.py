@@ -30,13 +30,28 @@ def position_kind(frequency: NDArray[np.float64], num_images: int) -> str | None
 
 def write_verdict(diagnosis: Diagnosis) -> tuple[str, ...]:
     """The findings as sentences, most important first."""
-    sentences = _outliers(diagnosis) if diagnosis.has_artifacts else _clean(diagnosis)
+    if diagnosis.undecided is not None:
+        sentences = [cannot_tell(diagnosis)]
+    else:
+        sentences = _outliers(diagnosis) if diagnosis.has_artifacts else _clean(diagnosis)
     sentences += _registers(diagnosis)
-    if diagnosis.has_artifacts:
+    if diagnosis.status == "artifacts":
         sentences += _advice(diagnosis)
     if diagnosis.interrupted:
         sentences.append(f"The run was interrupted: this is what {diagnosis.num_images} images show.")
     return tuple(sentences)
+
+
+def cannot_tell(d: Diagnosis) -> str:
+    """Why a diagnosis is undecided, and what would decide it."""
+    assert d.undecided is not None
+    num = d.undecided.num_patches
+    return (
+        f"Whether {d.model['name']} has artifacts cannot be told from {plural(d.num_images, 'image')}: after block "
+        f"{d.undecided.block}, {plural(num, 'patch', 'patches')} {'has a norm' if num == 1 else 'have norms'} of "
+        f"{number(d.undecided.ratio)} times the median, which is too little to go by; give at least "
+        f"{d.undecided.num_images_needed} images."
+    )
 
 
 def _outliers(d: Diagnosis) -> list[str]:
@@ -48,8 +63,9 @@ def _outliers(d: Diagnosis) -> list[str]:
         ]
     per_image = block.outlier_fraction * d.num_patches / d.num_images
     where = f"the last block ({last})" if d.block == last else f"block {d.block}"
+    found = "artifacts" if d.status == "artifacts" else f"outliers by the rule that was asked for ({d.threshold_rule})"
     sentences = [
-        f"{d.model['name']} has artifacts: after {where}, {percent(block.outlier_fraction)} of the patches "
+        f"{d.model['name']} has {found}: after {where}, {percent(block.outlier_fraction)} of the patches "
         f"({per_image:.1f} per image) have a norm of {number(block.threshold or 0)} or more, up to "
         f"{number(block.max)}; the median is {number(block.median)}."
     ]
@@ -105,13 +121,24 @@ def _places(d: Diagnosis) -> list[str]:
 def _clean(d: Diagnosis) -> list[str]:
     last = d.blocks[-1]
     worst = max(d.blocks, key=lambda b: b.max / b.median if b.median else 0.0)
-    return [
-        f"No artifacts in {d.model['name']}: in none of its {len(d.blocks)} blocks do the norms of the patches split "
-        f"into two modes ({d.threshold_rule}).",
+    if d.threshold_rule.startswith("automatic"):
+        found = (
+            f"No artifacts in {d.model['name']}: in none of its {len(d.blocks)} blocks do the norms of the patches "
+            f"split into two modes ({d.threshold_rule})."
+        )
+    else:
+        found = (
+            f"No patch of {d.model['name']} reaches the threshold that was asked for ({d.threshold_rule}) after any of "
+            f"its {len(d.blocks)} blocks."
+        )
+    excess = (
         f"After the last block the median norm is {number(last.median)} and the largest {number(last.max)}; the "
         f"largest excess, {worst.max / worst.median if worst.median else 0:.1f} times the median, is in block "
-        f"{worst.block}.",
-    ]
+        f"{worst.block}"
+    )
+    if d.status == "long tail":
+        excess += ": a long tail or a few patches, no mode of their own; look at them before calling the model clean"
+    return [found, excess + "."]
 
 
 def _registers(d: Diagnosis) -> list[str]:
@@ -143,6 +170,11 @@ def _advice(d: Diagnosis) -> list[str]:
         "For classification from the class token they do no known harm. For attention maps, object discovery, "
         f"segmentation or depth, {trained}, or move the artifacts into a register without training (`vitreg fix`)."
     ]
+
+
+def plural(count: int, one: str, several: str = "") -> str:
+    """A number and what it counts."""
+    return f"{count} {one if count == 1 else several or one + 's'}"
 
 
 def percent(share: float) -> str:

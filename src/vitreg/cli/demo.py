@@ -235,6 +235,8 @@ class _Model:
 
 
 def _judged(diagnosis: Diagnosis) -> str:
+    if diagnosis.undecided is not None:
+        return "too few patches to tell"
     return "artifacts" if diagnosis.has_artifacts else "no artifacts"
 
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import warnings
 from pathlib import Path
 from typing import Literal
 
@@ -55,12 +54,11 @@ def fix(
     vit = model.load()
     device = next(vit.parameters()).device
     batches = Batches(images, vit.preprocess, batch_size=batch_size, device=device, strict=strict, limit=limit)
-    with warnings.catch_warnings(record=True) as said, progress("looking for the units that write them") as on_progress:
-        warnings.simplefilter("always")
+    with progress("looking for the units that write them") as on_progress:
         fixed = vitreg.add_test_time_registers(vit, batches, count=count, on_progress=on_progress)
     skipped = [{"path": str(skip.path), "reason": skip.reason} for skip in batches.skipped]
-    if fixed is vit:
-        reason = str(said[-1].message)
+    if fixed.num_registers == vit.num_registers:
+        reason = fixed.config.changes[-1]
         if json:
             print_json({"fixed": False, "reason": reason, "skipped": skipped})
         else:

@@ -200,11 +200,9 @@ def _sentence(entry: dict[str, Any]) -> str:
     """A diagnosis in a line."""
     last = entry["blocks"][-1]
     merits = "".join(f"{name} {value:.4g}, " for name, value in entry["metrics"].items())
-    found = (
-        f"artifacts from block {entry['onset_block']} on, {entry['outlier_fraction']:.2%} of the patches"
-        if entry["has_artifacts"]
-        else "no artifacts"
-    )
+    found = "no artifacts" if entry["undecided"] is None else "too few patches to tell whether there are artifacts"
+    if entry["has_artifacts"]:
+        found = f"artifacts from block {entry['onset_block']} on, {entry['outlier_fraction']:.2%} of the patches"
     return f"step {entry['step']}: {merits}norms up to {last['max'] / last['median']:.1f} medians, {found}"
 
 

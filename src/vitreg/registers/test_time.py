@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
-import warnings
+import copy
+import dataclasses
+import math
 from collections.abc import Callable, Iterable
 from functools import cache
 
@@ -65,12 +67,12 @@ def add_test_time_registers(
         on_progress: called while units are looked for, with the number of images done and their total.
 
     Returns:
-        The model with `count` more registers; `vit` itself, with a warning, where there is nothing to remove or where
-        no units remove any of it.
+        The model with `count` more registers. Where there is nothing to remove, or no units remove any of it, a copy
+        with as many as before, whose last of `config.changes` says why.
 
     Raises:
-        ValueError: `count` below 1, fewer than 8 images, images that can be gone through only once, units that the
-            model does not have.
+        ValueError: `count` below 1, fewer than 8 images or too few to tell whether there are artifacts, images that can
+            be gone through only once, units that the model does not have.
     """
     if count < 1:
         raise ValueError(f"count is {count}; add at least 1 register")
@@ -108,19 +110,22 @@ def _search(
             f"{num_images} images are too few to find the units that write artifacts; give at least {MIN_IMAGES}, "
             f"better 100"
         )
+    if diagnosis.undecided is not None:
+        needed = math.ceil(diagnosis.undecided.num_images_needed * HELD_BACK_EVERY / (HELD_BACK_EVERY - 1))
+        raise ValueError(
+            f"{diagnosis.verdict[0].partition('; give')[0]}; give at least {needed}, one in {HELD_BACK_EVERY} of which "
+            f"is held back"
+        )
     if not diagnosis.has_artifacts:
-        warnings.warn(f"The model is returned unchanged. {diagnosis.verdict[0]}", stacklevel=3)
-        return vit
+        return _unchanged(vit, diagnosis.verdict[0])
     held_back = HeldBack(vit, diagnosis, rest)
     units, num_ranked = _choose_units(vit, finding, diagnosis, held_back, count, on_progress)
     if not units:
-        warnings.warn(
-            f"The model is returned unchanged: moving up to {num_ranked} MLP units of blocks 0 to "
-            f"{diagnosis.onset_block} removes no outliers, so something else writes them. Use a checkpoint "
-            f"trained with registers.",
-            stacklevel=3,
+        return _unchanged(
+            vit,
+            f"Moving up to {num_ranked} MLP units of blocks 0 to {diagnosis.onset_block} removes no outliers, so "
+            f"something else writes them. Use a checkpoint trained with registers.",
         )
-        return vit
     weight, effect = _choose_weight(vit, units, count, held_back, diagnosis)
     said = (
         f"They are the first of {num_ranked}, ranked on {diagnosis.num_images} images by what they add to outliers, "
@@ -205,6 +210,13 @@ def _choose_weight(
             break
         weight, best = 2 * weight, effect
     return weight, best
+
+
+def _unchanged(vit: VisionTransformer, reason: str) -> VisionTransformer:
+    """A copy that says why nothing was done to it."""
+    same = copy.deepcopy(vit)
+    same.config = dataclasses.replace(vit.config, changes=(*vit.config.changes, f"No register was added. {reason}"))
+    return same
 
 
 def _moved(

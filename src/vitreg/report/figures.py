@@ -182,7 +182,8 @@ def _headline(summary: dict) -> tuple[str, str]:
     median, largest = reported["median"], reported["max"]
     norms = f"After block {block} the median patch norm is {median:.1f}, the largest {largest:.0f}."
     if not summary["has_artifacts"]:
-        return f"{name}: no artifacts", norms
+        found = "no artifacts" if summary["undecided"] is None else "too few patches to tell"
+        return f"{name}: {found}", norms
     share = f"{100 * summary['outlier_fraction']:.1f} %"
     return (
         f"{name}: {share} of patches are artifacts",
@@ -193,7 +194,9 @@ def _headline(summary: dict) -> tuple[str, str]:
 def _comparison_headline(summary: dict) -> tuple[str, list[str]]:
     at, block = summary["blocks"][summary["block"]], summary["block"]
     title = summary["outcome"].capitalize()
-    if summary["outcome"] != "nothing to remove":
+    if summary["outcome"] == "cannot tell":
+        title = "Too few patches to tell"
+    elif summary["outcome"] != "nothing to remove":
         before, after = percent(at["outlier_fraction_before"]), percent(at["outlier_fraction_after"])
         title = f"Artifacts {summary['outcome']}: {before} of patches were outliers, now {after}"
     norms = f"After block {block} the largest patch norm was {number(at['max_before'])}, now {number(at['max_after'])}."

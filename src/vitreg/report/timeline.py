@@ -166,7 +166,7 @@ def timeline_figure(timeline: Mapping[str, Any], path: Path) -> Path:
 def _write_header(sheet: Sheet, runs: Sequence[Run]) -> None:
     """What became of every run."""
     names = [shorten(run["name"]) for run in runs]
-    with_artifacts = sum(run["has_artifacts"] for run in runs)
+    with_artifacts = sum(bool(run["has_artifacts"]) for run in runs)
     title = names[0] if len(runs) == 1 else f"Artifacts in {with_artifacts or 'none'} of {len(runs)} runs"
     sheet.text(title, MARGIN, 0.14, **TITLE)
     for i, (name, run) in enumerate(zip(names, runs, strict=True)):

@@ -166,6 +166,7 @@ def _verdict(num_steps: int, diagnoses: Sequence[Mapping[str, Any]], first: int 
     last = diagnoses[-1]
     so_far = f"; so far {last['step']} of {num_steps} steps" if last["step"] < num_steps else ""
     found = [diagnosis["step"] for diagnosis in diagnoses if diagnosis["has_artifacts"]]
+    unknown = sum(diagnosis["has_artifacts"] is None for diagnosis in diagnoses)
     num = f"{len(diagnoses)} diagnos{'is' if len(diagnoses) == 1 else 'es'}"
     if first is not None:
         inside = last["block"] < len(last["blocks"]) - 1
@@ -173,5 +174,6 @@ def _verdict(num_steps: int, diagnoses: Sequence[Mapping[str, Any]], first: int 
         when = f"from step {diagnoses[first]['step']}" if first else f"from the first diagnosis (step {found[0]})"
         return f"artifacts {when}, {where}: {percent(last['outlier_fraction'])} of patches{so_far}"
     if found:
-        return f"artifacts in {len(found)} of {num}, the last at step {found[-1]}, none at the end{so_far}"
-    return f"no artifacts in {num}{so_far}"
+        end = "too few patches to tell" if last["has_artifacts"] is None else "none"
+        return f"artifacts in {len(found)} of {num}, the last at step {found[-1]}, {end} at the end{so_far}"
+    return f"no artifacts in {num}{f', too few patches to tell in {unknown} of them' if unknown else ''}{so_far}"
