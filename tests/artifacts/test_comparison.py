@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import dataclasses
+import itertools
 import json
+import signal
 
 import pytest
 import torch
@@ -142,6 +144,35 @@ def test_ctrl_c_keeps_what_was_seen(tiny_vit, fixed):
     assert "interrupted" in partial.verdict[-1]
     with pytest.raises(KeyboardInterrupt):
         vitreg.compare(tiny_vit, fixed, interrupted())
+
+
+@pytest.mark.parametrize("where", ["first model", "second model", "last block of the second", "between the sums"])
+def test_ctrl_c_between_the_models_counts_a_batch_for_both_or_for_neither(tiny_vit, where):
+    before, after = tiny_vit, vitreg.add_registers(tiny_vit, 1)
+    number = itertools.count()
+    module = {
+        "first model": before.blocks[5],
+        "second model": after.blocks[0],
+        "last block of the second": after.blocks[11],
+        "between the sums": before.head,  # whose outputs are compared when both models have been counted
+    }[where]
+
+    def interrupt(*_):
+        if next(number) == 1:
+            signal.raise_signal(signal.SIGINT)
+
+    hook = module.register_forward_pre_hook(interrupt)
+    partial = vitreg.compare(before, after, pictures(224, batch=12), batch_size=4, keep_partial=True)
+    hook.remove()
+    assert partial.before.interrupted
+    done = 8 if where == "between the sums" else 4
+    for diagnosis in (partial.before, partial.after):
+        assert diagnosis.num_images == len(diagnosis.examples) == done
+        assert {sum(block.histogram[1]) for block in diagnosis.blocks} == {done * 196}
+    alone = vitreg.compare(before, after, pictures(224, batch=12)[:done], batch_size=4)
+    assert partial.blocks == alone.blocks
+    assert (partial.cls_similarity, partial.head_agreement) == (alone.cls_similarity, alone.head_agreement)
+    partial.to_dict()
 
 
 def test_saves_a_page_and_json(comparison, tmp_path):

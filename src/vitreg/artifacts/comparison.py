@@ -20,7 +20,7 @@ from vitreg.artifacts.histogram import BINS_PER_STEP, NUM_BINS, add_counts
 from vitreg.artifacts.observer import Observer, look_through
 from vitreg.artifacts.outcome import Outcome, judge, write_comparison_verdict
 from vitreg.images import Batches, Images
-from vitreg.model import Tokens, VisionTransformer
+from vitreg.model import Tokens, Trace, VisionTransformer
 from vitreg.report import write_comparison
 
 
@@ -155,13 +155,19 @@ def compare(
     device = next(before.parameters()).device
     features = _Features(before, after)
 
-    def look(batch: Tensor, names: list[str]) -> None:
-        first = observers[0].look(batch, names)
-        second = observers[1].look(_as_normalised_by(after, before, batch), names)
+    def look(batch: Tensor) -> tuple[Trace, Tensor, Trace]:
+        first = observers[0].look(batch)
+        other = _as_normalised_by(after, before, batch)
+        return first, other, observers[1].look(other)
+
+    def note(seen: tuple[Trace, Tensor, Trace], batch: Tensor, names: list[str]) -> None:
+        first, other, second = seen
+        observers[0].note(first, batch, names)
+        observers[1].note(second, other, names)
         features.add(first.tokens, second.tokens, observers[0].bins(first))
 
     batches = Batches(images, before.preprocess, batch_size=batch_size, device=device, strict=strict, limit=limit)
-    ending = look_through(batches, look, [before, after], keep_partial=keep_partial, on_progress=on_progress)
+    ending = look_through(batches, look, note, [before, after], keep_partial=keep_partial, on_progress=on_progress)
     one, two = (observer.conclude(**ending) for observer in observers)
     blocks = tuple(_block_change(i, observers, one, two) for i in range(before.config.depth))
     comparison = Comparison(

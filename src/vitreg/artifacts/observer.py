@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
+import signal
+import threading
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from functools import cached_property
-from typing import Any, TypedDict
+from typing import Any, TypedDict, TypeVar
 
 import numpy as np
 import torch
@@ -24,6 +27,8 @@ from vitreg.artifacts.threshold import parse_rule, threshold_step
 from vitreg.artifacts.verdict import position_kind, write_verdict
 from vitreg.images import Batches, Images, SkippedImage
 from vitreg.model import Trace, VisionTransformer
+
+Seen = TypeVar("Seen")
 
 
 class Observer:
@@ -57,15 +62,19 @@ class Observer:
         return self._statistics
 
     @torch.inference_mode()
-    def look(self, batch: Float[Tensor, "B 3 H W"], names: list[str]) -> Trace:
-        """Run the model on a batch and take note.
+    def look(self, batch: Float[Tensor, "B 3 H W"]) -> Trace:
+        """Run the model on a batch; until it is noted, the batch does not count."""
+        return self._vit.trace(
+            batch, attention_from=self._examples.queries(), embeddings=True, largest=self._examples.num_largest()
+        )
+
+    @torch.inference_mode()
+    def note(self, trace: Trace, batch: Float[Tensor, "B 3 H W"], names: list[str]) -> None:
+        """Add a batch to what was seen.
 
         Raises:
             ValueError: a batch of another size than those before, or tokens that are not finite.
         """
-        trace = self._vit.trace(
-            batch, attention_from=self._examples.queries(), embeddings=True, largest=self._examples.num_largest()
-        )
         if self._statistics is None:
             self._image_size = (batch.shape[-2], batch.shape[-1])
             self._statistics = NormStatistics(self._vit.config.depth, trace.tokens.grid, self._axis, batch.device)
@@ -76,7 +85,6 @@ class Observer:
             )
         self._statistics.update(trace)
         self._examples.add(trace, batch, names)
-        return trace
 
     def bins(self, trace: Trace) -> Int[Tensor, "L B N"]:
         """In which bin of the axis the norm of each patch lies, after every block; on the CPU."""
@@ -191,7 +199,9 @@ def diagnose(
     observer = Observer(vit, threshold=threshold, block=block, max_examples=max_examples)
     device = next(vit.parameters()).device
     batches = Batches(images, vit.preprocess, batch_size=batch_size, device=device, strict=strict, limit=limit)
-    ending = look_through(batches, observer.look, [vit], keep_partial=keep_partial, on_progress=on_progress)
+    ending = look_through(
+        batches, observer.look, observer.note, [vit], keep_partial=keep_partial, on_progress=on_progress
+    )
     return observer.conclude(**ending)
 
 
@@ -205,13 +215,16 @@ class Ending(TypedDict):
 
 def look_through(
     batches: Batches,
-    look: Callable[[Tensor, list[str]], object],
+    look: Callable[[Tensor], Seen],
+    note: Callable[[Seen, Tensor, list[str]], None],
     models: Sequence[VisionTransformer],
     *,
     keep_partial: bool,
     on_progress: Callable[[int, int | None], None] | None,
 ) -> Ending:
-    """Hand every batch to `look`, with the models in evaluation mode meanwhile.
+    """Hand every batch to `look` and what that returns to `note`, with the models in evaluation mode meanwhile.
+
+    Ctrl-C waits while `note` runs, so that a batch is in all sums or in none.
 
     Raises:
         ValueError: there were no images.
@@ -223,8 +236,10 @@ def look_through(
         vit.eval()
     try:
         for batch, names in batches:
-            look(batch, names)
-            done += len(names)
+            seen = look(batch)
+            with _uninterrupted():
+                note(seen, batch, names)
+                done += len(names)
             if on_progress is not None:
                 on_progress(done, batches.total)
     except KeyboardInterrupt:
@@ -238,6 +253,22 @@ def look_through(
         reason = f": {batches.skipped[0].reason}" if batches.skipped else ""
         raise ValueError(f"there were no images to look at{reason}")
     return {"skipped": batches.skipped, "interrupted": interrupted, "seconds": time.perf_counter() - start}
+
+
+@contextlib.contextmanager
+def _uninterrupted() -> Iterator[None]:
+    """Ctrl-C comes afterwards. Only the main thread hears of it."""
+    if threading.current_thread() is not threading.main_thread() or signal.getsignal(signal.SIGINT) is None:
+        yield
+        return
+    late: list[int] = []
+    before = signal.signal(signal.SIGINT, lambda number, _: late.append(number))
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGINT, before)
+    if late:
+        signal.raise_signal(signal.SIGINT)
 
 
 def _trimmed_histogram(axis: LogAxis, counts: NDArray[np.int64]) -> tuple[tuple[float, ...], tuple[int, ...]]:
