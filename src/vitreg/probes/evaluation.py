@@ -180,25 +180,43 @@ def preprocessing(vit: VisionTransformer, size: tuple[float, float] | None) -> P
 
 
 def choose(images: ImageSet, count: int | None) -> ImageSet:
-    """So many pictures of a set, as many of each class; all where `count` is None or too large."""
+    """So many images of a set, as many of each class, spread over the set; all where `count` is None or too large.
+
+    Numbers differ by one where `count` is no multiple of the number of classes. A class that has fewer images than its
+    share gives all of them, and the others make up for it in equal parts.
+    """
     if count is None or count >= len(images):
         return images
-    return _part(images, np.sort(_by_class(images)[evenly(len(images), count)]))
+    classes = _by_class(images)
+    sizes = np.array([len(rows) for rows in classes])
+    taken = np.zeros_like(sizes)
+    while left := count - int(taken.sum()):
+        more = np.flatnonzero(taken < sizes)
+        if share := left // len(more):
+            taken[more] += np.minimum(share, (sizes - taken)[more])
+        else:
+            taken[more[evenly(len(more), left)]] += 1
+    chosen = [rows[evenly(len(rows), number)] for rows, number in zip(classes, taken.tolist(), strict=True)]
+    return _part(images, np.sort(np.concatenate(chosen)))
 
 
 def hold_out(images: ImageSet) -> tuple[ImageSet, ImageSet]:
-    """Training and validation pictures of a set that is not divided: every fifth is held out, of each class alike.
+    """Training and validation images of a set that is not divided: every fifth of each class is held out.
+
+    Classes of one or two images are for training only.
 
     Raises:
-        ValueError: it has fewer than five pictures.
+        ValueError: no class has three images.
     """
-    if len(images) < _HELD_OUT:
-        raise ValueError(
-            f"{images.source} has {len(images)} pictures, of which none can be held out; give at least {_HELD_OUT}, "
-            "or a folder with train/ and val/"
-        )
     held_out = np.zeros(len(images), dtype=bool)
-    held_out[_by_class(images)[_HELD_OUT // 2 :: _HELD_OUT]] = True
+    for rows in _by_class(images):
+        held_out[rows[_HELD_OUT // 2 :: _HELD_OUT]] = True
+    if not held_out.any():
+        few = "" if images.labels is None else ", and three of no class"
+        raise ValueError(
+            f"{images.source} has {len(images)} pictures{few}, of which none can be held out; give more, or a folder "
+            "with train/ and val/"
+        )
     return _part(images, np.flatnonzero(~held_out)), _part(images, np.flatnonzero(held_out))
 
 
@@ -207,9 +225,13 @@ def safe_name(source: str) -> str:
     return "".join(c if c.isalnum() or c in "-_." else "-" for c in source).strip("-.")[-100:]
 
 
-def _by_class(images: ImageSet) -> np.ndarray:
-    labels = np.zeros(len(images)) if images.labels is None else np.asarray(images.labels)
-    return np.argsort(labels, kind="stable")
+def _by_class(images: ImageSet) -> list[np.ndarray]:
+    """The rows of each class; of all, where there are none."""
+    if images.labels is None:
+        return [np.arange(len(images))]
+    labels = np.asarray(images.labels)
+    order = np.argsort(labels, kind="stable")
+    return np.split(order, np.flatnonzero(np.diff(labels[order])) + 1)
 
 
 def _part(images: ImageSet, indices: np.ndarray) -> ImageSet:
