@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import dataclasses
 import socket
+import subprocess
+import sys
 import time
 from pathlib import Path
 
@@ -218,6 +221,120 @@ def test_without_a_network_the_error_comes_at_once_and_names_the_folder(source):
 def test_an_architecture_without_weights_is_refused():
     with pytest.raises(CheckpointError, match="timm has no weights for vit_small_patch16_36x1_224"):
         load("vit_small_patch16_36x1_224")
+
+
+@pytest.mark.parametrize(
+    ("name", "kind"),
+    [
+        ("resnet50", "ResNet"),
+        ("resnet50.a1_in1k", "ResNet"),
+        ("convnext_tiny", "ConvNeXt"),
+        ("hiera_tiny_224", "Hiera"),
+    ],
+)
+def test_a_name_that_is_no_vit_is_refused_once_and_before_any_download(monkeypatch, name, kind):
+    """It was downloaded first; without a network the sentence was about that, and cut off."""
+    monkeypatch.setattr("timm.models._hub.hf_hub_download", lambda *args, **kwargs: pytest.fail("downloads"))
+    with pytest.raises(CheckpointError) as caught:
+        load(name)
+    sentence = str(caught.value)
+    assert sentence.startswith(f"{name} is timm's {kind}, not a Vision Transformer that vitreg reads; ")
+    assert sentence.count(name) == 1
+    assert sentence.endswith(("names", "?"))
+
+
+def test_a_part_that_is_not_implemented_is_refused_before_any_download(monkeypatch):
+    monkeypatch.setattr("timm.models._hub.hf_hub_download", lambda *args, **kwargs: pytest.fail("downloads"))
+    with pytest.raises(CheckpointError, match=r"^timm's vit_base_r50_s16_224\S* has a patch embedding HybridEmbed, "):
+        load("vit_base_r50_s16_224")
+    for source in ("open_clip:RN50/openai", "open_clip:convnext_base/laion400m_s13b_b51k"):
+        with pytest.raises(CheckpointError, match="not a Vision Transformer"):
+            load(source)
+
+
+def test_a_repository_that_is_no_vit_is_refused_by_its_config_alone(folder):
+    """There are no weights to be found here."""
+    transformers = pytest.importorskip("transformers")
+    config = transformers.ResNetConfig(architectures=["ResNetForImageClassification"])
+    config.save_pretrained(folder / "microsoft--resnet-50")
+    with pytest.raises(
+        CheckpointError, match=r"^ResNetForImageClassification is not one of transformers' classes that"
+    ):
+        load("microsoft/resnet-50")
+    config = transformers.ViTConfig(num_channels=1, architectures=["ViTModel"])
+    config.save_pretrained(folder / "grey--vit")
+    with pytest.raises(CheckpointError, match=r"^this ViTModel has 1 input channels, which vitreg does not implement"):
+        load("grey/vit")
+
+
+def test_the_reason_of_a_failed_download_is_not_cut_off(monkeypatch):
+    words = " ".join(map(str, range(200)))
+    monkeypatch.setattr("timm.create_model", _failing_download(OSError(f"{words} the end\nand more")))
+    with pytest.raises(CheckpointError, match=f"{words} the end. Without a network"):
+        load(TIMM_NAME)
+
+
+def _failing_download(error: Exception):
+    create_model = timm.create_model
+
+    def create(*args, pretrained=False, **options):
+        if pretrained:
+            raise error
+        return create_model(*args, **options)
+
+    return create
+
+
+# --- what reports call a model --------------------------------------------------------------------
+
+
+@pytest.mark.usefixtures("narrow")
+def test_a_model_is_not_called_by_an_absolute_path(tmp_path, monkeypatch):
+    transformers = pytest.importorskip("transformers")
+    vit = perturb(vitreg.from_timm(timm.create_model("vit_tiny_patch16_224")))
+    vit.config = dataclasses.replace(vit.config, name="")
+    vitreg.save(vit, tmp_path / "run" / "model.safetensors")
+    vitreg.save(vit, tmp_path / "mine.safetensors")
+    config = transformers.ViTConfig(hidden_size=32, num_hidden_layers=1, num_attention_heads=2, image_size=32)
+    transformers.ViTModel(config).save_pretrained(tmp_path / "theirs")
+    names = {"run": "run", "run/model.safetensors": "run", "mine.safetensors": "mine", "theirs": "theirs"}
+    for source, name in names.items():
+        assert load(tmp_path / source).config.name == name
+    monkeypatch.chdir(tmp_path / "run")
+    assert load(".").config.name == "run"
+    theirs = transformers.ViTModel.from_pretrained(tmp_path / "theirs")
+    assert vitreg.from_transformers(theirs).config.name == "theirs"
+
+
+# --- other libraries stay as they were ------------------------------------------------------------
+
+QUIET = """
+import logging, sys
+import transformers
+import vitreg
+transformers.utils.logging.set_verbosity_info()
+root = logging.getLogger()
+before = (list(root.handlers), root.level, transformers.utils.logging.get_verbosity(),
+          transformers.utils.logging.is_progress_bar_enabled())
+print("start", file=sys.stderr)
+vitreg.load(sys.argv[1])
+print("end", file=sys.stderr)
+assert before == (list(root.handlers), root.level, transformers.utils.logging.get_verbosity(),
+                  transformers.utils.logging.is_progress_bar_enabled())
+"""
+
+
+def test_transformers_reports_no_loading_and_keeps_its_logging(tmp_path):
+    """Its LOAD REPORT and its bar of weights stood before everything that a command printed."""
+    transformers = pytest.importorskip("transformers")
+    config = transformers.ViTConfig(hidden_size=32, num_hidden_layers=1, num_attention_heads=2, image_size=32)
+    model = transformers.ViTModel(config)
+    state = {**model.state_dict(), "left.over": torch.zeros(2)}
+    model.save_pretrained(tmp_path, state_dict=state)
+    done = subprocess.run([sys.executable, "-c", QUIET, tmp_path], capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    assert done.stderr.partition("start\n")[2] == "end\n"
+    assert done.stdout == ""
 
 
 # --- the download path ----------------------------------------------------------------------------

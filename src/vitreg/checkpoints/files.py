@@ -12,9 +12,11 @@ import torch
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
+from vitreg.checkpoints import registry
 from vitreg.checkpoints.state import CheckpointError
 
 StateDict = dict[str, Tensor]
+WEIGHT_FILES = (".safetensors", ".pth", ".pt", ".bin", ".ckpt")
 
 
 def read_weights(path: Path) -> tuple[StateDict, dict[str, str]]:
@@ -25,6 +27,9 @@ def read_weights(path: Path) -> tuple[StateDict, dict[str, str]]:
     """
     if not path.is_file():
         raise CheckpointError(f"{path} is not a file; give a .safetensors or .pth file, or a model name")
+    if path.suffix == ".npz":
+        name = registry.of_official_file(path.stem) or "vit_base_patch16_224.augreg_in21k"
+        raise CheckpointError(f"{path} holds JAX's arrays, which vitreg does not read; load timm's conversion, {name}")
     return _safetensors(path) if path.suffix == ".safetensors" else (_torch(path), {})
 
 
@@ -53,9 +58,17 @@ def _torch(path: Path) -> StateDict:
         if not file.read(2).startswith((b"PK", b"\x80")):  # a zip archive or a pickle, as torch writes them
             raise CheckpointError(f"{path} is no PyTorch checkpoint, but text or another format; download it again")
     try:
+        if zipfile.is_zipfile(path) and _holds_code(path):
+            raise CheckpointError(
+                f"{path} is a TorchScript archive, which holds code besides tensors; refused. Where you trust it, save "
+                f"torch.jit.load(...).state_dict() as .safetensors and load that; OpenAI's CLIPs are also "
+                f"{', '.join(model.name for model in registry.list_models('*.openai'))}"
+            )
         # Training scripts of DINO, DeiT and MAE store their parsed arguments beside the weights: plain data.
         with torch.serialization.safe_globals([argparse.Namespace]):
             content = torch.load(path, map_location="cpu", weights_only=True)
+    except CheckpointError:
+        raise
     except pickle.UnpicklingError as error:
         if "weights only" in str(error).lower():
             raise CheckpointError(
@@ -66,6 +79,11 @@ def _torch(path: Path) -> StateDict:
     except (RuntimeError, EOFError, OSError, zipfile.BadZipFile, ValueError, KeyError) as error:
         raise CheckpointError(f"{path} is truncated or no PyTorch checkpoint; download it again") from error
     return unwrap(content, str(path))
+
+
+def _holds_code(path: Path) -> bool:
+    with zipfile.ZipFile(path) as archive:
+        return any(name.endswith("/constants.pkl") for name in archive.namelist())
 
 
 def unwrap(content: Any, source: str) -> StateDict:

@@ -2,30 +2,25 @@
 
 from __future__ import annotations
 
-import contextlib
 import dataclasses
 import json
 import os
-import socket
-from collections.abc import Iterator
 from pathlib import Path
-from urllib.parse import urlparse
+from typing import Any
 
 import torch
 
 from vitreg.checkpoints import registry
 from vitreg.checkpoints.export import config_from_metadata
-from vitreg.checkpoints.files import is_vitreg_file, read_weights
-from vitreg.checkpoints.names import unknown_name
-from vitreg.checkpoints.open_clip import from_open_clip
+from vitreg.checkpoints.files import WEIGHT_FILES, is_vitreg_file, read_weights
+from vitreg.checkpoints.hub import downloading, in_checkpoint_folder, quiet_transformers, timm_name
+from vitreg.checkpoints.names import empty_model, unknown_name
+from vitreg.checkpoints.open_clip import from_open_clip, open_clip_model
 from vitreg.checkpoints.state import CheckpointError, build
 from vitreg.checkpoints.state_dict import from_state_dict
 from vitreg.checkpoints.timm import from_timm
-from vitreg.checkpoints.transformers import from_transformers, preprocess_from_processor
+from vitreg.checkpoints.transformers import canonical_name, check_class, from_transformers, preprocess_from_processor
 from vitreg.model import Preprocess, VisionTransformer
-
-WEIGHT_FILES = (".safetensors", ".pth", ".pt", ".bin", ".ckpt")
-FOLDER_VARIABLE = "VITREG_CHECKPOINTS"
 
 
 def load(
@@ -59,59 +54,46 @@ def load(
 def _load(source: str, architecture: str | None) -> VisionTransformer:
     path = Path(source).expanduser()
     if path.suffix in WEIGHT_FILES or path.is_file():
-        return _from_file(path, architecture, name=path.stem)
+        return _from_file(path, architecture, name=_file_name(path))
     if is_vitreg_file(path / "model.safetensors"):  # the folder of a training run
-        return _from_file(path / "model.safetensors", architecture, name=path.name)
+        return _from_file(path / "model.safetensors", architecture, name=path.resolve().name)
     if (path / "config.json").is_file():
-        if (path / "checkpoints").is_dir() and '"vitreg-run/' in (path / "config.json").read_text():
+        text = (path / "config.json").read_text(encoding="utf-8")
+        if (path / "checkpoints").is_dir() and '"vitreg-run/' in text:
             raise CheckpointError(f"{path} is a training run without a model yet; the first checkpoint brings one")
-        return _from_hub(str(path))
-    if (stored := in_checkpoint_folder(source)) is not None:
-        if stored.is_dir():
-            return _from_hub(str(stored))
-        return _from_file(stored, architecture, name=_timm_name(source))
+        return _from_hub(str(path), name=path.resolve().name)
+    stored = in_checkpoint_folder(source)
+    if source.startswith("open_clip:") and not (stored and (architecture or is_vitreg_file(stored))):
+        return _named(from_open_clip(open_clip_model(source)), source)
+    if stored is not None:
+        name = timm_name(source)
+        return _from_hub(str(stored), name) if stored.is_dir() else _from_file(stored, architecture, name)
     if (row := registry.find(source)) is not None:
         if row.bundled is not None:
             return _from_file(row.bundled, None, name=row.name).float()  # stored in half precision
         vit = _from_timm_name(row.timm)
         if row.interpolation is not None:
             vit.config = dataclasses.replace(vit.config, position_interpolation=row.interpolation)
-        vit.config = dataclasses.replace(vit.config, name=row.name)
-        return vit
-    if source.startswith("open_clip:"):
-        return _from_open_clip_name(source)
-    timm_name = _timm_name(source)
-    if "/" in timm_name:
-        return _from_hub(timm_name)
-    return _from_timm_name(timm_name)
+        return _named(vit, row.name)
+    name = timm_name(source)
+    return _from_hub(name, name) if "/" in name else _from_timm_name(name)
 
 
-def _timm_name(source: str) -> str:
-    return source.removeprefix("hf-hub:").removeprefix("timm/")
+def _file_name(path: Path) -> str:
+    """What to call the weights of a file; the libraries' own names for files say nothing."""
+    return path.resolve().parent.name if path.stem in ("model", "pytorch_model") else path.stem
 
 
-def in_checkpoint_folder(source: str) -> Path | None:
-    """The file or transformers folder that `VITREG_CHECKPOINTS` holds for this source under any name."""
-    folder = os.environ.get(FOLDER_VARIABLE)
-    if not folder:
-        return None
-    row = registry.find(source)
-    for name in dict.fromkeys((source, _timm_name(source), (row and row.timm) or source)):
-        name = name.replace(":", "/")
-        for spelling in (name, name.replace("/", "--")):
-            path = Path(folder).expanduser() / spelling
-            for suffix in WEIGHT_FILES:
-                if (file := path.with_name(path.name + suffix)).is_file():
-                    return file
-            if (path / "config.json").is_file():
-                return path
-    return None
+def _named(vit: VisionTransformer, name: str) -> VisionTransformer:
+    vit.config = dataclasses.replace(vit.config, name=name)
+    return vit
 
 
 def _from_file(path: Path, architecture: str | None, name: str) -> VisionTransformer:
     state, metadata = read_weights(path)
     if (config := config_from_metadata(metadata)) is not None:
-        return build(config, state, str(path))
+        vit = build(config, state, str(path))
+        return vit if config.name else _named(vit, name)
     named = _architecture_of(name)
     if named is None or registry.find(named) is None:  # a short name also says whose position rule it is
         named = metadata.get("architecture") or named
@@ -129,27 +111,12 @@ def _from_file(path: Path, architecture: str | None, name: str) -> VisionTransfo
 
 
 def _architecture_of(name: str) -> str | None:
-    """An architecture told by the name of the file: a short name, or a timm name with or without a tag."""
+    """An architecture told by the name of the file: short, timm's with or without a tag, or the authors'."""
     import timm
 
-    name = _timm_name(name)
-    if registry.find(name) is not None or timm.is_model(name.split(".")[0]):
-        return name
-    return _OFFICIAL_FILES.get(name)
-
-
-# File names of the official download pages.
-_OFFICIAL_FILES = {
-    "dino_deitsmall16_pretrain": "dino_vits16",
-    "dino_deitsmall8_pretrain": "dino_vits8",
-    "dino_vitbase16_pretrain": "dino_vitb16",
-    "dino_vitbase8_pretrain": "dino_vitb8",
-    **{
-        f"dinov2_vit{size}14{reg4}_pretrain": f"dinov2_vit{size}14{reg}"
-        for size in "sblg"
-        for reg4, reg in (("", ""), ("_reg4", "_reg"))
-    },
-}
+    name = timm_name(name)
+    known = registry.find(name) is not None or timm.is_model(name.split(".")[0])
+    return name if known else registry.of_official_file(name)
 
 
 def _stored_preprocess(metadata: dict[str, str], default: Preprocess) -> Preprocess:
@@ -168,81 +135,44 @@ def _from_timm_name(name: str) -> VisionTransformer:
     base = name.split(".")[0]
     if not timm.is_model(base) or (name != base and name not in timm.list_pretrained(f"{base}.*")):
         raise unknown_name(name)
+    options = registry.official_options(base)
+    empty_model(name, **options)
     if not timm.models.is_model_pretrained(name):
         raise CheckpointError(f"timm has no weights for {name}; build it with timm and use from_timm")
-    try:
-        with reachable_hub():
-            model = timm.create_model(name, pretrained=True, **registry.official_options(base))
-        return from_timm(model)
-    except CheckpointError:
-        raise
-    except Exception as error:
-        raise download_error(name, error) from error
+    with downloading(name, f"{name}.safetensors"):
+        return from_timm(timm.create_model(name, pretrained=True, **options))
 
 
-def _from_hub(repository: str) -> VisionTransformer:
+def _from_hub(repository: str, name: str) -> VisionTransformer:
+    """A model of transformers, from the hub or a folder."""
     try:
         import transformers
         from transformers.utils.hub import cached_file
     except ImportError as error:
         raise CheckpointError(
-            f'loading {repository} needs transformers: pip install "vitreg[transformers]", or use a timm name'
+            f'loading {name} needs transformers: pip install "vitreg[transformers]", or use a timm name'
         ) from error
-    try:
-        with reachable_hub():
-            config = transformers.AutoConfig.from_pretrained(repository)
-            # The class that was saved keeps its head: AutoModel would drop a classifier or CLIP's projection.
-            saved = next(iter(config.architectures or ()), "")
-            model = getattr(transformers, saved, transformers.AutoModel).from_pretrained(repository)
-            processor = cached_file(repository, "preprocessor_config.json", _raise_exceptions_for_missing_entries=False)
-    except Exception as error:
-        raise download_error(repository, error) from error
-    vit = from_transformers(model)
+    folder = f"the repository's folder (config.json, model.safetensors) as {name.replace('/', '--')}"
+    with downloading(name, folder), quiet_transformers():
+        config = transformers.AutoConfig.from_pretrained(repository)
+        # The class that was saved keeps its head: AutoModel would drop a classifier or CLIP's projection.
+        kind: Any = getattr(transformers, next(iter(config.architectures or ()), ""), transformers.AutoModel)
+        if kind is not transformers.AutoModel:
+            check_class(kind)
+        with torch.device("meta"):  # what vitreg does not read is refused before the weights are there
+            empty: Any = kind.from_config(config) if kind is transformers.AutoModel else kind(config)
+        from_transformers(empty)
+        model: Any
+        model, report = kind.from_pretrained(repository, output_loading_info=True)
+        if missing := [key for key in report["missing_keys"] if canonical_name(key) is not None]:
+            raise CheckpointError(
+                f"{name} has no weights for {len(missing)} parameters of its {type(model).__name__}, for example "
+                f"{min(missing)}; give a checkpoint that was saved whole"
+            )
+        processor = cached_file(repository, "preprocessor_config.json", _raise_exceptions_for_missing_entries=False)
+    vit = _named(from_transformers(model), name)
     if processor is not None:
-        preprocess = preprocess_from_processor(json.loads(Path(processor).read_text()), vit.config.patch_size)
+        text = Path(processor).read_text(encoding="utf-8")
+        preprocess = preprocess_from_processor(json.loads(text), vit.config.patch_size)
         vit.config = dataclasses.replace(vit.config, preprocess=preprocess)
     return vit
-
-
-def _from_open_clip_name(source: str) -> VisionTransformer:
-    architecture, _, pretrained = source.removeprefix("open_clip:").partition("/")
-    try:
-        import open_clip
-    except ImportError as error:
-        raise CheckpointError(f'loading {source} needs open_clip: pip install "vitreg[clip]"') from error
-    if architecture not in open_clip.list_models():
-        raise CheckpointError(f"open_clip has no architecture {architecture!r}; give open_clip:ARCH/PRETRAINED")
-    try:
-        with reachable_hub():
-            model = open_clip.create_model(architecture, pretrained=pretrained or None)
-        return from_open_clip(model)
-    except CheckpointError:
-        raise
-    except Exception as error:
-        raise download_error(source, error) from error
-
-
-@contextlib.contextmanager
-def reachable_hub() -> Iterator[None]:
-    """Use only what is cached where the hub's name does not resolve, instead of a minute of retries."""
-    from huggingface_hub import constants
-
-    offline = constants.HF_HUB_OFFLINE
-    proxied = any(os.environ.get(name) for name in ("HTTPS_PROXY", "https_proxy", "ALL_PROXY", "all_proxy"))
-    if not proxied:
-        try:
-            socket.getaddrinfo(urlparse(constants.ENDPOINT).hostname, None)
-        except OSError:
-            constants.HF_HUB_OFFLINE = True
-    try:
-        yield
-    finally:
-        constants.HF_HUB_OFFLINE = offline
-
-
-def download_error(name: str, error: Exception) -> CheckpointError:
-    reason = str(error).strip().splitlines()[0][:200] if str(error).strip() else type(error).__name__
-    return CheckpointError(
-        f"could not get {name}: {reason}. Without a network, put {name.split('/')[-1]}.safetensors into the "
-        f"folder that {FOLDER_VARIABLE} names"
-    )

@@ -3,13 +3,17 @@
 from __future__ import annotations
 
 import dataclasses
+import difflib
+import os
 from collections.abc import Mapping
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from vitreg.checkpoints.state import CheckpointError, build
+from vitreg.checkpoints.hub import downloading, in_checkpoint_folder
+from vitreg.checkpoints.names import empty_model
+from vitreg.checkpoints.state import CheckpointError, build, reading, require
 from vitreg.checkpoints.timm import from_timm
 from vitreg.model import PositionInterpolation, Preprocess, VisionTransformer, ViTConfig
 from vitreg.model.preprocess import Crop
@@ -36,7 +40,42 @@ def from_open_clip(model: nn.Module) -> VisionTransformer:
             f"CustomTextCLIP model whose `visual` is a VisionTransformer or a timm model, or that tower, "
             f"not a {kind}"
         )
-    return _from_timm_tower(tower) if kind == "TimmModel" else _from_native_tower(tower)
+    with reading("this open_clip model", "has a part that vitreg does not know", "give it plain open_clip layers"):
+        return _from_timm_tower(tower) if kind == "TimmModel" else _from_native_tower(tower)
+
+
+def open_clip_model(source: str) -> Any:
+    """open_clip's own model, both towers, of `open_clip:ARCH/PRETRAINED`.
+
+    Its whole state dict may be in the folder that `VITREG_CHECKPOINTS` names, as `open_clip--ARCH--PRETRAINED` with one
+    of the suffixes of weights.
+
+    Raises:
+        CheckpointError: open_clip is not installed or does not know the name, or the weights cannot be downloaded.
+    """
+    try:
+        import open_clip
+    except ImportError as error:
+        raise CheckpointError(f'loading {source} needs open_clip: pip install "vitreg[clip]"') from error
+    architecture, _, pretrained = source.removeprefix("open_clip:").partition("/")
+    if architecture not in (known := open_clip.list_models()):
+        near = difflib.get_close_matches(architecture, known, n=4, cutoff=0.5)
+        hint = f"did you mean {', '.join(near)}?" if near else "give open_clip:ARCH/PRETRAINED"
+        raise CheckpointError(f"open_clip has no architecture {architecture!r}; {hint}")
+    tower = (open_clip.get_model_config(architecture) or {})["vision_cfg"]
+    if "timm_model_name" in tower:
+        empty_model(tower["timm_model_name"])
+    elif not isinstance(tower.get("layers", 0), int):
+        raise CheckpointError(f"{source} has a ResNet as its image tower, not a Vision Transformer")
+    stored = in_checkpoint_folder(source)
+    tags = open_clip.list_pretrained_tags_by_model(architecture)
+    if stored is None and pretrained.lower().replace("-", "_") not in tags and not os.path.isfile(pretrained):
+        given = f"no weights {pretrained!r}" if pretrained else "several weights" if tags else "no weights"
+        hint = f"give open_clip:{architecture}/ and one of {', '.join(tags)}"
+        hint = hint if tags else "build it with open_clip and use from_open_clip"
+        raise CheckpointError(f"open_clip has {given} for {architecture}; {hint}")
+    with downloading(source, f"its whole state dict as {source.replace(':', '--').replace('/', '--')}.safetensors"):
+        return open_clip.create_model(architecture, pretrained=str(stored or pretrained))
 
 
 def _from_timm_tower(tower: Any) -> VisionTransformer:
@@ -45,8 +84,8 @@ def _from_timm_tower(tower: Any) -> VisionTransformer:
     config = dataclasses.replace(vit.config, preprocess=_preprocess(tower, vit.config.patch_size))
     state = vit.state_dict()
     if layers:
-        _require(len(layers) == 1 and isinstance(layers[0], nn.Linear), f"a projection {tower.head}")
-        _require(not vit.config.num_classes, "a projection after a classification head")
+        require(len(layers) == 1 and isinstance(layers[0], nn.Linear), f"a projection {tower.head}")
+        require(not vit.config.num_classes, "a projection after a classification head")
         linear = layers[0]
         config = dataclasses.replace(config, num_classes=linear.out_features, head_bias=linear.bias is not None)
         state |= {f"head.{key}": tensor for key, tensor in linear.state_dict().items()}
@@ -58,22 +97,17 @@ def _from_native_tower(tower: Any) -> VisionTransformer:
     return build(config, _state(tower, config), "open_clip VisionTransformer")
 
 
-def _require(condition: bool, what: str) -> None:
-    if not condition:
-        raise CheckpointError(f"this open_clip model has {what}, which vitreg does not implement")
-
-
 def _config(tower: Any) -> ViTConfig:
     block = tower.transformer.resblocks[0]
     patch_size = tower.patch_size
-    _require(getattr(tower, "attn_pool", None) is None, "attentional pooling")
-    _require(not getattr(tower, "input_patchnorm", False), "a norm in its patch embedding")
+    require(getattr(tower, "attn_pool", None) is None, "attentional pooling")
+    require(not getattr(tower, "input_patchnorm", False), "a norm in its patch embedding")
     pool_type = getattr(tower, "pool_type", "tok")
-    _require(pool_type in ("tok", "avg"), f"pool_type={pool_type!r}")
-    _require(patch_size[0] == patch_size[1], f"patches of {patch_size} pixels")
-    _require(getattr(block.attn, "logit_scale", None) is None, "scaled cosine attention")
-    _require(getattr(block.attn, "head_scale", None) is None, "scaled attention heads")
-    _require(_is_identity(getattr(block, "ln_attn", None)), "a norm after its attention")
+    require(pool_type in ("tok", "avg"), f"pool_type={pool_type!r}")
+    require(patch_size[0] == patch_size[1], f"patches of {patch_size} pixels")
+    require(getattr(block.attn, "logit_scale", None) is None, "scaled cosine attention")
+    require(getattr(block.attn, "head_scale", None) is None, "scaled attention heads")
+    require(_is_identity(getattr(block, "ln_attn", None)), "a norm after its attention")
     final_norm = not getattr(tower, "final_ln_after_pool", False)
     return ViTConfig(
         embed_dim=tower.conv1.out_channels,
@@ -108,7 +142,7 @@ def _is_identity(module: nn.Module | None) -> bool:
 def _activation(act: nn.Module) -> Any:
     if isinstance(act, nn.GELU):
         return "gelu_tanh" if act.approximate == "tanh" else "gelu"
-    _require(type(act).__name__ == "QuickGELU", f"the activation {type(act).__name__}")
+    require(type(act).__name__ == "QuickGELU", f"the activation {type(act).__name__}")
     return "quick_gelu"
 
 
@@ -119,7 +153,7 @@ def _preprocess(tower: Any, patch_size: int) -> Preprocess:
     cfg: Mapping[str, Any] = getattr(tower, "preprocess_cfg", None) or {}
     modes: dict[str, Crop] = {"shortest": "center", "squash": "squash", "longest": "border"}
     mode = cfg.get("resize_mode") or "shortest"
-    _require(mode in modes, f"resize_mode={mode!r} in its preprocessing")
+    require(mode in modes, f"resize_mode={mode!r} in its preprocessing")
     size = cfg.get("size") or tower.image_size
     interpolation = cfg.get("interpolation") or "bicubic"
     return Preprocess(

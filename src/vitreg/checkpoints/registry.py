@@ -2,12 +2,17 @@
 
 from __future__ import annotations
 
+import re
 from dataclasses import dataclass
 from fnmatch import fnmatchcase
+from functools import cache
 from pathlib import Path
 from typing import Any
 
 from vitreg.model import PositionInterpolation
+
+MODULES = ("vision_transformer", "eva", "deit")
+"""Modules of timm with the classes that vitreg reads."""
 
 OFFICIAL_POSITIONS = PositionInterpolation("bicubic", antialias=False, offset=0.1)
 """The rule of DINO and the first DINOv2; see `official_interpolation`."""
@@ -129,11 +134,38 @@ MODELS = (
 )
 
 _BY_NAME = {model.name: model for model in MODELS}
+_BY_TIMM_NAME = {model.timm: model.name for model in MODELS if model.timm}
 
 
 def find(name: str) -> Model | None:
     """The model with this short name."""
     return _BY_NAME.get(name)
+
+
+def of_official_file(stem: str) -> str | None:
+    """The short name, or timm's, of weights whose file has the name that their authors gave it, without suffix.
+
+    `dinov2_vits14_pretrain`, `mae_pretrain_vit_base`, `deit_3_base_224_1k`, `dinov3_vits16_pretrain_lvd1689m-08c60483`.
+    """
+    timm = _official_files().get(stem)
+    if match := re.fullmatch(r"(dinov3_vit\w+)_pretrain_(lvd1689m|sat493m)(-[0-9a-f]{8})?", stem):
+        model = find(match[1])
+        timm = model and f"{model.timm.split('.')[0]}.{match[2]}"
+    return _BY_TIMM_NAME.get(timm or "", timm)
+
+
+@cache
+def _official_files() -> dict[str, str]:
+    """Names of files to timm's names, by the addresses that timm knows."""
+    import timm
+
+    found = {}
+    for module in MODULES:
+        for name in timm.list_models(module=module, pretrained=True, include_tags=True):
+            cfg = timm.get_pretrained_cfg(name)
+            if cfg is not None and cfg.url:
+                found[Path(str(cfg.url)).name.removesuffix(".tar").rpartition(".")[0]] = name
+    return found
 
 
 def list_models(filter: str = "") -> list[Model]:

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
+import contextlib
+from collections.abc import Iterable, Iterator, Mapping
 
 import torch
 from torch import Tensor
@@ -14,6 +15,44 @@ SHOWN_KEYS = 5
 
 class CheckpointError(ValueError):
     """A checkpoint that cannot be used: what was given, what was expected, what to do."""
+
+
+class _Lacking(Exception):
+    """A part that vitreg does not implement."""
+
+
+def require(condition: bool, part: str) -> None:
+    """Refuse a part unless the condition holds; only inside `reading`, which says what it is a part of."""
+    if not condition:
+        raise _Lacking(part)
+
+
+@contextlib.contextmanager
+def reading(subject: str, trouble: str, advice: str) -> Iterator[None]:
+    """Turns whatever a foreign module or state dict trips a converter over into a sentence.
+
+    Args:
+        subject: what is read, the start of the sentence.
+        trouble: what else went wrong where `require` did not say it.
+        advice: what to do about that.
+
+    Raises:
+        CheckpointError: a part is not implemented, or not where it should be.
+    """
+    try:
+        yield
+    except CheckpointError:
+        raise
+    except _Lacking as part:
+        sentence = f"{subject} has {part}, which vitreg does not implement; `vitreg models` lists what it reads"
+        raise CheckpointError(sentence) from None
+    except (AttributeError, IndexError, KeyError, RuntimeError, TypeError, ValueError) as error:
+        raise CheckpointError(f"{subject} {trouble} ({one_line(error)}); {advice}") from error
+
+
+def one_line(error: BaseException) -> str:
+    """An error's message without line breaks, or its kind where it has none."""
+    return " ".join(str(error).split()) or type(error).__name__
 
 
 def build(config: ViTConfig, state: Mapping[str, Tensor], source: str) -> VisionTransformer:

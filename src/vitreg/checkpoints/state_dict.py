@@ -7,13 +7,12 @@ import math
 from collections.abc import Mapping
 from typing import Any
 
-import torch
 from torch import Tensor
 
 from vitreg.checkpoints import registry
 from vitreg.checkpoints.files import unwrap
-from vitreg.checkpoints.names import unknown_name
-from vitreg.checkpoints.state import CheckpointError, check_keys
+from vitreg.checkpoints.names import empty_model, unknown_name
+from vitreg.checkpoints.state import CheckpointError, check_keys, reading
 from vitreg.checkpoints.timm import from_timm
 from vitreg.model import VisionTransformer
 
@@ -59,8 +58,9 @@ def from_state_dict(
         weights = {k: v for k, v in weights.items() if not k.startswith("decoder_") and k != "mask_token"}
     if dialect == "DINOv3" and not base.endswith("_qkvb") and timm.is_model(f"{base}_qkvb"):
         name = base = f"{base}_qkvb"  # the architectures without suffix drop biases that the official weights have
-    model = _meta_model(name, base, weights, dict(model_kwargs or {}))
-    translated = _translate(weights, model, source)
+    with reading(source, "does not fit the architecture", "check `architecture`"):
+        model = _model_of_size(name, base, weights, dict(model_kwargs or {}))
+        translated = _translate(weights, model)
     check_keys(translated, model.state_dict(), source)
     try:
         model.load_state_dict(translated, assign=True)
@@ -85,7 +85,7 @@ def _dialect(weights: Mapping[str, Tensor]) -> str:
     return "timm"
 
 
-def _meta_model(name: str, base: str, weights: Mapping[str, Tensor], model_kwargs: dict[str, Any]) -> Any:
+def _model_of_size(name: str, base: str, weights: Mapping[str, Tensor], model_kwargs: dict[str, Any]) -> Any:
     """A timm model without memory for weights, of the size and with the head of this state dict."""
     import timm
 
@@ -99,14 +99,12 @@ def _meta_model(name: str, base: str, weights: Mapping[str, Tensor], model_kwarg
         options |= registry.official_options(base)
     options |= model_kwargs
     known = name if timm.models.is_model_pretrained(name) else base
-    with torch.device("meta"):
-        model: Any = timm.create_model(known, **options)
-        positions = next((weights[key] for key in _POSITIONS if key in weights), None)
-        if positions is not None and model.pos_embed is not None:
-            side = _grid_side(positions.shape[-2])
-            if side and side != model.patch_embed.grid_size[0]:
-                options["img_size"] = side * model.patch_embed.patch_size[0]
-                model = timm.create_model(known, **options)
+    model = empty_model(known, **options)
+    positions = next((weights[key] for key in _POSITIONS if key in weights), None)
+    if positions is not None and model.pos_embed is not None:
+        side = _grid_side(positions.shape[-2])
+        if side and side != model.patch_embed.grid_size[0]:
+            model = empty_model(known, **options | {"img_size": side * model.patch_embed.patch_size[0]})
     return model
 
 
@@ -123,7 +121,7 @@ def _grid_side(num_positions: int) -> int | None:
     return None
 
 
-def _translate(weights: dict[str, Tensor], model: Any, source: str) -> dict[str, Tensor]:
+def _translate(weights: dict[str, Tensor], model: Any) -> dict[str, Tensor]:
     """To timm's names, by timm's own converters."""
     import timm.models.eva
     import timm.models.vision_transformer as vision_transformer
@@ -131,13 +129,10 @@ def _translate(weights: dict[str, Tensor], model: Any, source: str) -> dict[str,
     weights = dict(weights)
     if "class_embedding" in weights and "conv1.weight" in weights:
         weights = {f"visual.{key}": tensor for key, tensor in weights.items()}
-    try:
-        if isinstance(model, timm.models.eva.Eva):
-            return timm.models.eva.checkpoint_filter_fn(weights, model)
-        # `adapt_layer_scale` only renames DeiT-III's gamma_1 and gamma_2.
-        return vision_transformer.checkpoint_filter_fn(weights, model, adapt_layer_scale=True)
-    except (KeyError, RuntimeError, IndexError, ValueError, AttributeError) as error:
-        raise CheckpointError(f"{source} does not fit the architecture ({error}); check `architecture`") from error
+    if isinstance(model, timm.models.eva.Eva):
+        return timm.models.eva.checkpoint_filter_fn(weights, model)
+    # `adapt_layer_scale` only renames DeiT-III's gamma_1 and gamma_2.
+    return vision_transformer.checkpoint_filter_fn(weights, model, adapt_layer_scale=True)
 
 
 def _official(vit: VisionTransformer, dialect: str, weights: Mapping[str, Tensor], row: registry.Model | None) -> Any:

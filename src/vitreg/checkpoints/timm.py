@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from vitreg.checkpoints.state import CheckpointError, build
+from vitreg.checkpoints.state import CheckpointError, build, reading, require
 from vitreg.model import Preprocess, RopeConfig, VisionTransformer, ViTConfig
 from vitreg.model.differential import lambda_init
 
@@ -23,62 +23,65 @@ def from_timm(model: nn.Module) -> VisionTransformer:
     Raises:
         CheckpointError: the model has a part that vitreg does not implement; the message names it.
     """
-    import timm.models.eva
-    import timm.models.vision_transformer
-
-    _require(not hasattr(model, "dist_token"), "a distillation token")
-    known = (timm.models.vision_transformer.VisionTransformer, timm.models.eva.Eva)
-    if type(model) not in known:
+    if not is_readable(model):
         raise CheckpointError(
             f"{type(model).__name__} is not a timm VisionTransformer or Eva model; "
             f"for other libraries use from_transformers, from_open_clip or from_state_dict"
         )
-    config = _config(model)
-    return build(config, _state(model, config), f"timm {config.architecture or type(model).__name__}")
+    name = _name(getattr(model, "pretrained_cfg", None) or {}) or type(model).__name__
+    with reading(f"timm's {name}", "has a part that vitreg does not know", "give it plain timm layers"):
+        require(not hasattr(model, "dist_token"), "a distillation token")
+        config = _config(model)
+        return build(config, _state(model, config), f"timm {config.architecture or type(model).__name__}")
 
 
-def _require(condition: bool, what: str) -> None:
-    if not condition:
-        raise CheckpointError(f"this timm model has {what}, which vitreg does not implement")
+def is_readable(model: nn.Module) -> bool:
+    """Whether the class is one that `from_timm` knows, or the same with a distillation token, which it refuses."""
+    from timm.models.deit import VisionTransformerDistilled
+    from timm.models.eva import Eva
+    from timm.models.vision_transformer import VisionTransformer as TimmVisionTransformer
+
+    return type(model) in (TimmVisionTransformer, VisionTransformerDistilled, Eva)
 
 
 def _config(model: Any) -> ViTConfig:
     cfg = getattr(model, "pretrained_cfg", None) or {}
     block, patch = model.blocks[0], model.patch_embed
     parallel = _is(block, "ParallelScalingBlock", "DiffParallelScalingBlock")
-    _require(parallel or _is(block, "Block", "EvaBlock"), f"blocks of type {type(block).__name__}")
-    _require(isinstance(getattr(patch, "proj", None), nn.Conv2d), f"a patch embedding {type(patch).__name__}")
-    _require(isinstance(patch.norm, nn.Identity), "a norm in its patch embedding")
-    _require(patch.proj.in_channels == 3, f"{patch.proj.in_channels} input channels")
-    _require(patch.patch_size[0] == patch.patch_size[1], f"patches of {patch.patch_size} pixels")
+    require(parallel or _is(block, "Block", "EvaBlock"), f"blocks of type {type(block).__name__}")
+    plain = isinstance(getattr(patch, "proj", None), nn.Conv2d) and hasattr(patch, "norm")
+    require(plain, f"a patch embedding {type(patch).__name__}")
+    require(isinstance(patch.norm, nn.Identity), "a norm in its patch embedding")
+    require(patch.proj.in_channels == 3, f"{patch.proj.in_channels} input channels")
+    require(patch.patch_size[0] == patch.patch_size[1], f"patches of {patch.patch_size} pixels")
     attention = block if parallel else block.attn
     differential = _is(attention, "DiffAttention", "DiffParallelScalingBlock")
     if differential:
         _check_lambdas(model)
     if not parallel:
-        _require(
+        require(
             _is(attention, "Attention", "AttentionRope", "EvaAttention", "DiffAttention"),
             f"attention {type(attention).__name__}",
         )
-        _require(getattr(attention, "gate", None) is None, "gated attention")
-        _require(getattr(attention, "num_kv_groups", 1) == 1, "grouped-query attention")
+        require(getattr(attention, "gate", None) is None, "gated attention")
+        require(getattr(attention, "num_kv_groups", 1) == 1, "grouped-query attention")
         width = attention.proj.in_features
-        _require(width == model.embed_dim, f"heads of {width // attention.num_heads} channels")
+        require(width == model.embed_dim, f"heads of {width // attention.num_heads} channels")
     for name, module in model.named_modules():
         other = differential and name.endswith("sub_norm")
-        _require(other or "rmsnorm" not in type(module).__name__.lower(), f"an RMSNorm ({name})")
+        require(other or "rmsnorm" not in type(module).__name__.lower(), f"an RMSNorm ({name})")
     pool: dict[str, Any] = {
         "token": "token",
         "avg": "mean",
         "map": "attention",
         "": "token" if model.cls_token is not None else "mean",
     }
-    _require(model.global_pool in pool, f"global_pool={model.global_pool!r}")
-    _require(
+    require(model.global_pool in pool, f"global_pool={model.global_pool!r}")
+    require(
         model.global_pool == "token" or not getattr(model, "pool_include_prefix", False),
         "registers in its pooling",
     )
-    _require(
+    require(
         not (_is(model, "Eva") and model.attn_pool is not None and model.cls_token is not None),
         "a class token in its attention pool",
     )
@@ -127,9 +130,9 @@ def _config(model: Any) -> ViTConfig:
 def _check_lambdas(model: Any) -> None:
     for i, block in enumerate(model.blocks):
         attention = getattr(block, "attn", block)  # the parallel block is its own attention
-        _require(not attention.dual_lambda, "differential attention with scalar lambdas (dual_lambda)")
+        require(not attention.dual_lambda, "differential attention with scalar lambdas (dual_lambda)")
         scheduled = math.isclose(attention.lambda_init, lambda_init(i))
-        _require(scheduled, f"a lambda_init in block {i} that is not the paper's")
+        require(scheduled, f"a lambda_init in block {i} that is not the paper's")
 
 
 def _name(cfg: dict[str, Any]) -> str:
@@ -149,7 +152,7 @@ def _activation(act: nn.Module) -> Any:
     kinds = {"GELUTanh": "gelu_tanh", "QuickGELU": "quick_gelu", "SiLU": "silu", "Swish": "silu"}
     if isinstance(act, nn.GELU):
         return "gelu_tanh" if act.approximate == "tanh" else "gelu"
-    _require(type(act).__name__ in (*kinds, "GELU"), f"the activation {type(act).__name__}")
+    require(type(act).__name__ in (*kinds, "GELU"), f"the activation {type(act).__name__}")
     return kinds.get(type(act).__name__, "gelu")
 
 
@@ -160,7 +163,7 @@ def _rope(model: Any) -> RopeConfig | None:
     interleaved = not model.blocks[0].attn.rotate_half  # what is applied; older ropes do not say it
     swap_axes = getattr(rope, "grid_indexing", "ij") == "xy"
     if _is(rope, "RotaryEmbeddingDinoV3"):
-        _require(rope.normalize_coords == "separate", f"RoPE coordinates normalised by {rope.normalize_coords!r}")
+        require(rope.normalize_coords == "separate", f"RoPE coordinates normalised by {rope.normalize_coords!r}")
         # From the attributes, not the buffer: the model may have no memory yet (device "meta").
         if rope.min_period is not None and rope.max_period is not None:
             ratio = rope.max_period / rope.min_period
@@ -170,9 +173,9 @@ def _rope(model: Any) -> RopeConfig | None:
             periods = rope.temperature**exponents
         frequencies = tuple((2 * math.pi / periods).tolist())
         return RopeConfig(frequencies, "centered", rope.grid_offset, None, interleaved, swap_axes)
-    _require(_is(rope, "RotaryEmbeddingCat"), f"RoPE of type {type(rope).__name__}")
+    require(_is(rope, "RotaryEmbeddingCat"), f"RoPE of type {type(rope).__name__}")
     grid_type = getattr(rope, "grid_type", "pixel" if rope.in_pixels else "index")  # the attribute is of timm 1.0.31
-    _require(grid_type == "index", f"RoPE over a {grid_type!r} grid")
+    require(grid_type == "index", f"RoPE over a {grid_type!r} grid")
     frequencies = 1.0 / rope.temperature ** (
         torch.arange(rope.dim // 4, dtype=torch.float32, device="cpu") / (rope.dim // 4)
     )
@@ -288,9 +291,12 @@ def _qkv(attention: Any) -> tuple[Tensor, Tensor | None]:
         weight = torch.cat([layer.weight for layer in layers])
         biases = [layer.bias for layer in layers]
     else:
+        layers = (attention.qkv,)
         weight, biases = attention.qkv.weight, [attention.qkv.bias]
         if getattr(attention, "q_bias", None) is not None:
             biases = [attention.q_bias, None, attention.v_bias]
+    for layer in layers:  # an adapter such as LoRA shows the weight that it adapts, without what it adds
+        require(type(layer) is nn.Linear, f"a {type(layer).__name__} in its attention (merge adapters first)")
     if biases[0] is None:
         return weight, None
     return weight, torch.cat([torch.zeros_like(biases[0]) if bias is None else bias for bias in biases])
@@ -299,6 +305,6 @@ def _qkv(attention: Any) -> tuple[Tensor, Tensor | None]:
 def _attention_pool(pool: Any, config: ViTConfig) -> dict[str, Tensor]:
     plain = pool.latent_len == 1 and pool.pos_embed is None and not config.gated_mlp
     mlp_dim = pool.mlp.fc1.out_features if pool.mlp is not None else 0
-    _require(plain and mlp_dim == config.mlp_dim, "an attention pool unlike SigLIP's")
-    _require(isinstance(pool.q_norm, nn.Identity), "q/k norm in its attention pool")
+    require(plain and mlp_dim == config.mlp_dim, "an attention pool unlike SigLIP's")
+    require(isinstance(pool.q_norm, nn.Identity), "q/k norm in its attention pool")
     return {f"attention_pool.{key}": tensor for key, tensor in pool.state_dict().items()}

@@ -3,15 +3,17 @@
 from __future__ import annotations
 
 import math
+import os
 import re
 from collections.abc import Mapping
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any, Literal
 
 import torch
 from torch import Tensor, nn
 
-from vitreg.checkpoints.state import CheckpointError, build
+from vitreg.checkpoints.state import CheckpointError, build, reading, require
 from vitreg.model import PositionInterpolation, Preprocess, RopeConfig, VisionTransformer, ViTConfig
 from vitreg.model.preprocess import IMAGENET_MEAN, IMAGENET_STD, Crop, Interpolation
 
@@ -142,21 +144,32 @@ def from_transformers(model: nn.Module) -> VisionTransformer:
     Raises:
         CheckpointError: the class is unknown, or has a part that vitreg does not implement.
     """
-    name = type(model).__name__
-    if type(model).__module__.partition(".")[0] == "transformers" and name.startswith("DeiT"):
+    kind = check_class(type(model))
+    named = ((canonical_name(key), tensor) for key, tensor in model.state_dict().items())
+    weights = {key: tensor for key, tensor in named if key is not None}
+    with reading(f"this {type(model).__name__}", "has a part that vitreg does not know", "give it transformers' own"):
+        config = _config(model, kind, weights)
+        return build(config, _state(weights, config), f"transformers {type(model).__name__}")
+
+
+def check_class(kind: type[nn.Module]) -> _Class:
+    """What is known of a class of transformers.
+
+    Raises:
+        CheckpointError: it is none that vitreg reads.
+    """
+    name, library = kind.__name__, kind.__module__.partition(".")[0]
+    if library == "transformers" and name.startswith("DeiT"):
         raise CheckpointError(
             f"{name} has a distillation token, which vitreg does not implement; for other DeiTs "
             f"load timm's deit_base_patch16_224, or deit3_base_patch16_224"
         )
-    if type(model).__module__.partition(".")[0] != "transformers" or name not in _CLASSES:
+    if library != "transformers" or name not in _CLASSES:
         raise CheckpointError(
             f"{name} is not one of transformers' classes that vitreg reads: {', '.join(_CLASSES)}; "
             f"for other libraries use from_timm, from_open_clip or from_state_dict"
         )
-    named = ((canonical_name(key), tensor) for key, tensor in model.state_dict().items())
-    weights = {key: tensor for key, tensor in named if key is not None}
-    config = _config(model, _CLASSES[name], weights)
-    return build(config, _state(weights, config), f"transformers {name}")
+    return _CLASSES[name]
 
 
 def canonical_name(name: str) -> str | None:
@@ -237,26 +250,26 @@ def _geometry(config: Mapping[str, Any]) -> tuple[tuple[int, int], Crop, float]:
 def _unknown_processor(name: str, value: Any) -> CheckpointError:
     return CheckpointError(
         f"the image processor has {name} = {value!r}, which vitreg does not implement; "
-        f"preprocess with transformers and give the model tensors"
+        f"load the model with transformers, use from_transformers(model) and give it what the processor makes"
     )
 
 
 def _config(model: Any, kind: _Class, weights: Mapping[str, Tensor]) -> ViTConfig:
     hf = getattr(model.config, "vision_config", None) or model.config
     patch_size = _pair(hf.patch_size)
-    if patch_size[0] != patch_size[1]:
-        raise _unsupported(model, f"patches of {patch_size[0]} x {patch_size[1]} pixels")
-    if getattr(hf, "num_channels", 3) != 3:
-        raise _unsupported(model, f"{hf.num_channels} input channels")
+    require(patch_size[0] == patch_size[1], f"patches of {patch_size[0]} x {patch_size[1]} pixels")
+    channels = getattr(hf, "num_channels", 3)
+    require(channels == 3, f"{channels} input channels")
     gated = "blocks.0.mlp.gate.weight" in weights or getattr(hf, "use_swiglu_ffn", False)
     # DINOv2's gated MLP is always SwiGLU, whatever its config says.
     act = "silu" if getattr(hf, "use_swiglu_ffn", False) else hf.hidden_act
-    if act not in ACTIVATIONS:
-        raise _unsupported(model, f"the activation {act!r}")
+    require(act in ACTIVATIONS, f"the activation {act!r}")
     if hasattr(hf, "image_size"):
         image_size = _pair(hf.image_size)
     else:  # SigLIP 2 NaFlex knows its position table only
-        image_size = _pair(math.isqrt(hf.num_patches) * patch_size[0])
+        side = math.isqrt(hf.num_patches)
+        require(side**2 == hf.num_patches, f"a table of {hf.num_patches} positions, no square")
+        image_size = _pair(side * patch_size[0])
     biases = {part: f"blocks.0.attn.{part}.bias" in weights for part in "qkv"}
     head = weights.get("head.weight")
     registers = weights.get("registers")
@@ -301,12 +314,13 @@ def _config(model: Any, kind: _Class, weights: Mapping[str, Tensor]) -> ViTConfi
             crop=family.crop,
             multiple_of=patch_size[0],
         ),
-        name=getattr(model.config, "_name_or_path", "") or "",
+        name=_name(getattr(model.config, "_name_or_path", "") or ""),
     )
 
 
-def _unsupported(model: nn.Module, what: str) -> CheckpointError:
-    return CheckpointError(f"this {type(model).__name__} has {what}, which vitreg does not implement")
+def _name(source: str) -> str:
+    """A repository's name, or that of a local folder without its path."""
+    return Path(source).name if os.path.isdir(source) else source
 
 
 def _pair(value: Any) -> tuple[int, int]:

@@ -12,7 +12,8 @@ import torch
 from jaxtyping import Float, Int
 from torch import Tensor
 
-from vitreg.checkpoints.loading import download_error, in_checkpoint_folder, reachable_hub
+from vitreg.checkpoints.hub import downloading
+from vitreg.checkpoints.open_clip import open_clip_model
 from vitreg.checkpoints.state import CheckpointError
 from vitreg.checkpoints.text_tower import TextTower, load_text_tower
 from vitreg.probes.templates import import_open_clip
@@ -101,15 +102,9 @@ def _trained_file(source: str | os.PathLike[str]) -> Path:
 
 def _open_clip_text(source: str, device: torch.device | str | None) -> OpenClipText:
     open_clip = import_open_clip()
-    architecture, _, pretrained = source.removeprefix("open_clip:").partition("/")
-    if architecture not in open_clip.list_models():
-        raise CheckpointError(f"open_clip has no architecture {architecture!r}; give open_clip:ARCH/PRETRAINED")
-    stored = in_checkpoint_folder(source)
-    try:
-        with reachable_hub():
-            model = open_clip.create_model(architecture, pretrained=str(stored) if stored else pretrained or None)
-            tokenizer = open_clip.get_tokenizer(architecture)
-    except Exception as error:
-        raise download_error(source, error) from error
+    model = open_clip_model(source)
+    architecture = source.removeprefix("open_clip:").partition("/")[0]
+    with downloading(source, "the tokenizer's files"):
+        tokenizer = open_clip.get_tokenizer(architecture)
     del model.visual
     return OpenClipText(model.to(device).eval(), tokenizer)
