@@ -8,6 +8,8 @@ import numpy as np
 import pytest
 from PIL import Image
 
+from vitreg.report.sheet import Sheet
+
 
 @pytest.fixture(scope="session")
 def browser():
@@ -51,3 +53,12 @@ def open_page(browser) -> Iterator[Callable]:
 def read_png() -> Callable[[Path], np.ndarray]:
     """Pixels of a picture file."""
     return lambda path: np.asarray(Image.open(path).convert("RGB"))
+
+
+@pytest.fixture
+def drawn(monkeypatch) -> list:
+    """The figures that were written."""
+    figures = []
+    write = Sheet.write
+    monkeypatch.setattr(Sheet, "write", lambda self, path: (figures.append(self.figure), write(self, path))[1])
+    return figures

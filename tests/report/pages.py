@@ -12,6 +12,11 @@ def payload(path: Path) -> dict:
     return json.loads(re.search(r'id="data">(.*?)</script>', path.read_text("utf-8"), re.DOTALL)[1])
 
 
+def said(locator) -> str:
+    """What is read there; that some spaces do not break is seen and not read."""
+    return locator.inner_text().replace("\xa0", " ")
+
+
 def pixels(page, panel: int, example: int = 0) -> str:
     return page.locator(".example").nth(example).locator("canvas").nth(panel).evaluate("c => c.toDataURL()")
 

@@ -11,7 +11,7 @@ import pytest
 from PIL import Image
 
 from report.comparisons import make_comparison, make_pair, renamed
-from report.pages import EVIL, brightness, check_thinned, hover, payload, pixels
+from report.pages import EVIL, brightness, check_thinned, hover, payload, pixels, said
 from vitreg.report import ExampleMaps, write_comparison
 
 GRID = (3, 4)
@@ -20,7 +20,7 @@ PANELS = ("photograph", "norm before", "norm after", "attention before", "attent
 
 def captions(page, example: int = 0) -> list[str]:
     """What stands under the panels of an example."""
-    return page.locator(".example").nth(example).locator("figcaption").all_inner_texts()
+    return [said(each) for each in page.locator(".example").nth(example).locator("figcaption").all()]
 
 
 def colours(page, panel: int) -> np.ndarray:
@@ -35,7 +35,7 @@ def colours(page, panel: int) -> np.ndarray:
 def table(page, heading: str) -> dict[str, list[str]]:
     """The rows of the table under a heading."""
     rows = page.locator("figure", has=page.get_by_role("heading", name=heading)).locator("tbody tr")
-    texts = [row.locator("th, td").all_inner_texts() for row in rows.all()]
+    texts = [[said(each) for each in row.locator("th, td").all()] for row in rows.all()]
     return {name: cells for name, *cells in texts}
 
 
@@ -52,11 +52,9 @@ def open_comparison(tmp_path, open_page):
 def test_one_slider_drives_charts_and_all_maps(open_comparison):
     before, after = make_pair()
     page = open_comparison(make_comparison(before, after), before, after)
-    assert page.locator("h1").inner_text() == "Removed 8.3 % of patches were outliers, now 0 %"
-    assert page.locator("#block-now").inner_text() == "3 of 0..3 (reported)"
-    assert "8.3 % of patches reach the threshold of 100 before, 0 % after" in page.locator(
-        "#histogram-says"
-    ).inner_text().replace("\xa0", " ")
+    assert said(page.locator("h1")) == "Removed 8.3 % of patches were outliers, now 0 %"
+    assert said(page.locator("#block-now")) == "3 of 0..3 (reported)"
+    assert "8.3 % of patches reach the threshold of 100 before, 0 % after" in said(page.locator("#histogram-says"))
     at_last = [pixels(page, panel) for panel in range(5)]
     assert captions(page)[1].endswith("1 outlier")
     assert captions(page)[2].endswith("no outliers")
@@ -64,10 +62,10 @@ def test_one_slider_drives_charts_and_all_maps(open_comparison):
     page.locator("#block").fill("0")
     page.locator("#block-now", has_text="0 of 0..3").wait_for()
     assert all(old != pixels(page, panel) for panel, old in enumerate(at_last))
-    assert "No patch counts" in page.locator("#histogram-says").inner_text()
-    assert page.locator("tr[aria-current] th").inner_text() == "0"
+    assert "No patch counts" in said(page.locator("#histogram-says"))
+    assert said(page.locator("tr[aria-current] th")) == "0"
     median = np.median([e.norms[0] for e in after])
-    assert f"median after {median:.2f}" in page.locator("#depth-says").inner_text()
+    assert f"median after {median:.2f}" in said(page.locator("#depth-says"))
 
 
 @pytest.mark.parametrize("panel", range(5))
@@ -91,7 +89,7 @@ def test_pointing_at_a_patch_reads_it_in_every_panel(open_comparison, panel):
             assert share == pytest.approx(100 * attention, rel=0.03, abs=0.06)
             assert even == pytest.approx(12 * attention, rel=0.03, abs=0.006)
             assert (", outlier" in texts[i]) == (truth >= 100)
-        spoken = page.locator(".spoken").nth(1).text_content()
+        spoken = page.locator(".spoken").nth(1).text_content().replace("\xa0", " ")
         assert all(f"{name}: {text}" in spoken for name, text in zip(PANELS, [place, *texts], strict=True))
 
 
@@ -126,7 +124,7 @@ def test_histograms_are_overlaid(open_comparison):
     threshold = page.locator("#histogram .threshold").evaluate("l => l.x1.baseVal.value")
     assert len(ends) == 2
     assert ends[1] < threshold < ends[0], "only before are there patches beyond the threshold"
-    assert page.locator(".key").inner_text().split() == ["before", "after"]
+    assert said(page.locator(".key")).split() == ["before", "after"]
 
 
 def test_a_query_that_only_one_model_has(open_comparison):
@@ -192,10 +190,10 @@ def test_the_table_says_what_changed(open_comparison):
         "Images with the same prediction": ["50.0 %"],
     }
     assert table(page, "The two models")["Registers"] == ["none", "2"]
-    assert "register 2 after 34" in page.locator("#tokens-says").inner_text()
-    assert "on registers before" not in page.locator("#shares-says").inner_text()
-    assert "on registers after 40.0 %" in page.locator("#shares-says").inner_text()
-    assert page.locator("tr[data-block='2'] td").all_inner_texts()[1:5] == [
+    assert "register 2 after 34" in said(page.locator("#tokens-says"))
+    assert "on registers before" not in said(page.locator("#shares-says"))
+    assert "on registers after 40.0 %" in said(page.locator("#shares-says"))
+    assert [said(each) for each in page.locator("tr[data-block='2'] td").all()][1:5] == [
         "8.3 %",
         "0 %",
         *figures["Largest patch norm"][:1],
@@ -210,7 +208,7 @@ def test_outcomes(tmp_path, outcome, flag):
     before, after = make_pair()
     summary = make_comparison(before, after, outcome=outcome)
     page = write_comparison(summary, [], [], tmp_path / "comparison.html").read_text("utf-8")
-    headline = "8.3 % of patches were outliers, now 0 %"
+    headline = "8.3\xa0% of patches were outliers, now 0\xa0%"
     assert f'<h1><span class="flag {flag}">{outcome.capitalize()}</span> {headline}</h1>' in page
 
 
@@ -221,10 +219,10 @@ def test_nothing_to_remove(open_comparison):
     block = summary["blocks"][3]
     ratio = block["max_before"] / block["median_before"]
     headline = f"Nothing to remove the largest patch norm is {ratio:.2f} × the median"
-    assert page.locator("h1").inner_text().split() == headline.split()
+    assert said(page.locator("h1")).split() == headline.split()
     assert page.get_by_text("No patch is an outlier after any block, in either model.").is_visible()
     assert page.locator("#outliers, #histogram .threshold").count() == 0
-    assert "Outlier patches are outlined" not in page.locator("main").inner_text()
+    assert "Outlier patches are outlined" not in said(page.locator("main"))
 
 
 def test_what_was_done_is_told(tmp_path):
@@ -315,9 +313,9 @@ def test_interrupted_and_skipped_are_told(open_comparison):
         "skipped": [{"path": "a.jpg", "reason": "truncated"}],
     }
     page = open_comparison(summary, before, after)
-    assert "from the 2 images seen until then" in page.locator(".notice:visible").inner_text()
-    assert page.locator(".skipped li").all_inner_texts() == ["a.jpg: truncated"]
-    assert "vitreg compare vit_test vit_test_fixed IMAGES" in page.locator("footer").inner_text()
+    assert "from the 2 images seen until then" in said(page.locator(".notice:visible"))
+    assert [said(each) for each in page.locator(".skipped li").all()] == ["a.jpg: truncated"]
+    assert "comparison.json" in said(page.locator("footer"))
 
 
 def test_worst_case_fits_in_five_megabytes(tmp_path, open_page):

@@ -1,6 +1,7 @@
 """The report as a reader meets it: opened from disk in a browser."""
 
 import base64
+import itertools
 import re
 import zlib
 
@@ -8,22 +9,22 @@ import numpy as np
 import pytest
 
 from report.diagnoses import make_examples, make_summary
-from report.pages import EVIL, brightness, check_thinned, hover, payload, pixels
+from report.pages import EVIL, brightness, check_thinned, hover, payload, pixels, said
 from vitreg.report import ExampleMaps, write_report
 
 
 def point_at(page, panel: int, row: int, column: int, grid: tuple[int, int], example: int = 0) -> str:
     """Hover a patch of a panel; what the page then says of it."""
     hover(page, panel, row, column, grid, example)
-    return page.locator(".readout").nth(example).inner_text()
+    return said(page.locator(".readout").nth(example))
 
 
 def test_slider_drives_charts_and_maps(tmp_path, open_page):
     examples = make_examples()
     page = open_page(write_report(make_summary(examples), examples, tmp_path / "report.html"))
-    assert page.locator("h1").inner_text() == "Artifacts 8.3 % of patches are outliers"
-    assert page.locator("#block-now").inner_text() == "3 of 0..3 (reported)"
-    assert "threshold" in page.locator("#histogram").inner_text()
+    assert said(page.locator("h1")) == "Artifacts 8.3 % of patches are outliers"
+    assert said(page.locator("#block-now")) == "3 of 0..3 (reported)"
+    assert "threshold" in said(page.locator("#histogram"))
     before = [pixels(page, panel) for panel in range(3)]
 
     page.locator("#block").focus()
@@ -33,11 +34,11 @@ def test_slider_drives_charts_and_maps(tmp_path, open_page):
     after = [pixels(page, panel) for panel in range(3)]
     # The photograph changes too: its outlier is no longer outlined.
     assert all(a != b for a, b in zip(before, after, strict=True))
-    assert "threshold" not in page.locator("#histogram").inner_text()
+    assert "threshold" not in said(page.locator("#histogram"))
     median = np.median([e.norms[0] for e in examples])
-    assert f"median {median:.2f}" in page.locator("#depth-says").inner_text()
+    assert f"median {median:.2f}" in said(page.locator("#depth-says"))
     page.locator("summary", has_text="Every block").click()
-    assert page.locator("tr[aria-current] th").inner_text() == "0"
+    assert said(page.locator("tr[aria-current] th")) == "0"
 
 
 @pytest.mark.parametrize("panel", [0, 1, 2])
@@ -69,9 +70,9 @@ def test_arrow_keys_move_over_patches(tmp_path, open_page):
     page.locator(".example").first.focus()
     for key in ("ArrowDown", "ArrowDown", "ArrowRight"):
         page.keyboard.press(key)
-    assert page.locator(".readout").first.inner_text().startswith("Row 1, column 1")
+    assert said(page.locator(".readout").first).startswith("Row 1, column 1")
     page.keyboard.press("Escape")
-    assert page.locator(".readout").first.inner_text() == ""
+    assert said(page.locator(".readout").first) == ""
 
 
 def test_choosing_who_attends(tmp_path, open_page):
@@ -84,8 +85,8 @@ def test_choosing_who_attends(tmp_path, open_page):
     for block in summary["blocks"]:
         block["attention_on_registers"] = 0.4
     page = open_page(write_report(summary, examples, tmp_path / "report.html"))
-    assert "register 2 33" in page.locator("#tokens-says").inner_text()
-    assert "attention on registers 40.0 %" in page.locator("#shares-says").inner_text()
+    assert "register 2 33" in said(page.locator("#tokens-says"))
+    assert "attention on registers 40.0 %" in said(page.locator("#shares-says"))
     before = [pixels(page, panel) for panel in (1, 2)]
     page.locator("#query").select_option(label="register 2")
     assert pixels(page, 1) == before[0]
@@ -138,9 +139,8 @@ def test_a_green_clean_over_visible_artifacts(tmp_path, open_page):
         page = open_page(write_report(summary, examples, tmp_path / "report.html"))
         assert page.locator("h1 .good").count() == 0
         assert page.locator("h1 .middling").inner_text() == status.capitalize()
-        said = " ".join(page.locator("h1").inner_text().split())
         expected = "2 patches at 34.5 × the median; give at least 4 images" if found else "× the median, after block"
-        assert expected in said
+        assert expected in said(page.locator("h1"))
 
 
 def test_clean_model(tmp_path, open_page):
@@ -150,13 +150,85 @@ def test_clean_model(tmp_path, open_page):
     summary = make_summary(examples, threshold=None)
     page = open_page(write_report(summary, examples, tmp_path / "report.html"))
     ratio, block = max((b["max"] / b["median"], b["block"]) for b in summary["blocks"])
-    said = f"Clean the largest patch norm is {ratio:.2f} × the median, after block {block}"
-    assert page.locator("h1").inner_text().split() == said.split()
+    told = f"Clean the largest patch norm is {ratio:.2f} × the median, after block {block}"
+    assert said(page.locator("h1")) == told
     assert page.locator("h1 .good").count() == 1
     assert page.get_by_text("No position was ever an outlier.").is_visible()
     assert page.get_by_text("No patch is an outlier after any block.").is_visible()
     assert page.locator("#position, #shares, .channels").count() == 0
-    assert "no outliers in 12 patches" in page.locator(".example").first.inner_text()
+    assert "no outliers in 12 patches" in said(page.locator(".example").first)
+
+
+@pytest.mark.parametrize("scheme", ["light", "dark"])
+@pytest.mark.parametrize(
+    ("status", "flag"),
+    [("artifacts", "bad"), ("cannot tell", "middling"), ("long tail", "middling"), ("clean", "good")],
+)
+def test_colors_say_nothing_that_words_do_not(tmp_path, open_page, status, flag, scheme):
+    examples = make_examples(count=1)
+    undecided = {"block": 2, "num_patches": 1, "ratio": 34.5, "num_images_needed": 4}
+    summary = make_summary(examples, threshold=100.0 if status == "artifacts" else None) | {
+        "status": status,
+        "has_artifacts": {"artifacts": True, "cannot tell": None}.get(status, False),
+        "undecided": undecided if status == "cannot tell" else None,
+    }
+    page = open_page(write_report(summary, examples, tmp_path / "report.html"), color_scheme=scheme)
+    assert said(page.locator(".flag")) == status.capitalize()
+    color = page.locator(".flag").evaluate("flag => getComputedStyle(flag).color")
+    red, green, blue = (int(c) for c in re.findall(r"\d+", color)[:3])
+    assert {"bad": red > green + 40, "good": green > red + 40, "middling": min(red, green) > blue + 40}[flag]
+    if status == "cannot tell":
+        assert "1 patch at 34.5 × the median" in said(page.locator("h1"))
+        assert "too few patches to tell" in said(page.locator("#histogram-says"))
+        assert "outlier" not in said(page.locator(".example"))
+
+
+def test_one_image_and_one_query_are_spoken_of_as_one(tmp_path, open_page):
+    """A menu of one entry, and "1 images"."""
+    examples = make_examples(count=1)
+    summary = make_summary(examples) | {"interrupted": True}
+    page = open_page(write_report(summary, examples, tmp_path / "report.html"))
+    assert page.locator("select").count() == 0
+    assert "Attention of class token" in said(page.locator("#legend"))
+    assert not re.search(r"\b1 (images|patches|files|outliers)\b", said(page.locator("body")))
+
+
+@pytest.mark.parametrize("width", [390, 1200])
+def test_a_number_and_its_unit_were_on_two_lines(tmp_path, open_page, width):
+    examples = make_examples()
+    summary = make_summary(examples) | {"verdict": ["2 % of the patches. " * 40]}
+    page = open_page(write_report(summary, examples, tmp_path / "report.html"), width=width)
+    assert not re.search(r"\d %", page.locator("main, header").all_inner_texts()[0])
+    assert page.locator(".verdict").inner_text().count("2\xa0%") == 40
+
+
+def test_an_axis_ended_in_the_name_of_a_line(tmp_path, open_page):
+    """ "11" stood over "patches"."""
+    examples = make_examples(depth=12)
+    page = open_page(write_report(make_summary(examples, block=11), examples, tmp_path / "report.html"))
+    names, others = (
+        [text.bounding_box() for text in page.locator(f"#shares text{which}").all()]
+        for which in (".label", ":not(.label)")
+    )
+    assert len(names) == 4
+    assert len(others) > 12
+    for name, other in itertools.product(names, others):
+        # Boxes hold the rim around letters, too.
+        beside = name["x"] + 2 >= other["x"] + other["width"] - 2
+        above = name["y"] + name["height"] - 3 <= other["y"] + 3
+        assert beside or above
+
+
+def test_the_command_to_make_it_again_can_be_copied(tmp_path, open_page):
+    examples = make_examples()
+    command = "vitreg diagnose 'a b.jpg' --model " + "x" * 200 + " --out '</pre><script>window.hacked=1</script>'"
+    summary = make_summary(examples) | {"command": command}
+    page = open_page(write_report(summary, examples, tmp_path / "report.html"), width=390)
+    assert page.locator(".command").text_content() == command
+    page.locator(".command").click()
+    assert page.evaluate("getSelection().toString().trim()") == command
+    assert page.evaluate("document.documentElement.scrollWidth") <= 390
+    assert page.evaluate("window.hacked") is None
 
 
 def test_without_class_token_there_is_no_attention_panel(tmp_path, open_page):
@@ -165,7 +237,7 @@ def test_without_class_token_there_is_no_attention_panel(tmp_path, open_page):
     assert page.locator(".example").first.locator("canvas").count() == 2
     assert page.locator("#query").count() == 0
     assert "Attention" not in point_at(page, 1, 0, 0, (3, 4))
-    assert "attention" not in page.locator("#shares-says").inner_text()
+    assert "attention" not in said(page.locator("#shares-says"))
 
 
 def test_without_examples(tmp_path, open_page):
@@ -187,8 +259,8 @@ def test_interrupted_and_skipped_are_told(tmp_path, open_page):
         "skipped": [{"path": f"{i}.jpg", "reason": "truncated"} for i in range(2)],
     }
     page = open_page(write_report(summary, examples, tmp_path / "report.html"))
-    assert "everything here is from the 2 images" in page.locator(".notice:visible").inner_text()
-    assert page.locator(".skipped li").all_inner_texts() == ["0.jpg: truncated", "1.jpg: truncated"]
+    assert "everything here is from the 2 images" in said(page.locator(".notice:visible"))
+    assert [said(each) for each in page.locator(".skipped li").all()] == ["0.jpg: truncated", "1.jpg: truncated"]
 
 
 def test_maps_survive_packing_within_two_percent(tmp_path):

@@ -1,11 +1,16 @@
 """The figures, read back from their pixels."""
 
+from pathlib import Path
+
 import numpy as np
 import pytest
 
-from report.comparisons import make_comparison, make_pair
+from report.comparisons import make_comparison, make_pair, renamed
 from report.diagnoses import make_examples, make_summary
-from vitreg.report import attention_figure, comparison_figure, diagnosis_figure, overlay
+from report.layout import check_texts
+from vitreg.report import attention_figure, comparison_figure, diagnosis_figure, overlay, write_attention
+
+LONG = "WWW a name that nobody would read to its end but which exists all the same " * 4
 
 
 def grey_photo(height: int, width: int) -> np.ndarray:
@@ -58,6 +63,78 @@ def test_attention_figure_keeps_the_aspect_of_the_photograph(tmp_path, read_png,
     path = attention_figure(photo, np.ones((12, 2, 2)), title="", path=tmp_path / "a.png")
     rows, columns = np.nonzero((read_png(path) == (0, 255, 0)).all(-1))
     assert (np.ptp(rows) + 1) / (np.ptp(columns) + 1) == pytest.approx(height / width, rel=0.02)
+
+
+@pytest.mark.parametrize("heads", [1, 3, 6, 12, 16])
+@pytest.mark.parametrize(("height", "width"), [(64, 64), (64, 96), (96, 64), (32, 320), (320, 32)])
+def test_attention_figures_of_any_shape_are_not_cut(tmp_path, drawn, heads, height, width):
+    """A title went out of the picture, and so did the color bar of a panorama, whose numbers lay on each other."""
+    attention = np.random.default_rng(0).uniform(0, 0.1, (heads, height // 16, width // 16))
+    attention_figure(grey_photo(height, width), attention, title=f"{LONG}, block 11", path=tmp_path / "a.png")
+    assert check_texts(drawn[0]) == heads + 8
+    sheet = drawn[0].get_size_inches()
+    assert sheet.min() > 2
+    assert sheet.max() < 20
+
+
+def test_the_queried_patch_is_marked(tmp_path, read_png):
+    """In the photograph and in every map, at its row and column."""
+    black = np.zeros((64, 96, 3), np.uint8)
+    attention = np.full((1, 4, 6), 1e-9)
+    attention[0, 3, 0] = 1.0
+    options = {"block": 2, "name": "x", "folder": tmp_path}
+    marked, plain = (
+        write_attention(black, attention, query=query, **options) for query in ("patch (1, 4)", "class token")
+    )
+    white = (read_png(Path(marked["overlay"])) == 255).all(-1)
+    rows, columns = np.nonzero(white)
+    assert [rows.min(), rows.max(), columns.min(), columns.max()] == [17, 30, 65, 78]
+    assert not white[18:30, 66:78].any(), "a box, through which the patch is seen"
+    assert not (read_png(Path(plain["overlay"])) == 255).all(-1).any()
+    boxes = [(read_png(Path(paths["heads"])) == 255).all(-1) for paths in (marked, plain)]
+    new = boxes[0] & ~boxes[1]
+    # Title and labels differ, the photograph and the two maps lie below them: 1.25 inches of height and the square root
+    # of 1.5 as much of width for a head, twice that and a label for the other two.
+    top, tall, small = 0.59, 2 * 1.25 / 1.5**0.5 + 0.24, 1.25 * 1.5**0.5
+    for x, y, width, height in (
+        (0.12, top, 1.5 * tall, tall),
+        (0.21 + 1.5 * tall, top, 1.5 * tall, tall),
+        (0.3 + 3 * tall, top, small, small / 1.5),
+    ):
+        place = new[
+            round(160 * (y + height / 4)) - 2 : round(160 * (y + height / 2)) + 3,
+            round(160 * (x + width * 4 / 6)) - 2 : round(160 * (x + width * 5 / 6)) + 3,
+        ]
+        assert place.sum() > 40
+        new[
+            round(160 * (y + height / 4)) - 3 : round(160 * (y + height / 2)) + 4,
+            round(160 * (x + width * 4 / 6)) - 3 : round(160 * (x + width * 5 / 6)) + 4,
+        ] = False
+    assert not new[round(160 * top) :].any(), "and nowhere else"
+
+
+@pytest.mark.parametrize("count", [1, 3, 12])
+@pytest.mark.parametrize("grid", [(4, 4), (3, 6), (6, 3)])
+def test_figures_with_long_names_are_not_cut(tmp_path, drawn, count, grid):
+    before, after = (renamed(examples, LONG) for examples in make_pair(count=count, grid=grid))
+    summary = make_comparison(before, after)
+    summary["before"]["model"]["name"] = summary["after"]["model"]["name"] = LONG
+    comparison_figure(summary, before, after, tmp_path / "a.png")
+    diagnosis_figure(summary["before"], before, tmp_path / "b.png")
+    for figure in drawn:
+        assert check_texts(figure) > 10
+
+
+@pytest.mark.parametrize(
+    ("found", "told"),
+    [(True, "8.3 % of patches are artifacts"), (False, "no artifacts"), (None, "too few patches to tell")],
+)
+def test_the_diagnosis_figure_says_which_of_three_verdicts(tmp_path, drawn, found, told):
+    examples = make_examples(count=1)
+    summary = make_summary(examples, threshold=100.0 if found else None) | {"has_artifacts": found}
+    summary["undecided"] = {"num_patches": 4} if found is None else None
+    diagnosis_figure(summary, examples, tmp_path / "a.png")
+    assert drawn[0].texts[0].get_text() == f"vit_test: {told}"
 
 
 def test_diagnosis_figure_draws_at_most_the_examples_asked_for(tmp_path, read_png):

@@ -5,7 +5,7 @@ import re
 import numpy as np
 import pytest
 
-from report.pages import EVIL, brightness
+from report.pages import EVIL, brightness, said
 from vitreg.report import Panels, Photograph, side_by_side_figure, write_side_by_side
 
 GRID = (3, 4)
@@ -70,7 +70,7 @@ def test_the_table_says_what_was_found(tmp_path, open_page):
     page = open_page(
         write_side_by_side(make_summary(), make_photographs(), tmp_path / "report.html"), ready=".photograph"
     )
-    rows = [row.inner_text().replace("\n", " ").split("\t") for row in page.locator("tbody tr").all()]
+    rows = [said(row).replace("\n", " ").split("\t") for row in page.locator("tbody tr").all()]
     assert rows[1][1:6] == ["artifacts, planted", "8.3 %", "2.00", "2", "–"]
     assert rows[2][1:] == ["removed", "0 %", "2.00", "–", "81.5", "0 %", "30.0 %"]
 
@@ -106,8 +106,8 @@ def test_names_are_only_text(tmp_path, open_page):
     page = open_page(
         write_side_by_side(summary, make_photographs(name=EVIL), tmp_path / "report.html"), ready=".photograph"
     )
-    assert EVIL in page.locator("h1").inner_text()
-    assert EVIL in page.locator("h3").first.inner_text()
+    assert EVIL in said(page.locator("h1"))
+    assert EVIL in said(page.locator("h3").first)
     assert page.evaluate("window.hacked") is None
 
 

@@ -2,15 +2,12 @@
 
 from __future__ import annotations
 
-import itertools
-
 import numpy as np
 import pytest
-from matplotlib.backends.backend_agg import FigureCanvasAgg
 
+from report.layout import check_texts, visible_texts
 from training.runs import real_diagnoses, write_run
 from vitreg.report import timeline_figure
-from vitreg.report.sheet import Sheet
 from vitreg.training.timeline import read_timeline
 
 THRESHOLD, REGISTER = (255, 90, 60), (11, 122, 59)
@@ -35,15 +32,6 @@ def draw(found, tmp_path, read_png):
     return draw
 
 
-@pytest.fixture
-def drawn(monkeypatch) -> list:
-    """The figures that were written."""
-    figures = []
-    write = Sheet.write
-    monkeypatch.setattr(Sheet, "write", lambda self, path: (figures.append(self.figure), write(self, path))[1])
-    return figures
-
-
 def count(picture: np.ndarray, colour: tuple[int, int, int]) -> int:
     return int((np.abs(picture.astype(int) - colour).max(-1) < 6).sum())
 
@@ -52,17 +40,6 @@ def orange(picture: np.ndarray) -> int:
     """Filled cells of outliers: much more red than blue."""
     red, _, blue = np.moveaxis(picture.astype(int), -1, 0)
     return int((red - blue > 60).sum())
-
-
-def visible_texts(figure) -> list:
-    texts = [*figure.texts, *(text for legend in figure.legends for text in legend.get_texts())]
-    for axes in figure.axes:
-        texts += [*axes.texts, axes.xaxis.label, axes.yaxis.label, axes.title]
-        for axis in (axes.xaxis, axes.yaxis):
-            low, high = sorted(axis.get_view_interval())
-            texts += [label for tick in axis.get_major_ticks() if low <= tick.get_loc() <= high
-                      for label in (tick.label1, tick.label2)]  # fmt: skip
-    return [text for text in texts if text.get_visible() and text.get_text().strip()]
 
 
 LONG = "a-name-that-is-much-too-long-for-a-column-of-the-picture"
@@ -85,18 +62,7 @@ COURSE = ["clean", "clean", "artifacts", "artifacts"]
 def test_no_text_runs_into_another_or_off_the_picture(runs, draw, drawn):
     draw(*runs, num_steps=1_250_000)
     (figure,) = drawn
-    renderer = FigureCanvasAgg(figure).get_renderer()
-    width, height = figure.canvas.get_width_height()
-    boxes = [(text.get_text(), text.get_window_extent(renderer)) for text in visible_texts(figure)]
-    assert len(boxes) > 20
-    for text, box in boxes:
-        assert box.x0 >= 0, text
-        assert box.y0 >= 0, text
-        assert box.x1 <= width, text
-        assert box.y1 <= height, text
-    for (text, a), (other, b) in itertools.combinations(boxes, 2):
-        apart = a.x1 <= b.x0 or b.x1 <= a.x0 or a.y1 <= b.y0 or b.y1 <= a.y0
-        assert apart, (text, other)
+    assert check_texts(figure) > 20
 
 
 def test_outliers_and_registers_have_their_own_colours(draw):
@@ -130,7 +96,7 @@ def test_every_run_and_its_verdict_is_named(draw, drawn):
             "(c)  by model size and registers",
             ["0.4 M\n0 reg.", "5.7 M\n0 reg.", "5.7 M\n4 reg."],
         ),
-        ([(f"{LONG}-b", ["clean"]), ("a", ["artifacts"])], "(c)  by run", ["a-name-tha…icture-b", "a"]),
+        ([(f"{LONG}-b", ["clean"]), ("a", ["artifacts"])], "(c)  by run", ["a-name-th…picture-b", "a"]),
         (
             [(name, [name[:5]]) for name in ("clean", "clean-again", "small")],
             "(c)  by model size",

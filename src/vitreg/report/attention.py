@@ -3,14 +3,20 @@
 from __future__ import annotations
 
 import math
+import re
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import numpy as np
 from jaxtyping import Float, UInt8
-from PIL import Image
+from PIL import Image, ImageDraw
 
 from vitreg.disk import replacing
 from vitreg.report.sheet import GAP, MARGIN, TITLE, Sheet, root_scale
+from vitreg.report.words import counted
+
+if TYPE_CHECKING:
+    from matplotlib.axes import Axes
 
 
 def overlay(
@@ -41,11 +47,23 @@ def overlay(
 
 
 def attention_figure(
-    photo: UInt8[np.ndarray, "H W 3"], attention: Float[np.ndarray, "heads h w"], *, title: str, path: Path
+    photo: UInt8[np.ndarray, "H W 3"],
+    attention: Float[np.ndarray, "heads h w"],
+    *,
+    title: str,
+    path: Path,
+    patch: tuple[int, int] | None = None,
 ) -> Path:
     """Write a PNG of a photograph, its attention averaged over heads, and the attention of every head.
 
     All maps share one colour scale, the share of a query's attention that a patch receives.
+
+    Args:
+        photo: what the model saw.
+        attention: share of the query's attention that each patch receives, per head.
+        title: the line of text.
+        path: the file to write; its folder is made.
+        patch: (row, column) of the query where it is a patch, to be marked.
 
     Returns:
         `path`.
@@ -53,10 +71,11 @@ def attention_figure(
     heads, highest = len(attention), float(attention.max())
     aspect = photo.shape[0] / photo.shape[1]
     # Two large pictures beside the heads: next to each other over two rows of heads, or stacked over four.
-    stacked = heads > 8
+    stacked = aspect < 0.5 or (heads > 8 and aspect < 2)
     rows = 4 if stacked else 2
     columns = math.ceil(heads / rows)
-    small, label = 1.25, 0.24
+    # A head's picture has the same area whatever its shape, except where a side would be too long or short to look at.
+    label, small = 0.24, min(max(1.25 / math.sqrt(aspect), 0.6), 2.5)
     step_x, step_y = small + GAP, small * aspect + label
     # A large picture is as tall as two small ones with the label between them.
     tall = small * aspect + step_y
@@ -67,18 +86,38 @@ def attention_figure(
     sheet.text(title, MARGIN, 0.1, **TITLE)
     mean = overlay(photo, attention.mean(axis=0), highest=highest)
     second = (MARGIN, top + label + 2 * step_y) if stacked else (MARGIN + large + GAP, top + label)
-    for picture, (x, y), name in (
-        (photo, (MARGIN, top + label), "photograph"),
-        (mean, second, f"mean of {heads} heads"),
-    ):
-        sheet.picture(picture, x, y, large, tall, name)
+    drawn = [
+        sheet.picture(photo, MARGIN, top + label, large, tall, "photograph"),
+        sheet.picture(mean, *second, large, tall, f"mean of {counted(heads, 'head')}"),
+    ]
     for i, head in enumerate(attention):
         x, y = left + i % columns * step_x, top + label + i // columns * step_y
-        sheet.picture(overlay(photo, head, highest=highest), x, y, small, small * aspect, f"head {i}")
+        drawn.append(sheet.picture(overlay(photo, head, highest=highest), x, y, small, small * aspect, f"head {i}"))
+    if patch is not None:
+        for axes in drawn:
+            _mark(axes, _place(patch, attention, photo))
     ticks = [highest * t**2 for t in (0, 0.5, 0.75, 1)]
     bar = left + columns * step_x, top + label, rows * step_y - label
     sheet.colour_bar(*bar, root_scale(highest), "magma", ticks, "attention a patch receives", percent=True)
     return sheet.write(path)
+
+
+def _place(patch: tuple[int, int], attention: np.ndarray, photo: np.ndarray) -> tuple[float, float, float, float]:
+    """The box of a patch, x0, y0, x1, y1 in pixels of the photograph."""
+    height, width = (side / count for side, count in zip(photo.shape[:2], attention.shape[-2:], strict=True))
+    row, column = patch
+    return column * width, row * height, (column + 1) * width, (row + 1) * height
+
+
+def _mark(axes: Axes, box: tuple[float, float, float, float]) -> None:
+    """White on black, which shows on any picture."""
+    from matplotlib.patches import Rectangle
+
+    x0, y0, x1, y1 = box
+    for colour, line in (("black", 2.6), ("white", 1.2)):
+        # Pixels are centred on whole numbers.
+        place = (x0 - 0.5, y0 - 0.5), x1 - x0, y1 - y0
+        axes.add_patch(Rectangle(*place, fill=False, edgecolor=colour, linewidth=line, clip_on=False))
 
 
 def write_attention(
@@ -95,7 +134,7 @@ def write_attention(
     Args:
         photo: what the model saw.
         attention: share of the query's attention that each patch receives, per head.
-        query: who attends.
+        query: who attends, as a trace names it; a `patch (row, column)` is marked.
         block: counted from 0.
         name: of the picture, as the files shall begin.
         folder: where they go.
@@ -113,7 +152,16 @@ def write_attention(
     with replacing(paths["array"]) as temporary:
         np.save(temporary, attention.astype(np.float32))
     attention = attention.clip(min=0)  # differential attention may be negative; colours begin at nothing
-    attention_figure(photo, attention, title=f"{name}: attention of {query}, block {block}", path=paths["heads"])
+    title = f"{name}: attention of {query}, block {block}"
+    named = re.fullmatch(r"patch \((\d+), (\d+)\)", query)
+    patch = None if named is None else (int(named[1]), int(named[2]))
+    attention_figure(photo, attention, title=title, path=paths["heads"], patch=patch)
+    picture = Image.fromarray(overlay(photo, attention.mean(0)))
+    if patch is not None:
+        x0, y0, x1, y1 = _place(patch, attention, photo)
+        for inset, colour in ((0, "black"), (1, "white")):
+            box = (round(x0) + inset, round(y0) + inset, round(x1) - 1 - inset, round(y1) - 1 - inset)
+            ImageDraw.Draw(picture).rectangle(box, outline=colour)
     with replacing(paths["overlay"]) as temporary:
-        Image.fromarray(overlay(photo, attention.mean(0))).save(temporary)
+        picture.save(temporary)
     return {kind: str(path) for kind, path in paths.items()}

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping, Sequence
 from functools import cache
 from pathlib import Path
@@ -12,11 +13,12 @@ from jaxtyping import Bool, Integer, UInt8
 from PIL import Image, ImageDraw, ImageFont
 
 from vitreg.disk import replacing
+from vitreg.report.words import counted, shorten
 
 BOX = (255, 90, 60)
 MASK = np.array((60, 160, 255))
 SEED = (255, 225, 60)
-_STRIP = 26
+_STRIP, _GAP, _MARGIN = 26, 6, 6
 _LARGEST = 1600
 
 
@@ -30,7 +32,7 @@ def discovery_overlay(
     patch_size: int,
     title: str,
 ) -> Image.Image:
-    """A photograph with box, seed and mask, beside its map of degrees, under a line of text.
+    """A photograph with box, seed and mask, beside or above its map of degrees, under a line of text.
 
     Args:
         photo: the picture at its own resolution; patches lie from its top left corner and may reach beyond it.
@@ -47,31 +49,42 @@ def discovery_overlay(
     rows, columns = (np.arange(0, side, step) // patch_size for side in (height, width))
     photo = photo[::step, ::step]
     inside = mask[rows[:, None], columns]
-    left = photo.copy()
-    left[inside] = (left[inside] // 2 + MASK // 2).astype(np.uint8)
+    found = photo.copy()
+    found[inside] = (found[inside] // 2 + MASK // 2).astype(np.uint8)
     spread = max(int(degree.max() - degree.min()), 1)
     levels = ((degree.max() - degree) * 255 // spread).astype(np.uint8)
-    right = _colours()[levels][rows[:, None], columns]
-    gap = np.full((len(rows), 6, 3), 255, np.uint8)
-    picture = Image.fromarray(np.concatenate([left, gap, right], axis=1))
-    draw = ImageDraw.Draw(picture)
+    degrees = _colours()[levels][rows[:, None], columns]
+    # Beside each other, or below where they are wide.
+    across, down = (0, len(rows) + _GAP) if width > 2 * height else (len(columns) + _GAP, 0)
+    texts = [
+        title,
+        f"box, seed (dot), object (blue){', further boxes (thin)' if len(boxes) > 1 else ''}",
+        f"{'below' if down else 'right'}: how many patches are similar, {degree.min()} (bright) to {degree.max()}",
+    ]
+    font = ImageFont.load_default(14)
+    least = math.ceil(max(font.getlength(text) for text in texts[1:])) + 2 * _MARGIN
+    size = max(len(columns) + across, least), len(rows) + down + 3 * _STRIP
+    sheet = Image.new("RGB", size, "white")
+    draw = ImageDraw.Draw(sheet)
     line = max(2, len(rows) // 160)
-    for shift in (0, len(columns) + gap.shape[1]):
+    for picture, left, top in ((found, 0, _STRIP), (degrees, across, _STRIP + down)):
+        sheet.paste(Image.fromarray(picture), (left, top))
         for number, box in reversed(list(enumerate(boxes))):
             x0, y0, x1, y1 = (side / step for side in box)
-            draw.rectangle((x0 + shift, y0, x1 + shift - 1, y1 - 1), outline=BOX, width=line if number == 0 else 1)
-        y, x = ((place + 0.5) * patch_size / step for place in seed)
+            outline = (x0 + left, y0 + top, x1 + left - 1, y1 + top - 1)
+            draw.rectangle(outline, outline=BOX, width=line if number == 0 else 1)
+        # The middle of a patch that reaches beyond the picture may lie outside.
+        y, x = (
+            min((place + 0.5) * patch_size, side - 1) / step for place, side in zip(seed, (height, width), strict=True)
+        )
         radius = max(3.0, 0.4 * patch_size / step)
-        draw.ellipse((x + shift - radius, y - radius, x + shift + radius, y + radius), fill=SEED, outline=(0, 0, 0))
-    sheet = Image.new("RGB", (picture.width, picture.height + 2 * _STRIP), "white")
-    sheet.paste(picture, (0, _STRIP))
-    text = ImageDraw.Draw(sheet)
-    font = ImageFont.load_default(14)
-    text.text((6, 4), title, fill=(0, 0, 0), font=font)
-    below = _STRIP + picture.height + 4
-    text.text((6, below), "box, seed (dot), object (blue)", fill=(90, 90, 90), font=font)
-    legend = f"degree: {degree.min()} (bright) to {degree.max()} similar patches"
-    text.text((len(columns) + gap.shape[1] + 6, below), legend, fill=(90, 90, 90), font=font)
+        draw.ellipse((x + left - radius, y + top - radius, x + left + radius, y + top + radius), SEED, (0, 0, 0))
+    most = len(title)
+    while font.getlength(shorten(title, most)) > size[0] - 2 * _MARGIN:
+        most -= 1
+    below = size[1] - 2 * _STRIP
+    for text, y, grey in ((shorten(title, most), 4, 0), (texts[1], below + 4, 90), (texts[2], below + _STRIP, 90)):
+        draw.text((_MARGIN, y), text, fill=(grey,) * 3, font=font)
     return sheet
 
 
@@ -99,8 +112,9 @@ def sweep_figure(summary: Mapping[str, Any], path: Path, *, most: int = 48) -> P
     columns = [model.get("settings", []) for model in models]
     rows = sorted(zip(*columns, strict=True), key=lambda row: -sum(entry["corloc"] for entry in row))[:most]
     lines: list[tuple[str, list[Mapping[str, Any]]]] = [("protocol", [model["protocol"] for model in models])]
+    settings = counted(len(columns[0]), "setting")
     if rows:
-        lines.append((f"mean of {len(columns[0])} settings", [model["mean"] for model in models]))
+        lines.append((f"mean of {settings}", [model["mean"] for model in models]))
     lines += [(row[0]["name"], list(row)) for row in rows]
     figure = Figure(figsize=(8.5, 1.6 + 0.2 * len(lines) + 0.18 * len(models)), dpi=140, layout="constrained")
     axes = figure.add_subplot()
@@ -112,16 +126,25 @@ def sweep_figure(summary: Mapping[str, Any], path: Path, *, most: int = 48) -> P
         # An interval of percentiles need not hold the mean it is of, if only by a rounding.
         reach = np.clip([shares - low, high - shares], 0, None)
         axes.errorbar(
-            shares, places, xerr=reach, fmt="o", markersize=4, elinewidth=1, color=f"C{m}", label=model["model"]
+            shares,
+            places,
+            xerr=reach,
+            fmt="o",
+            markersize=4,
+            elinewidth=1,
+            color=f"C{m}",
+            label=shorten(model["model"], 80),
         )
     whole = summary["whole_picture"]["corloc"]
-    axes.axvline(whole, color="grey", linestyle=":", label=f"box around the whole picture, {whole:.1f}")
+    axes.axvline(whole, color="grey", linestyle=":", label=f"box around the whole image, {whole:.1f}")
     axes.set_yticks(range(len(lines)), [name for name, _ in lines], fontsize=8)
-    axes.invert_yaxis()
-    axes.margins(y=0.01)
+    axes.set_ylim(len(lines) - 0.5, -0.5)
+    axes.tick_params(axis="x", labelsize=9)
     axes.grid(axis="x", alpha=0.3)
-    axes.set_xlabel("CorLoc in percent, with 95 % bootstrap intervals over pictures")
-    axes.set_title(f"{summary['data']}: {summary['num_images']} pictures", fontsize=10, parse_math=False)
+    axes.set_xlabel("CorLoc in percent, with 95 % bootstrap intervals over images")
+    best = f", the best {len(rows)} of {settings}" if len(rows) < len(columns[0]) else ""
+    title = f"{shorten(summary['data'], 60)}: {counted(summary['num_images'], 'image')}{best}"
+    axes.set_title(title, fontsize=10, parse_math=False)
     figure.legend(loc="outside lower center", ncols=1, fontsize=8, frameon=False)
     with replacing(path) as temporary:
         figure.savefig(temporary)

@@ -13,7 +13,7 @@ from jaxtyping import Bool, Float
 
 from vitreg.report.examples import ExampleMaps, check_examples, check_pairs
 from vitreg.report.sheet import GAP, MARGIN, QUIET, TITLE, Sheet, root_scale
-from vitreg.report.words import number, percent, shorten
+from vitreg.report.words import number, percent
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -153,7 +153,7 @@ def _draw(
     right = left + len(shown) * (width + GAP)
     labels = ["photograph", *(row.label for group in groups for row in group.rows)]
     # One narrow column must still hold the headline.
-    sheet = Sheet(max(right + 0.95, 7.0), top + len(labels) * step + MARGIN - GAP)
+    sheet = Sheet(max(right + 0.95, 6.4), top + len(labels) * step + MARGIN - GAP)
     sheet.text(title, MARGIN, 0.12, **TITLE)
     for i, detail in enumerate(details):
         sheet.text(detail, MARGIN, 0.4 + i * line, fontsize=9.5, color=QUIET)
@@ -162,7 +162,7 @@ def _draw(
         sheet.text(label, left - 0.22, top + i * step + height / 2, **style | {"va": "center"})
     columns = [left + i * (width + GAP) for i in range(len(shown))]
     for example, x in zip(shown, columns, strict=True):
-        sheet.picture(example.photo, x, top, width, height, shorten(example.name))
+        sheet.picture(example.photo, x, top, width, height, example.name)
     y = top + step
     for group in groups:
         place = right, y, height + (len(group.rows) - 1) * step
@@ -179,15 +179,16 @@ def _draw(
 
 def _headline(summary: dict) -> tuple[str, str]:
     reported, block, name = summary["blocks"][summary["block"]], summary["block"], summary["model"]["name"]
-    median, largest = reported["median"], reported["max"]
-    norms = f"After block {block} the median patch norm is {median:.1f}, the largest {largest:.0f}."
+    norms = (
+        f"After block {block} the median patch norm is {number(reported['median'])}, "
+        f"the largest {number(reported['max'])}."
+    )
     if not summary["has_artifacts"]:
         found = "no artifacts" if summary["undecided"] is None else "too few patches to tell"
         return f"{name}: {found}", norms
-    share = f"{100 * summary['outlier_fraction']:.1f} %"
     return (
-        f"{name}: {share} of patches are artifacts",
-        f"{norms} Outlined: {summary['threshold']:.0f} or more.",
+        f"{name}: {percent(summary['outlier_fraction'])} of patches are artifacts",
+        f"{norms} Outlined: {number(summary['threshold'])} or more.",
     )
 
 
@@ -202,8 +203,7 @@ def _comparison_headline(summary: dict) -> tuple[str, list[str]]:
     norms = f"After block {block} the largest patch norm was {number(at['max_before'])}, now {number(at['max_after'])}."
     if at["threshold"] is not None:
         norms += f" Outlined: {number(at['threshold'])} or more."
-    names = (shorten(summary[which]["model"]["name"], 42) for which in ("before", "after"))
-    return title, ["Before: {}. After: {}.".format(*names), norms]
+    return title, [*(f"{when.capitalize()}: {summary[when]['model']['name']}" for when in ("before", "after")), norms]
 
 
 def outline(axes: Axes, outliers: Bool[np.ndarray, "h w"]) -> None:

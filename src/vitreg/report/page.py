@@ -5,7 +5,7 @@ from pathlib import Path
 from typing import Any
 
 from vitreg.disk import replace_text
-from vitreg.report.words import number, percent
+from vitreg.report.words import counted, number, percent
 
 TEMPLATES = Path(__file__).parent / "templates"
 
@@ -50,10 +50,16 @@ def write_still_page(name: str, path: Path, **values: Any) -> Path:
         lstrip_blocks=True,
         undefined=jinja2.StrictUndefined,
     )
-    environment.filters |= {"percent": percent, "number": number}
+    environment.filters |= {"percent": lambda share: _unbroken(percent(share)), "number": number}
+    environment.filters |= {"counted": counted, "unbroken": _unbroken}
     page = environment.get_template(f"{name}.html.j2").render(css=_sources("page.css", f"{name}.css"), **values)
     replace_text(path, page)
     return path
+
+
+def _unbroken(text: str) -> str:
+    """A line may end before a unit nowhere."""
+    return text.replace(" %", "\u00a0%").replace(" ×", "\u00a0×")
 
 
 def _sources(*names: str) -> str:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -9,10 +10,13 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from vitreg.disk import replacing
+from vitreg.report.words import number, shorten
+from vitreg.report.words import percent as in_percent
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
     from matplotlib.colors import Colormap, Normalize
+    from matplotlib.text import Text
 
 QUIET = "#59616b"
 FAINT = "#b4bac1"
@@ -26,14 +30,28 @@ class Sheet:
     """A figure laid out in inches from the top left corner, so that rows and columns line up exactly."""
 
     def __init__(self, width: float, height: float) -> None:
+        from matplotlib.backends.backend_agg import FigureCanvasAgg
         from matplotlib.figure import Figure
 
         self.width, self.height = width, height
         self.figure = Figure(figsize=(width, height), dpi=160)
+        self._renderer = FigureCanvasAgg(self.figure).get_renderer()
 
-    def text(self, text: str, x: float, y: float, **style: Any) -> None:
+    def text(self, text: str, x: float, y: float, width: float | None = None, **style: Any) -> None:
+        """A text at a place; by default what is wider than the rest of the sheet is left out of its middle."""
         style = {"va": "top", "parse_math": False} | style
-        self.figure.text(x / self.width, 1 - y / self.height, text, **style)
+        drawn = self.figure.text(x / self.width, 1 - y / self.height, text, **style)
+        if "rotation" not in style:
+            self._fit(drawn, self.width - MARGIN - x if width is None else width)
+
+    def _fit(self, text: Text, width: float) -> None:
+        lines = text.get_text().split("\n")
+        most = max(map(len, lines))
+        with warnings.catch_warnings():
+            warnings.filterwarnings("ignore", "Glyph .* missing")
+            while most > 3 and (ratio := text.get_window_extent(self._renderer).width / (160 * width)) > 1:
+                most = min(most - 1, int(most / ratio) + 1)
+                text.set_text("\n".join(shorten(line, most) for line in lines))
 
     def _axes(self, x: float, y: float, width: float, height: float) -> Axes:
         corner = x / self.width, 1 - (y + height) / self.height
@@ -61,7 +79,7 @@ class Sheet:
     ) -> Axes:
         axes = self._axes(x, y, width, height)
         axes.imshow(picture, norm=scale, cmap=colours, interpolation="nearest", aspect="auto")
-        axes.set_title(label, fontsize=8.5, color=QUIET, pad=3, parse_math=False)
+        self._fit(axes.set_title(label, fontsize=8.5, color=QUIET, pad=3, parse_math=False), width)
         axes.set(xticks=[], yticks=[])
         return axes
 
@@ -81,7 +99,7 @@ class Sheet:
         # Shorter than what it stands beside, so that the numbers at its ends keep off its neighbour's.
         axes = self._axes(x, y + 0.06, 0.11, height - 0.12)
         bar = self.figure.colorbar(ScalarMappable(scale, colours), cax=axes)
-        bar.set_ticks(ticks, labels=[f"{100 * t:.2g} %" if percent else f"{t:.3g}" for t in ticks], minor=False)
+        bar.set_ticks(ticks, labels=[in_percent(t) if percent else number(t) for t in ticks], minor=False)
         bar.minorticks_off()
         bar.ax.tick_params(labelsize=8, labelcolor=QUIET, color=QUIET, length=2)
         bar.set_label(label, fontsize=8.5, color=QUIET)
@@ -89,7 +107,9 @@ class Sheet:
         return axes
 
     def write(self, path: Path) -> Path:
-        with replacing(path) as temporary:
+        with warnings.catch_warnings(), replacing(path) as temporary:
+            # The names of files may be in a script that matplotlib's font lacks.
+            warnings.filterwarnings("ignore", "Glyph .* missing")
             self.figure.savefig(temporary)
         return path
 

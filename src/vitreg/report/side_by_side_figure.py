@@ -9,7 +9,6 @@ from pathlib import Path
 from vitreg.report.figures import OUTLIER, outline
 from vitreg.report.sheet import GAP, MARGIN, QUIET, TITLE, Sheet
 from vitreg.report.side_by_side import Photograph, attention_scale, check_photographs, norm_scale
-from vitreg.report.words import shorten
 
 # Inches.
 SIDE = 1.15
@@ -53,10 +52,10 @@ def side_by_side_figure(summary: dict, photographs: Sequence[Photograph], path: 
     sheet.text(said, MARGIN, top - 0.32, fontsize=9.5, color=QUIET)
     for i, photograph in enumerate(shown):
         x, y = MARGIN + i % across * width, top + i // across * height
-        sheet.text(shorten(photograph.name), x + LABELS, y, fontsize=9.5, fontweight="bold")
+        sheet.text(photograph.name, x + LABELS, y, width - LABELS - BAR, fontsize=9.5, fontweight="bold")
         for column, text in enumerate(heads):
             place = x + LABELS + column * (SIDE + GAP), y + head - 0.05
-            sheet.text(text, *place, fontsize=8, color=QUIET, va="bottom", linespacing=1.1)
+            sheet.text(text, *place, SIDE, fontsize=8, color=QUIET, va="bottom", linespacing=1.1)
         _draw(sheet, photograph, x, y + head, tall)
     return sheet.write(path)
 

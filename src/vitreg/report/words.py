@@ -1,23 +1,42 @@
-"""Numbers and names as readers want them."""
+"""Numbers and names as readers want them; `templates/page.js` says them alike of what it decodes."""
+
+from decimal import ROUND_HALF_UP, Decimal
 
 
 def percent(share: float | None) -> str:
-    """Two significant digits: 0.0204 -> "2.0 %"."""
+    """Two significant digits, never more than one behind the point from 1 % on: 0.0204 -> "2.0 %", 0.362 -> "36.2 %".
+
+    Only nothing is "0 %" and only all is "100 %".
+    """
     if share is None:
         return "–"
-    if share == 0 or share >= 0.9995:
+    if share in (0, 1):
         return f"{100 * share:.0f} %"
-    digits = 3 if share < 0.001 else 2 if share < 0.01 else 1
-    return f"{100 * share:.{digits}f} %"
+    if 0 < share < 5e-6:
+        return "<0.001 %"
+    if 0.9995 <= share < 1:
+        return ">99.9 %"
+    return f"{_fixed(100 * share, 3 if share < 0.000995 else 2 if share < 0.00995 else 1)} %"
 
 
 def number(value: float | None) -> str:
     """Three significant digits without an exponent: 16.38 -> "16.4", 586.05 -> "586"."""
     if value is None:
         return "–"
-    return f"{value:.0f}" if abs(value) >= 100 else f"{value:.1f}" if abs(value) >= 10 else f"{value:.2f}"
+    return _fixed(value, 0 if abs(value) >= 99.95 else 1 if abs(value) >= 9.995 else 2)
+
+
+def counted(count: int, noun: str) -> str:
+    """A number and what there are so many of: (1, "image") -> "1 image", (0, "image") -> "no images"."""
+    ending = "" if count == 1 else "es" if noun.endswith("ch") else "s"
+    return f"{count or 'no'} {noun}{ending}"
 
 
 def shorten(name: str, most: int = 28) -> str:
     """At most so many characters; the middle is left out."""
-    return name if len(name) <= most else f"{name[: most - 9]}…{name[-8:]}"
+    return name if len(name) <= most else f"{name[: most // 2]}…{name[len(name) - (most - 1) // 2 :]}"
+
+
+def _fixed(value: float, digits: int) -> str:
+    """Rounded as JavaScript's `toFixed` does: exactly, and ties away from zero."""
+    return str(Decimal(value).quantize(Decimal(1).scaleb(-digits), ROUND_HALF_UP))

@@ -90,7 +90,8 @@ function drawLines(id, series, { log, format, title }) {
   }
   labels.sort((a, b) => a.y - b.y);
   labels.forEach((l, i) => { const above = labels[i - 1]; if (above) l.y = Math.max(l.y, above.y + 14 * above.lines.length); });
-  let floor = c.bottom + 4;
+  // Above the axis, whose last number would run into them.
+  let floor = c.bottom - 5;
   for (const l of labels.toReversed()) { floor -= 14 * (l.lines.length - 1); l.y = Math.min(l.y, floor); floor = l.y - 14; }
   for (const l of labels) l.lines.forEach((line, i) => svg(l.group, "text", { class: "label", x: c.right + 2, y: l.y + 4 + 14 * i }, line));
   byId(`${id}-says`).replaceChildren(`After block ${state.block}: `, ...series.map((s) => {

@@ -54,7 +54,7 @@ const PANELS = [
 
 function normSays(layers, at, median) {
   const count = total(layers.outliers);
-  if (at === null) return `up to ${number(largestNorm(layers))}, ${count || "no"} outlier${count === 1 ? "" : "s"}`;
+  if (at === null) return `up to ${number(largestNorm(layers))}, ${counted(count, "outlier")}`;
   const value = normAt(layers, at);
   return `${number(value)}, ${number(value / median)} × median${layers.outliers[at] ? ", outlier" : ""}`;
 }

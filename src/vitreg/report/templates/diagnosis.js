@@ -29,7 +29,7 @@ function drawNorms() {
     svg(c.root, "rect", { class: outlier ? "bar-outlier" : "bar-typical", ...box });
   }));
   byId("histogram-says").textContent = threshold === null
-    ? "No patch counts as an outlier after this block."
+    ? S.has_artifacts === null ? "There are too few patches to tell outliers from the rest." : "No patch counts as an outlier after this block."
     : `After block ${state.block}, ${percent(share)} of patches reach the threshold of ${number(threshold)}.`;
 }
 
@@ -53,7 +53,8 @@ function drawExample(example) {
   if (attention) pens.push(paintAttention(attention, layers));
   for (const pen of pens) outline(pen, layers.outliers);
   const largest = largestNorm(layers), count = total(layers.outliers);
-  example.sum.textContent = `Largest norm ${number(largest)}, ${number(largest / median)} × the median; ${count || "no"} outlier${count === 1 ? "" : "s"} in ${CELLS} patches.`;
+  const found = S.has_artifacts === null ? "" : `; ${counted(count, "outlier")} in ${counted(CELLS, "patch")}`;
+  example.sum.textContent = `Largest norm ${number(largest)}, ${number(largest / median)} × the median${found}.`;
   const at = example.patch;
   if (at === null) return example.readout.replaceChildren();
   for (const pen of pens) markPatch(pen, at);

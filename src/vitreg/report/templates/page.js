@@ -7,14 +7,18 @@ const byId = (id) => document.getElementById(id);
 const state = { block: S.block, query: 0 };
 const rgb = Object.fromEntries(Object.entries(colours).map(([name, hex]) => [name, hex.match(/../g).map((h) => parseInt(h, 16))]));
 
-// ---- numbers in words
-const number = (v) => (v === null || v === undefined ? "–" : v >= 100 ? v.toFixed(0) : v >= 10 ? v.toFixed(1) : v.toFixed(2));
+// ---- numbers in words, as words.py has them; a line may not end before a unit
+const number = (v) => (v == null ? "–" : v.toFixed(Math.abs(v) >= 99.95 ? 0 : Math.abs(v) >= 9.995 ? 1 : 2));
 const percent = (v) => {
-  if (v === null || v === undefined) return "–";
-  return v === 0 || v >= 0.9995 ? `${Math.round(100 * v)} %` : `${(100 * v).toFixed(v < 0.001 ? 3 : v < 0.01 ? 2 : 1)} %`;
+  if (v == null) return "–";
+  if (v === 0 || v === 1) return `${100 * v}\u00a0%`;
+  if (v > 0 && v < 5e-6) return "<0.001\u00a0%";
+  if (v >= 0.9995 && v < 1) return ">99.9\u00a0%";
+  return `${(100 * v).toFixed(v < 0.000995 ? 3 : v < 0.00995 ? 2 : 1)}\u00a0%`;
 };
+const counted = (count, noun) => `${count || "no"} ${noun}${count === 1 ? "" : noun.endsWith("ch") ? "es" : "s"}`;
 const tick = (v) => `${+v.toPrecision(3)}`;
-const tickPercent = (v) => `${tick(100 * v)} %`;
+const tickPercent = (v) => `${tick(100 * v)}\u00a0%`;
 const decode = ([low, high], code) => low * (high / low) ** (code / 255);
 
 function node(tag, properties = {}, ...children) {
