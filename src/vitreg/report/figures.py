@@ -6,7 +6,7 @@ import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 from jaxtyping import Bool, Float
@@ -158,8 +158,8 @@ def _draw(
     for i, detail in enumerate(details):
         sheet.text(detail, MARGIN, 0.4 + i * line, fontsize=9.5, color=QUIET)
     for i, label in enumerate(labels):
-        style = {"rotation": 90, "ha": "center", "fontsize": 9.5, "linespacing": 1.1}
-        sheet.text(label, left - 0.22, top + i * step + height / 2, **style | {"va": "center"})
+        style: dict[str, Any] = {"rotation": 90, "ha": "center", "va": "center", "fontsize": 9.5, "linespacing": 1.1}
+        sheet.text(label, left - 0.22, top + i * step + height / 2, **style)
     columns = [left + i * (width + GAP) for i in range(len(shown))]
     for example, x in zip(shown, columns, strict=True):
         sheet.picture(example.photo, x, top, width, height, example.name)
