@@ -144,6 +144,26 @@ def test_several_blocks_and_several_sizes(sets, features, tmp_path):
         linear_segmentation(train, [larger, val], sets, config)
 
 
+def test_logits_of_a_whole_image_in_all_sizes_are_never_held(sets, features, tmp_path, monkeypatch):
+    train, val = features
+    _, larger = stores(sets, tmp_path, scale=2)
+    segmenter = fit_segmentation(train, sets[0], dataclasses.replace(SHORT, steps=30))
+    ((_, whole),) = segmenter.predict([val, larger], sets[1], [4])
+    made = []
+
+    def spied(self, maps, rows):
+        made.append(upsampled := upsample(self, maps, rows))
+        return upsampled
+
+    upsample = Upsampling.__call__
+    monkeypatch.setattr(Upsampling, "__call__", spied)
+    monkeypatch.setattr("vitreg.probes.segmentation.AT_ONCE", 3 * 120 * 7)
+    ((_, classes),) = segmenter.predict([val, larger], sets[1], [4])
+    np.testing.assert_array_equal(classes, whole)
+    assert len(made) == 2 * 12, "seven rows of 80 at a time, of two sizes"
+    assert max(maps.numel() for maps in made) == 3 * 120 * 7
+
+
 def test_patches_in_any_order_are_those_of_the_store(sets, features, tmp_path):
     train, _ = features
     read = DenseFeatures(train, (0, -1), with_cls=True)

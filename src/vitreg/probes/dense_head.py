@@ -17,7 +17,7 @@ from vitreg.probes.dense_features import DenseFeatures
 from vitreg.probes.features import Progress
 
 _BATCHES_AHEAD = 4
-_AT_ONCE = 2**22
+AT_ONCE = 2**22
 """Numbers that upsampled logits may have at a time: what stays in the cache is computed twice as fast."""
 
 UPSAMPLING = 4
@@ -55,9 +55,10 @@ class Upsampling:
             for old, new in zip(grid, size, strict=True)
         )
 
-    def __call__(self, maps: Float[Tensor, "n P K"]) -> Float[Tensor, "n H W K"]:
+    def __call__(self, maps: Float[Tensor, "n P K"], rows: slice = slice(None)) -> Float[Tensor, "n H W K"]:
+        """The larger maps, or some of their rows."""
         maps = maps.unflatten(1, self._grid)
-        tall = (self._rows @ maps.flatten(2)).unflatten(2, maps.shape[2:])
+        tall = (self._rows[rows] @ maps.flatten(2)).unflatten(2, maps.shape[2:])
         return self._columns @ tall
 
 
@@ -118,7 +119,7 @@ def train_head(
 
     def numbers(tokens: Tensor, truth: Tensor) -> Tensor:
         logits = head(tokens)
-        at_once = max(1, _AT_ONCE // (truth[0].numel() * logits.shape[-1]))
+        at_once = max(1, AT_ONCE // (truth[0].numel() * logits.shape[-1]))
         parts = zip(logits.split(at_once), truth.split(at_once), strict=True)
         return torch.cat([per_pixel(upsampling(part), of_part) for part, of_part in parts])
 

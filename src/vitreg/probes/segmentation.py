@@ -15,7 +15,7 @@ from torch.nn import functional
 
 from vitreg.images import IGNORED, SegmentationSet, evenly, image_size, map_ahead
 from vitreg.probes.dense_features import DenseFeatures, check_stores, check_values, read_targets
-from vitreg.probes.dense_head import UPSAMPLING, LinearHead, Plan, num_steps, train_head
+from vitreg.probes.dense_head import AT_ONCE, UPSAMPLING, LinearHead, Plan, Upsampling, num_steps, train_head
 from vitreg.probes.features import Progress
 from vitreg.probes.protocols import SegmentationConfig
 from vitreg.probes.score import NUM_SHOWN, ProbeResult, Score
@@ -160,15 +160,23 @@ class Segmenter:
 
     @torch.inference_mode()
     def _classes(self, features: Sequence[DenseFeatures], row: int, size: tuple[int, ...]) -> Int64[np.ndarray, "H W"]:
-        maps = [self._logits(of_one_size, row, size) for of_one_size in features]
-        # The largest of the logits is the largest of the probabilities.
-        scores = maps[0] if len(maps) == 1 else torch.stack([logits.softmax(0) for logits in maps]).mean(0)
-        return scores.argmax(0).cpu().numpy()
-
-    def _logits(self, features: DenseFeatures, row: int, size: tuple[int, ...]) -> Float[Tensor, "K H W"]:
-        logits = self.head(features.read([row]).to(self.device))
-        maps = logits.mT.unflatten(-1, features.grid)
-        return functional.interpolate(maps, size, mode="bilinear")[0]
+        """Some rows of pixels at a time: the logits of a whole image in several sizes would be gigabytes."""
+        height, width = size
+        sizes = [
+            (
+                self.head(of_one_size.read([row]).to(self.device)),
+                Upsampling(of_one_size.grid, (height, width), self.device),
+            )
+            for of_one_size in features
+        ]
+        found: list[Tensor] = []
+        at_once = max(1, AT_ONCE // (width * len(self.class_names)))
+        for rows in (slice(first, first + at_once) for first in range(0, height, at_once)):
+            logits, *others = (upsampling(logits, rows) for logits, upsampling in sizes)
+            # The largest of the logits is the largest of the probabilities, whose mean counts as in mmsegmentation.
+            scores = sum((other.softmax(-1) for other in others), logits.softmax(-1)) if others else logits
+            found.append(scores.argmax(-1)[0])
+        return torch.cat(found).cpu().numpy()
 
 
 def _rate(step: int, steps: int, warmup: float) -> float:
