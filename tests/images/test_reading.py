@@ -253,18 +253,35 @@ def test_huge_picture_is_refused_where_pillows_own_limit_is_lifted(tmp_path, mon
         read_image(tmp_path / "a.png")
 
 
-def test_large_picture_is_read_without_pillows_warning(tmp_path, noise):
+def test_a_large_image_is_read_and_only_the_command_line_hides_pillows_warning(tmp_path, noise):
+    """It was hidden from all users of Pillow, by importing vitreg."""
     noise.save(tmp_path / "a.png")
     # In a process of its own, because pytest puts its warning filters before all others.
-    code = (
+    read = (
         "import sys; from PIL import Image; from vitreg.images import read_image;"
         "Image.MAX_IMAGE_PIXELS = 37 * 53 * 2 // 3; print(read_image(sys.argv[1]).size)"
     )
-    command = [sys.executable, "-c", code, str(tmp_path / "a.png")]
-    done = subprocess.run(command, capture_output=True, text=True, check=True)
-    assert "DecompressionBombWarning" not in done.stderr
+    done = subprocess.run([sys.executable, "-c", read, tmp_path / "a.png"], capture_output=True, text=True, check=True)
+    assert "DecompressionBombWarning" in done.stderr
     assert done.stdout.strip() == "(53, 37)"
+    command = (
+        "import sys; from PIL import Image; from vitreg.cli import main; Image.MAX_IMAGE_PIXELS = 37 * 53 * 2 // 3;"
+        "main(['diagnose', sys.argv[1], '--model', 'vitreg_tiny', '--out', sys.argv[2]])"
+    )
+    command = [sys.executable, "-c", command, tmp_path / "a.png", tmp_path / "out"]
+    done = subprocess.run(command, capture_output=True, text=True)
+    assert "DecompressionBombWarning" not in done.stderr, done.stderr
+    assert (tmp_path / "out" / "report.html").exists()
     assert MAX_PIXELS == 178_956_970
+
+
+def test_where_warnings_are_errors_a_large_image_is_not_called_larger_than_it_is(tmp_path, noise, monkeypatch):
+    noise.save(tmp_path / "a.png")
+    monkeypatch.setattr(Image, "MAX_IMAGE_PIXELS", 37 * 53 * 2 // 3)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        with pytest.raises(ImageError, match=r"Pillow \(Image size \(1961 pixels\) exceeds"):
+            read_image(tmp_path / "a.png")
 
 
 def test_bytes_are_read_as_files_are(tmp_path, noise):

@@ -87,8 +87,13 @@ def _run(args: list[str]) -> int:
 
 
 def _call(name: str, args: list[str]) -> int:
+    import warnings
+
     import tyro
 
+    warnings.filterwarnings(
+        "ignore", "Image size .* exceeds limit"
+    )  # Pillow's, about images that are read all the same
     config: Any = (tyro.conf.OmitArgPrefixes, tyro.conf.FlagCreatePairsOff)
     return tyro.cli(command(name), prog=f"vitreg {name}", args=args, config=config)
 

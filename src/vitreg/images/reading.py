@@ -6,7 +6,6 @@ import io
 import os
 import re
 import stat
-import warnings
 from collections.abc import Iterable, Iterator
 from pathlib import Path
 
@@ -18,9 +17,6 @@ MAX_PIXELS = 178_956_970
 
 EXTENSIONS = frozenset({"avif", "bmp", "gif", "jpeg", "jpg", "pgm", "png", "ppm", "tif", "tiff", "webp"})
 """What counts as a picture in folders and patterns; a file that is named is read whatever it is called."""
-
-# Pillow warns from half of its limit on, about pictures that are read all the same.
-warnings.filterwarnings("ignore", category=Image.DecompressionBombWarning)
 
 _ORIENTATION_TAG = 0x0112
 _UPRIGHT = {
@@ -77,7 +73,9 @@ def _read(source: Path | io.BytesIO, name: str) -> Image.Image:
             return _upright(_to_rgb(image), _orientation(image))
     except MemoryError:
         raise
-    except (Image.DecompressionBombError, Image.DecompressionBombWarning):
+    except Image.DecompressionBombWarning as error:  # above half of the limit, where warnings are made errors
+        raise ImageError(f"{name} is refused by Pillow ({error}); make it smaller, or allow the warning") from None
+    except Image.DecompressionBombError:
         raise ImageError(f"{name} has more than {MAX_PIXELS / 1e6:.0f} million pixels; make it smaller first") from None
     except PermissionError:
         raise ImageError(f"{name} may not be read; check its permissions") from None

@@ -15,7 +15,8 @@ from vitreg.model.rope import Rotation, rotate
 Record = Callable[[str, Tensor], None]
 """Called with the name and the value of an intermediate of a block while it runs; see `trace`."""
 
-TILED_CPU = torch.cpu._is_amx_tile_supported()
+# A private function of PyTorch's, which may be gone one day: then the CPU counts as one without tiles.
+TILED_CPU = bool(getattr(torch.cpu, "_is_amx_tile_supported", lambda: False)())
 TILE, MAX_PADDED = 16, 1024
 
 # The rows recomputed at once: softmax over [B, H, rows, T] stays below 64 MiB in float32.
