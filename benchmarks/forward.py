@@ -15,9 +15,10 @@ from pathlib import Path
 import timm
 import torch
 import transformers
-from timing import forward_flops, interleaved, machine, matrix_rate, median_ratio
+from timing import interleaved, machine, matrix_rate, median_ratio
 
 import vitreg
+from vitreg.training.throughput import forward_flops
 
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
 
@@ -59,7 +60,7 @@ def main() -> None:
             for registers in (False, True):
                 ours, peer, other = models(size, registers, pixels, device)
                 images = torch.randn(batch, 3, pixels, pixels, device=device)
-                flops = forward_flops(ours.config, ours.config.grid, batch)
+                flops = batch * forward_flops(ours.config, ours.config.grid)
                 for label in args.dtypes:
                     dtype = DTYPES[label]
                     ours.to(dtype), peer.to(dtype), other.to(dtype)

@@ -22,12 +22,13 @@ import tempfile
 from pathlib import Path
 
 import torch
-from timing import forward_flops, interleaved, machine, matrix_rate
+from timing import interleaved, machine, matrix_rate
 from torch.profiler import ProfilerActivity, profile
 from torch.utils.flop_counter import FlopCounterMode
 
 import vitreg
 from vitreg.training.sizes import sized
+from vitreg.training.throughput import forward_flops
 
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
 AGAIN = "again"
@@ -81,7 +82,7 @@ def measure(size: str, pixels: int, counts: list[int], batch: int, repeats: int,
         times = interleaved(runs | {AGAIN: runs["0"]}, repeats)
         memory = {count: peak_memory(vit, images) for count, vit in vits.items()}
     flops = {count: counted_flops(vit.config) for count, vit in vits.items()}
-    formula = {count: forward_flops(vit.config, vit.config.grid, 1) for count, vit in vits.items()}
+    formula = {count: forward_flops(vit.config, vit.config.grid) for count, vit in vits.items()}
     tokens = {
         count: vit.config.num_prefix_tokens + vit.config.grid[0] * vit.config.grid[1] for count, vit in vits.items()
     }
@@ -170,7 +171,7 @@ def main() -> None:
         for pixels in args.resolutions:
             config = sized(size, patch_size=14, image_size=pixels, num_registers=0)
             # Each number of registers and the second run without, two warm-ups and the memory beside the repeats.
-            work += forward_flops(config, config.grid, batch_of(size, pixels)) * (len(counts) + 1) * (args.repeats + 3)
+            work += batch_of(size, pixels) * forward_flops(config, config.grid) * (len(counts) + 1) * (args.repeats + 3)
     rate = matrix_rate(DTYPES[label], device)
     print(f"{machine()}, {label} {rate / 1e12:.2f} TFLOP/s; about {work / rate / USUAL_SHARE / 60:.1f} minutes")
     print(f"| {HEADER} |\n|{'---|' * len(HEADER.split('|'))}")

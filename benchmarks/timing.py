@@ -52,11 +52,3 @@ def matrix_rate(dtype: torch.dtype, device: str) -> float:
     a, b = (torch.randn(side, side, dtype=dtype, device=device) for _ in range(2))
     times = interleaved({"matmul": lambda: a @ b}, 9)["matmul"]
     return 2 * side**3 / statistics.median(times)
-
-
-def forward_flops(config, grid: tuple[int, int], batch: int) -> float:
-    """Multiply-adds count twice: patch embedding, the four projections, both attention products, the MLP."""
-    patches = grid[0] * grid[1]
-    tokens, dim = patches + config.num_prefix_tokens, config.embed_dim
-    block = 2 * tokens * dim * (4 * dim + (3 if config.gated_mlp else 2) * config.mlp_dim) + 4 * tokens**2 * dim
-    return batch * (config.depth * block + 2 * patches * 3 * config.patch_size**2 * dim)

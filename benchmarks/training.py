@@ -1,6 +1,6 @@
 """Is a training step as fast as a plain loop around timm's model? Same weights, batch, loss, optimizer and dtype.
 
-    python benchmarks/training.py [--size base] [--batch 128] [--precision bfloat16] [--compile] [--drop-path 0.4]
+    python benchmarks/training.py [--size base] [--batch 128] [--dtype bfloat16] [--compile] [--drop-path 0.4]
     python benchmarks/training.py --data imagenet/    # also: how many pictures a second are decoded and augmented
 
 The ratio is our time over theirs, the median of pairs of interleaved runs; below 1 we are faster. A step is forward,
@@ -17,7 +17,7 @@ from pathlib import Path
 
 import timm
 import torch
-from timing import forward_flops, interleaved, machine, matrix_rate, median_ratio
+from timing import interleaved, machine, matrix_rate, median_ratio
 from timm.layers.drop import DropPath
 from timm.loss.binary_cross_entropy import BinaryCrossEntropy
 from timm.optim._param_groups import param_groups_weight_decay
@@ -44,7 +44,7 @@ def plain_loop(learner: Learner, batch: dict[str, torch.Tensor]):
     groups = param_groups_weight_decay(model, config.optimizer.weight_decay, ("pos_embed", "cls_token", "reg_token"))
     optimizer = Lamb(groups, lr=config.optimizer.lr, eps=config.optimizer.eps, max_grad_norm=None)
     loss = BinaryCrossEntropy(target_threshold=0.0)
-    half = config.precision == "bfloat16"
+    half = config.half
 
     def step() -> None:
         with torch.autocast(device.type, torch.bfloat16, enabled=half):
@@ -65,7 +65,7 @@ def compare(args: argparse.Namespace, processes: Processes) -> dict:
         batch_size=args.batch,
         num_steps=10**6,
         drop_path=args.drop_path,
-        precision=args.precision,
+        dtype=args.dtype,
         compile=args.compile,
         optimizer=dataclasses.replace(config.optimizer, lr=1e-6, warmup_steps=0),
     )
@@ -76,15 +76,15 @@ def compare(args: argparse.Namespace, processes: Processes) -> dict:
     runs = {"ours": lambda: learner.advance([batch]), "timm": plain_loop(learner, batch)}
     times = interleaved(runs, args.repeats)
     middle = statistics.median(times["ours"])
-    rate = matrix_rate(torch.bfloat16 if args.precision == "bfloat16" else torch.float32, processes.device.type)
-    flops = 3 * forward_flops(config.model, config.model.grid, args.batch)
+    rate = matrix_rate(getattr(torch, args.dtype), processes.device.type)
+    flops = args.batch * config.method.flops(config.model, 1 - args.drop_path)
     quarter = args.repeats // 4
     ratios = sorted(a / b for a, b in zip(times["ours"], times["timm"], strict=True))
     return {
         "model": f"{args.size}/16",
         "registers": args.registers,
         "batch": args.batch,
-        "precision": args.precision,
+        "dtype": args.dtype,
         "compiled": args.compile,
         "drop_path": args.drop_path,
         "milliseconds": 1e3 * middle,
@@ -115,7 +115,7 @@ def main() -> None:
     parser.add_argument("--size", default="base" if on_gpu else "small")
     parser.add_argument("--registers", type=int, default=4)
     parser.add_argument("--batch", type=int, default=256 if on_gpu else 8)
-    parser.add_argument("--precision", default="bfloat16" if on_gpu else "float32", choices=("float32", "bfloat16"))
+    parser.add_argument("--dtype", default="bfloat16" if on_gpu else "float32", choices=("float32", "bfloat16"))
     parser.add_argument("--compile", action="store_true")
     parser.add_argument("--drop-path", type=float, default=0.0)
     parser.add_argument("--repeats", type=int, default=15)
@@ -129,7 +129,7 @@ def main() -> None:
     results = {"machine": machine(), "step": compare(args, processes)}
     step = results["step"]
     print(
-        f"ViT-{step['model']}, {args.registers} registers, batch {args.batch}, {args.precision}"
+        f"ViT-{step['model']}, {args.registers} registers, batch {args.batch}, {args.dtype}"
         f"{', compiled' if args.compile else ''}, drop path {args.drop_path}: {step['milliseconds']:.0f} ms, "
         f"{step['images_per_second']:.4g} images/s, {step['to_timm']:.3f} of timm's time "
         f"({step['quartiles'][0]:.3f} to {step['quartiles'][1]:.3f}), "

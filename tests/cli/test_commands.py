@@ -263,8 +263,8 @@ def test_the_command_line_is_frozen():
         "timeline": ["json", "out", "runs"],
         "train": [
             "accumulation", "batch_size", "checkpoint_every", "compile", "data", "device", "diagnose_every",
-            "drop_path", "ema_decay", "epochs", "gradient_checkpointing", "image_size", "json", "log_every", "lr",
-            "out", "patch_size", "precision", "recipe", "registers", "resume", "seed", "sharding", "size", "smoke",
+            "drop_path", "dtype", "ema_decay", "epochs", "gradient_checkpointing", "image_size", "json", "log_every",
+            "lr", "out", "patch_size", "recipe", "registers", "resume", "seed", "sharding", "size", "smoke",
             "steps", "val", "warmup_steps", "weight_decay", "workers",
         ],
     }  # fmt: skip

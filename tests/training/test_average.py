@@ -21,7 +21,7 @@ def test_average_is_the_literal_one():
         decay = min(0.5, (1 + step) / (10 + step))  # reaches 0.5 at step 8
         for name, parameter in vit.named_parameters():
             expected[name] = decay * expected[name] + (1 - decay) * parameter.detach().double()
-    for name, tensor in average.state().items():
+    for name, tensor in average.tensors.items():
         torch.testing.assert_close(tensor.double(), expected[name], rtol=1e-5, atol=1e-6)
     assert not average.tensors["registers"].requires_grad
 

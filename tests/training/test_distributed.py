@@ -9,12 +9,15 @@ import signal
 import socket
 import subprocess
 import sys
+import tarfile
 from pathlib import Path
 
 import pytest
 import torch
+import torch.multiprocessing
 
 import vitreg
+from training import opening_ranks
 from training.commands import Run, log
 
 SIZES = ("--image-size", "32", "--patch-size", "16", "--batch-size", "8", "--diagnose-every", "0", "--device", "cpu")
@@ -35,12 +38,15 @@ SETTINGS = (
 )
 
 
-def ranks(number: int, *args: object, told: Path) -> list[Run]:
-    """`vitreg train` in so many processes, as torchrun would start them but without its seconds of imports."""
+def free_port() -> int:
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
-        port = free.getsockname()[1]
-    shared = {"WORLD_SIZE": str(number), "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}
+        return free.getsockname()[1]
+
+
+def ranks(number: int, *args: object, told: Path) -> list[Run]:
+    """`vitreg train` in so many processes, as torchrun would start them but without its seconds of imports."""
+    shared = {"WORLD_SIZE": str(number), "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(free_port())}
     return [
         Run(
             *("train", *args),
@@ -145,6 +151,21 @@ def test_all_stop_where_one_dies_and_one_process_can_go_on(class_folders, tmp_pa
     (out / "config.json").write_text(json.dumps(config | {"num_steps": len(losses(out)) + 6}))
     finish(ranks(1, "--resume", out, "--workers", "0", "--device", "cpu", told=tmp_path / "again"))
     assert [entry["step"] for entry in log(out)] == list(range(1, len(losses(out)) + 1))
+
+
+@pytest.mark.slow
+def test_tars_are_scanned_by_the_first_process_alone(class_folders, tmp_path):
+    with tarfile.open(tmp_path / "set.tar", "w") as tar:
+        for number, path in enumerate(sorted((class_folders / "train").rglob("*.jpg"))):
+            (tmp_path / "label").write_text(str(number % 4))
+            tar.add(path, f"{number:03}.jpg")
+            tar.add(tmp_path / "label", f"{number:03}.cls")
+    place = (2, free_port(), tmp_path / "set.tar", tmp_path)
+    torch.multiprocessing.spawn(opening_ranks.run, place, nprocs=2)
+    first, second = ((tmp_path / f"{rank}.txt").read_text().splitlines() for rank in range(2))
+    assert (first[0], second[0]) == ("1", "0")
+    assert first[1:] == second[1:]
+    assert len(first) == 58  # a twentieth is held out
 
 
 @pytest.mark.parametrize(

@@ -18,9 +18,11 @@ import torch
 import vitreg
 from training.commands import Run, log
 from training.small import small_config
+from vitreg import cli
 from vitreg.images import open_split
 from vitreg.training import open_data, resume, train
 from vitreg.training.learner import Learner
+from vitreg.training.recipes import config_from_dict
 from vitreg.training.run_folder import RunFolder
 from vitreg.training.supervised import Supervised
 
@@ -319,27 +321,29 @@ def claimed_by_another(run: Path) -> str:
 
 
 def test_held_out_pictures_are_not_trained_on(class_folders):
-    images, held_out = open_data(class_folders / "train", None, seed=0)
+    opened = open_data(class_folders / "train")
+    images, held_out = opened.images, opened.held_out
     ours, theirs = ({part.name(i) for i in range(len(part))} for part in (images, held_out))
     assert (len(ours), len(theirs)) == (57, 3)
     assert not ours & theirs
     assert images.labels is not None
     assert all(images.name(i).split("/")[-2] == images.classes[images.labels[i]] for i in range(57))
-    again, _ = open_data(class_folders / "train", None, seed=0)
+    again = open_data(class_folders / "train").images
     assert [again.name(i) for i in range(57)] == [images.name(i) for i in range(57)]
-    assert {held.name(i) for _, held in [open_data(class_folders / "train", None, seed=1)] for i in range(3)} != theirs
+    other = open_data(class_folders / "train", seed=1).held_out
+    assert {other.name(i) for i in range(3)} != theirs
 
 
 def test_the_val_part_is_held_out_and_others_may_be_given(class_folders, folders):
-    train_part, held_out = open_data(class_folders, None, 0)
-    assert (len(train_part), len(held_out)) == (60, 12)
+    opened = open_data(class_folders)
+    assert (len(opened.images), len(opened.held_out)) == (60, 12)
     for data in (class_folders / "train", class_folders):
-        given = open_data(data, folders / "val", 0)
-        assert [len(part) for part in given] == [60, 12]
-        assert given[1].source == str(folders / "val")
+        given = open_data(data, folders / "val")
+        assert (len(given.images), len(given.held_out)) == (60, 12)
+        assert given.held_out.source == str(folders / "val")
     shutil.rmtree(folders / "val" / "class0")
     with pytest.raises(ValueError, match="must have the same classes"):
-        open_data(class_folders / "train", folders / "val", 0)
+        open_data(class_folders / "train", folders / "val")
     with pytest.raises(ValueError, match="must have the same classes"):
         open_split(folders)
 
@@ -450,3 +454,28 @@ def test_entries_are_told(class_folders, tmp_path):
     told: list = []
     assert go(small_config(4, log_every=2, diagnose_every=4), class_folders, tmp_path / "run", on_log=told.append)
     assert [(entry["step"], "blocks" in entry) for entry in told] == [(2, False), (4, False), (4, True)]
+
+
+def test_runs_of_the_first_version_called_the_dtype_precision(run):
+    config = json.loads((run / "config.json").read_text())
+    config["precision"] = "bfloat16"
+    del config["dtype"]
+    assert config_from_dict(config).dtype == "bfloat16"
+
+
+def test_the_pictures_are_in_memory_once(test_data, tmp_path, monkeypatch):
+    """`vitreg train` opened them to build the config, and `training.train` again."""
+    import pyarrow
+
+    file = test_data / "tiny-imagenet-100" / "val.parquet"
+    before, held, advance = pyarrow.total_allocated_bytes(), [], Learner.advance
+
+    def measured(self, batches):
+        held.append(pyarrow.total_allocated_bytes() - before)
+        return advance(self, batches)
+
+    monkeypatch.setattr(Learner, "advance", measured)
+    args = ("train", "deit3", "--data", file, "--smoke", "--batch-size", 2, "--steps", 1, "--workers", 0)
+    with pytest.raises(SystemExit, match="0"):
+        cli.main([*map(str, args), "--device", "cpu", "--out", str(tmp_path / "run")])
+    assert 0.9 * file.stat().st_size < held[0] < 1.3 * file.stat().st_size

@@ -6,34 +6,64 @@ import dataclasses
 
 import pytest
 import torch
+from torch.nn.attention import SDPBackend, sdpa_kernel
+from torch.utils.flop_counter import FlopCounterMode
 
+from training.contrastive_ranks import random_batch as captioned
+from training.distillation_steps import random_batch as crops
+from training.distillation_steps import small_method
 from training.small import small_config
-from vitreg.training.throughput import flops_per_picture, matrix_rate
+from vitreg.model import VisionTransformer
+from vitreg.training import clip
+from vitreg.training.multi_crop import locate_hidden
+from vitreg.training.throughput import forward_flops, matrix_rate
 
 
-def test_the_work_of_a_picture_is_that_of_its_matrix_products():
-    """Forward: twice the multiplications; backward: two products for each, but none for the pixels."""
-    config = small_config()
-    width, hidden, patches, classes = 32, 64, 4, 4
-    tokens = patches + 1 + 4
-    block = 2 * tokens * width * (3 * width + width + 2 * hidden) + 2 * 2 * tokens**2 * width
-    embedding = 2 * patches * 3 * 16**2 * width
-    expected = 3 * (2 * block + 2 * width * classes) + 2 * embedding
-    batch = {"image": torch.randn(2, 3, 32, 32), "target": torch.rand(2, classes)}
-    assert flops_per_picture(config, batch) == pytest.approx(expected, rel=0.03)
+def counted(config, model, batch) -> float:
+    """By PyTorch's counter, for one picture."""
+    method = config.build(model).train()
+    # The counter does not know the CPU's fused attention; the plain one has the same operations.
+    with FlopCounterMode(display=False) as counter, sdpa_kernel(SDPBackend.MATH):
+        method(batch, 0.5)["loss"].backward()
+    return counter.get_total_flops() / 8
 
 
-def test_registers_cost_what_their_tokens_do():
-    batch = {"image": torch.randn(2, 3, 32, 32), "target": torch.rand(2, 4)}
-    none, four, eight = (
-        flops_per_picture(dataclasses.replace(c, model=dataclasses.replace(c.model, num_registers=number)), batch)
-        for c in [small_config()]
-        for number in (0, 4, 8)
+def test_the_work_of_a_step_is_that_of_its_matrix_products():
+    """The formulas, for which nothing is built, against PyTorch's count.
+
+    In deep models, where it hardly counts that pixels have no gradient.
+    """
+    config = dataclasses.replace(small_config(), model=dataclasses.replace(small_config().model, depth=16))
+    batch = {"image": torch.randn(8, 3, 32, 32), "target": torch.rand(8, 4)}
+    assert config.method.flops(config.model, 1.0) == pytest.approx(
+        counted(config.method, config.model, batch), rel=0.05
     )
-    assert none < four < eight
-    # Linear but for the attention, whose work grows with the square of the tokens.
-    attention = 3 * 2 * 2 * 2 * 32
-    assert (eight - four) - (four - none) == pytest.approx(attention * (13**2 - 2 * 9**2 + 5**2), rel=1e-6)
+
+    contrastive = clip(num_images=8, size="micro", image_size=64)
+    assert contrastive.method.flops(contrastive.model, 1.0) == pytest.approx(
+        counted(contrastive.method, contrastive.model, captioned(8) | {"text": torch.ones(8, 32, dtype=torch.int64)}),
+        rel=0.05,
+    )
+
+    method = small_method()
+    masks = torch.zeros(8, 2, 16, dtype=torch.bool)
+    masks[:, 0, :4] = True  # as many as are to be expected: half of the crops, 10 to 50 per cent; here 25
+    batch = crops() | {"mask": masks} | locate_hidden(masks)
+    crops_config = dataclasses.replace(method.config.crops, mask_ratio=(0.1, 0.4))
+    distillation = dataclasses.replace(method.config, crops=crops_config)
+    model = dataclasses.replace(method.vit.config, depth=16)
+    assert distillation.flops(model, 1.0) == pytest.approx(counted(distillation, model, batch), rel=0.05)
+
+
+@pytest.mark.parametrize("gated", [False, True])
+def test_a_forward_pass_is_counted_by_its_shapes(gated):
+    model = dataclasses.replace(small_config().model, gated_mlp=gated, num_classes=0)
+    vit = VisionTransformer(model)
+    with FlopCounterMode(display=False) as counter, sdpa_kernel(SDPBackend.MATH), torch.no_grad():
+        vit(torch.randn(1, 3, 64, 32))
+    assert forward_flops(model, (4, 2)) == counter.get_total_flops()
+    embedding = forward_flops(model, (4, 2), 0.0)
+    assert forward_flops(model, (4, 2), 0.5) - embedding == (forward_flops(model, (4, 2)) - embedding) / 2
 
 
 def test_the_matrix_rate_is_a_rate():

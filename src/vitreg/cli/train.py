@@ -46,7 +46,7 @@ def train(
     ema_decay: float | None = None,
     seed: int | None = None,
     accumulation: int | None = None,
-    precision: Literal["float32", "bfloat16"] | None = None,
+    dtype: Literal["float32", "bfloat16"] | None = None,
     sharding: Literal["ddp", "fsdp"] | None = None,
     compile: bool = False,
     gradient_checkpointing: bool = False,
@@ -90,7 +90,7 @@ def train(
         ema_decay: save a moving average of the weights.
         seed: of everything random.
         accumulation: split each process's part of a batch into so many passes, to save memory.
-        precision: bfloat16 computes in half precision and keeps the weights in float32.
+        dtype: bfloat16 computes in half precision and keeps the weights in float32.
         sharding: ddp copies the model to every process, fsdp spreads it over them.
         compile: torch.compile the blocks.
         gradient_checkpointing: recompute blocks in the backward pass, to save memory.
@@ -112,7 +112,7 @@ def train(
         "ema_decay": ema_decay,
         "seed": seed,
         "accumulation": accumulation,
-        "precision": precision,
+        "dtype": dtype,
         "sharding": sharding,
         "compile": compile or None,
         "gradient_checkpointing": gradient_checkpointing or None,
@@ -128,10 +128,10 @@ def train(
         return _conclude(RunFolder(resume), done, as_json=json)
     if recipe is None or data is None:
         raise ValueError("give a recipe and --data, as in: vitreg train deit3 --data imagenet/; or --resume RUN")
-    images, _ = training.open_data(data, val, seed or 0)
+    opened = training.open_data(data, val, seed=seed or 0, device=device)
     config = training.RECIPES[recipe](
-        num_images=len(images),
-        num_classes=len(images.classes),
+        num_images=len(opened.images),
+        num_classes=len(opened.images.classes),
         num_registers=4 if registers is None else registers,
         size=size,
         smoke=smoke,
@@ -139,7 +139,7 @@ def train(
     )
     config = _changed(config, optimizer, rest)
     with _telling(RunFolder(out), quiet=json) as tell:
-        done = training.train(config, data, out, val=val, device=device, num_workers=workers, on_log=tell)
+        done = training.train(config, opened, out, device=device, num_workers=workers, on_log=tell)
     return _conclude(RunFolder(out), done, as_json=json)
 
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable
 
 import torch
+import torch.nn.functional as F
 from jaxtyping import Float, Int
 from torch import Tensor, nn
 
@@ -85,6 +86,14 @@ class Mlp(nn.Module):
         return x.index_copy_(-1, neurons, moved)
 
 
+class BlockNorm(nn.LayerNorm):
+    """Takes weights that FSDP gathered in half precision for tokens in float32, which a CPU's layer norm refuses."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        weight, bias = self.weight.to(x.dtype), self.bias.to(x.dtype)
+        return F.layer_norm(x, self.normalized_shape, weight, bias, self.eps)
+
+
 class Block(nn.Module):
     """Pre-norm Transformer block: `x + s1 attn(norm1(x))`, then `x + s2 mlp(norm2(x))`.
 
@@ -102,13 +111,13 @@ class Block(nn.Module):
         super().__init__()
         self.parallel = config.parallel
         self.test_time_registers, self.num_copies = config.test_time_registers, config.num_attention_copies
-        self.norm1 = nn.LayerNorm(config.embed_dim, config.norm_eps)
+        self.norm1 = BlockNorm(config.embed_dim, config.norm_eps)
         self.attn = DifferentialAttention(config, index) if config.differential else Attention(config)
         self.mlp = Mlp(config, tuple(unit for block, unit in config.register_neurons if block == index))
         self.scale1 = nn.Parameter(torch.empty(config.embed_dim)) if config.layer_scale else None
         self.norm2 = self.scale2 = None
         if not self.parallel:
-            self.norm2 = nn.LayerNorm(config.embed_dim, config.norm_eps)
+            self.norm2 = BlockNorm(config.embed_dim, config.norm_eps)
             self.scale2 = nn.Parameter(torch.empty(config.embed_dim)) if config.layer_scale else None
 
     def forward(

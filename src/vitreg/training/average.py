@@ -9,7 +9,7 @@ from torch import Tensor
 from torch.optim.swa_utils import get_ema_multi_avg_fn
 
 from vitreg.model import VisionTransformer
-from vitreg.training.processes import local, whole
+from vitreg.training.processes import local
 
 
 @torch.no_grad()
@@ -35,7 +35,3 @@ class Average:
     def update(self, vit: VisionTransformer, step: int) -> None:
         """After optimizer step `step`, counted from 1."""
         follow(self.tensors.values(), vit.parameters(), min(self.decay, (1 + step) / (10 + step)))
-
-    def state(self) -> dict[str, Tensor]:
-        """All of it, gathered; every process has to ask."""
-        return {name: whole(tensor) for name, tensor in self.tensors.items()}

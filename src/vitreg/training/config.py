@@ -35,6 +35,15 @@ class MethodConfig(Settings):
         """The method, with a freshly initialised model."""
         raise NotImplementedError
 
+    def flops(self, model: ViTConfig, kept: float) -> float:
+        """Floating-point operations of a step, for one picture; a backward pass has twice those of its forward pass.
+
+        Args:
+            model: the Vision Transformer.
+            kept: the share of its residual branches that stochastic depth computes.
+        """
+        raise NotImplementedError
+
     def views(self, model: ViTConfig, images: ImageSet) -> Views:
         """What is made of the pictures.
 
@@ -88,7 +97,7 @@ class TrainingConfig:
         layer_scale: what LayerScale starts from, where the model has it.
         drop_path: rate of stochastic depth, the same in every block.
         ema_decay: of the averaged weights that are diagnosed and saved; 0 keeps no average.
-        precision: bfloat16 keeps the weights in float32 and computes in bfloat16.
+        dtype: bfloat16 keeps the weights in float32 and computes in bfloat16.
         sharding: ddp copies the model to every process, fsdp spreads it over them (FSDP2).
         compile: run the blocks through `torch.compile`.
         gradient_checkpointing: recompute blocks in the backward pass, to save memory.
@@ -107,7 +116,7 @@ class TrainingConfig:
     layer_scale: float = 1e-5
     drop_path: float = 0.0
     ema_decay: float = 0.0
-    precision: Literal["float32", "bfloat16"] = "float32"
+    dtype: Literal["float32", "bfloat16"] = "float32"
     sharding: Literal["ddp", "fsdp"] = "ddp"
     compile: bool = False
     gradient_checkpointing: bool = False
@@ -131,6 +140,11 @@ class TrainingConfig:
             raise ValueError(
                 "clip compares the pictures of a whole batch; leave accumulation at 1, add processes instead"
             )
+
+    @property
+    def half(self) -> bool:
+        """Whether the networks compute in bfloat16."""
+        return self.dtype == "bfloat16"
 
     def to_dict(self) -> dict[str, Any]:
         """JSON types; `recipes.config_from_dict` is the inverse."""

@@ -19,6 +19,7 @@ from vitreg.training.config import MethodConfig
 from vitreg.training.method import Batch, Companions, Method
 from vitreg.training.retrieval import retrieval
 from vitreg.training.sizes import Size
+from vitreg.training.throughput import block_flops, forward_flops
 
 # Width (and width of the common space), layers, heads, context length. From tiny on those of open_clip's ViT-S-16-alt,
 # ViT-S-16, ViT-B-16, ViT-L-14, ViT-H-14 and ViT-g-14.
@@ -82,6 +83,11 @@ class ContrastiveConfig(MethodConfig):
             ValueError: the model has no projection, or open_clip is not installed.
         """
         return Contrastive(model, self)
+
+    def flops(self, model: ViTConfig, kept: float) -> float:
+        """Those of both towers, each caption of full length."""
+        text = self.text_layers * block_flops(self.context_length, self.text_width, 8 * self.text_width)
+        return 3 * (forward_flops(model, model.grid, kept) + text)
 
     def views(self, model: ViTConfig, images: ImageSet) -> CaptionViews:
         """One caption and one crop of a picture at a time.

@@ -10,7 +10,7 @@ from typing import Any
 from vitreg.images import ImageSet
 from vitreg.training.config import TrainingConfig
 from vitreg.training.journal import Journal, not_finite
-from vitreg.training.learner import Learner
+from vitreg.training.learner import Learner, Product
 from vitreg.training.processes import Processes
 from vitreg.training.run_folder import RunFolder
 from vitreg.training.samples import SampleStream, fetch, worker_deaths
@@ -59,7 +59,7 @@ class Training:
         self.config, self.folder, self.processes = config, folder, processes
         self._num_workers = num_workers
         self.stream = SampleStream(images, config.method.views(config.model, images), config.seed)
-        self.journal = Journal(config, folder, processes, self.stream, on_log)
+        self.journal = Journal(config, folder, processes, on_log)
         self.learner = Learner(config, processes)
         self.watch = Watch(config, held_out, processes.device)
         processes.on_first(lambda: self.watch.read(config.model.preprocess))
@@ -113,15 +113,17 @@ class Training:
         # Processes have to agree on stopping, so several of them do it where they meet anyway.
         if saved or watched or step % config.log_every == 0 or (self._stopped and self.processes.world == 1):
             stop = self.journal.flush(self._stopped)
-        if (watched or saved or stop) and not self.learner.is_finite():
-            raise not_finite(f"weights are not finite after step {step}", self.folder)
-        if watched:
-            self.diagnose()
-        if saved or stop:
-            self.checkpoint()
+        if watched or saved or stop:
+            if not self.learner.is_finite():
+                raise not_finite(f"weights are not finite after step {step}", self.folder)
+            product = self.learner.product()
+            if watched:
+                self.diagnose(product)
+            if saved or stop:
+                self.checkpoint(product)
         return stop and not done
 
-    def checkpoint(self) -> None:
+    def checkpoint(self, product: Product | None) -> None:
         """Write the model as it is, and what resuming needs.
 
         In this order, so that a run that is killed in between goes on from before: after the last checkpoint nothing
@@ -130,27 +132,33 @@ class Training:
         Raises:
             ValueError: they cannot be written.
         """
-        vit, companions = self.learner.product()
-        self.processes.on_first(lambda: self.journal.save(self.learner.method, vit, companions))
+
+        def save() -> None:
+            assert product is not None
+            self.journal.save(self.learner.method, *product)
+
+        self.processes.on_first(save)
         save_snapshot(self.folder.checkpoints, self.learner)
 
-    def diagnose(self) -> None:
+    def diagnose(self, product: Product | None) -> None:
         """Look at held-out pictures and note what is seen.
 
         Raises:
             ValueError: the model's tokens are not finite, or what is seen cannot be written.
         """
-        step, method = self.learner.step, self.learner.method
-        vit, companions = self.learner.product()
-        final = step == self.config.num_steps
+        step = self.learner.step
 
         def look() -> None:
+            assert product is not None
+            vit, companions = product
+            vit.to(self.processes.device)
             try:
-                found = self.watch.look(method, vit, companions, final=final)
+                found = self.watch.look(self.learner.method, vit, companions, final=step == self.config.num_steps)
             except ValueError as error:
                 raise ValueError(
                     f"cannot diagnose step {step}: {error}; {last_good(self.folder.checkpoints)}"
                 ) from error
+            vit.cpu()
             self.journal.diagnosed(step, found)
 
         self.processes.on_first(look)

@@ -21,9 +21,8 @@ from vitreg.training.config import TrainingConfig
 from vitreg.training.method import Companions, Method
 from vitreg.training.processes import Processes
 from vitreg.training.run_folder import RunFolder
-from vitreg.training.samples import SampleStream
 from vitreg.training.snapshots import last_good
-from vitreg.training.throughput import flops_per_picture, matrix_rate
+from vitreg.training.throughput import matrix_rate
 
 
 class Journal:
@@ -31,7 +30,6 @@ class Journal:
 
     Args:
         config, folder, processes: of the run.
-        stream: two pictures are taken from it, to count the work of a step.
         on_log: called with every entry, on the first process.
     """
 
@@ -40,12 +38,11 @@ class Journal:
         config: TrainingConfig,
         folder: RunFolder,
         processes: Processes,
-        stream: SampleStream,
         on_log: Callable[[dict[str, Any]], None] | None,
     ) -> None:
         self._config, self._folder, self._processes, self._on_log = config, folder, processes, on_log
-        dtype = torch.bfloat16 if config.precision == "bfloat16" else torch.float32
-        self._floor = flops_per_picture(config, stream[range(2)][0]) / matrix_rate(processes.device, dtype)
+        rate = matrix_rate(processes.device, getattr(torch, config.dtype))
+        self._floor = config.method.flops(config.model, 1 - config.drop_path) / rate
         self._noted: list[tuple[int, dict[str, Tensor | float]]] = []
         self._skipped: set[str] = set()
         self._board: Any = None

@@ -14,12 +14,14 @@ from vitreg.checkpoints.state import build
 from vitreg.model import Block, VisionTransformer
 from vitreg.training.average import Average
 from vitreg.training.config import TrainingConfig
-from vitreg.training.memory import out_of_memory
 from vitreg.training.method import Batch, Companions, Method
 from vitreg.training.optimizer import build_optimizer, set_schedules
 from vitreg.training.processes import Processes, distribute, local, whole
 from vitreg.training.randomness import fixed_randomness, seed_step
 from vitreg.training.stochastic_depth import add_stochastic_depth
+
+Product = tuple[VisionTransformer, Companions]
+"""A model, and the weights of what is saved beside it."""
 
 
 class Learner:
@@ -51,7 +53,7 @@ class Learner:
         if config.compile:
             for block in self.method.vit.blocks:
                 block.compile()
-        self.model = distribute(self.method, processes, config.sharding, config.precision)
+        self.model = distribute(self.method, processes, config.sharding, config.half)
         self.optimizer = build_optimizer(self.method, config.optimizer)
         self.average = Average(self.method.vit, config.ema_decay) if config.ema_decay else None
         self.step = 0
@@ -65,24 +67,19 @@ class Learner:
         Returns:
             What is logged: the method's scalars, on the device, `lr` and, where gradients are clipped, their norm.
 
-        Raises:
-            ValueError: memory ran out.
         """
         config = self.config
         progress = self.step / config.num_steps
         rate = set_schedules(self.optimizer, config.optimizer, self.step, config.num_steps)
         logged: dict[str, Tensor | float] = {"lr": rate}
-        batch: Batch = {}
         for micro, batch in enumerate(batches):
             batch = {name: rows.to(self.processes.device, non_blocking=True) for name, rows in batch.items()}
-            with self._out_of_memory(batch):
-                for name, value in self._backward(batch, micro, progress).items():
-                    logged[name] = logged.get(name, 0) + value / config.accumulation
+            for name, value in self._backward(batch, micro, progress).items():
+                logged[name] = logged.get(name, 0) + value / config.accumulation
         if config.optimizer.clip_norm is not None:
             trained = [p for p in self.method.parameters() if p.grad is not None]
             logged["gradient_norm"] = whole(torch.nn.utils.clip_grad_norm_(trained, config.optimizer.clip_norm))
-        with self._out_of_memory(batch):
-            self.optimizer.step()
+        self.optimizer.step()
         self.optimizer.zero_grad(set_to_none=True)
         self.step += 1
         self.method.after_step(self.step / config.num_steps)
@@ -99,29 +96,26 @@ class Learner:
             self.model.set_requires_gradient_sync(last)
         elif isinstance(self.model, DistributedDataParallel) and not last:
             later = self.model.no_sync()
-        half = config.precision == "bfloat16"
         with later:
-            with torch.autocast(self.processes.device.type, torch.bfloat16, enabled=half):
+            with torch.autocast(self.processes.device.type, torch.bfloat16, enabled=config.half):
                 values = self.model(batch, progress)
             (values["loss"] / config.accumulation).backward()
         return {name: value.detach() for name, value in values.items()}
-
-    def _out_of_memory(self, batch: Batch) -> contextlib.AbstractContextManager[None]:
-        return out_of_memory(self.method, self.optimizer, batch, self.config, self.processes)
 
     def is_finite(self) -> bool:
         """Whether all weights are numbers; every process has to ask."""
         bad = sum((~torch.isfinite(local(p))).any().float() for p in self.method.parameters())
         return not self.processes.mean(torch.as_tensor(bad))
 
-    def product(self) -> tuple[VisionTransformer, Companions]:
-        """The model as it would be saved, and what goes with it; every process has to ask."""
-        state = _state(self.method.product)
-        if self.average is not None:
-            state |= self.average.state()
-        vit = build(self.config.model, state, "the model in training").to(self.processes.device)
-        companions = {name: _state(module) for name, module in self.method.companions().items()}
-        return vit.requires_grad_(False), companions
+    def product(self) -> Product | None:
+        """The model as it would be saved, on the CPU of the first process; every process has to ask."""
+        state = self.method.product.state_dict() | ({} if self.average is None else self.average.tensors)
+        modules = self.method.companions().items()
+        gathered = self.processes.gather(state)
+        companions = {name: self.processes.gather(module.state_dict()) for name, module in modules}
+        if not self.processes.first:
+            return None
+        return build(self.config.model, gathered, "the model in training").requires_grad_(False), companions
 
 
 @torch.no_grad()
@@ -131,8 +125,3 @@ def _start_layer_scale(method: nn.Module, value: float) -> None:
         for scale in (block.scale1, block.scale2):
             if scale is not None:
                 scale.fill_(value)
-
-
-def _state(module: nn.Module) -> dict[str, Tensor]:
-    """The tensors of a module, gathered."""
-    return {name: whole(tensor).detach() for name, tensor in module.state_dict().items()}

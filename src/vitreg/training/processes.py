@@ -5,7 +5,7 @@ from __future__ import annotations
 import contextlib
 import os
 import warnings
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from datetime import timedelta
 from typing import Any, Literal
@@ -92,6 +92,18 @@ class Processes:
             values /= self.world
         return values
 
+    def gather(self, tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
+        """All parts of these tensors, on the CPU of the first process, and nothing on others; every one has to ask.
+
+        One after the other, so that no device holds more than one whole tensor.
+        """
+        gathered = {}
+        for name, tensor in tensors.items():
+            everything = whole(tensor.detach())
+            if self.first:
+                gathered[name] = everything.cpu()
+        return gathered
+
     def barrier(self) -> None:
         """Wait for the others."""
         if self.world > 1:
@@ -120,14 +132,18 @@ class Processes:
         return outcome[0]
 
 
-def distribute(
-    method: Method, processes: Processes, sharding: Literal["ddp", "fsdp"], precision: Literal["float32", "bfloat16"]
-) -> nn.Module:
+def distribute(method: Method, processes: Processes, sharding: Literal["ddp", "fsdp"], half: bool) -> nn.Module:
     """The method, ready to be trained by all processes together.
 
     With ddp every process holds everything and gradients are averaged. With fsdp parameters, gradients and optimizer
     state are spread over the processes (`torch.distributed.fsdp.fully_shard`), gathered block by block.
     A process that is alone does neither.
+
+    Args:
+        method: built, on its device.
+        processes: who takes part.
+        sharding: as said.
+        half: gather blocks in bfloat16, in which they compute.
     """
     if processes.world == 1:
         return method
@@ -135,12 +151,12 @@ def distribute(
         from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
 
         policy = MixedPrecisionPolicy()
-        if precision == "bfloat16":
+        if half:
             policy = MixedPrecisionPolicy(torch.bfloat16, torch.float32, cast_forward_inputs=False)
         for block in (module for module in method.modules() if isinstance(module, Block)):
             fully_shard(block, mp_policy=policy)
-        fully_shard(method, mp_policy=policy)
-        return method
+        # What is outside of the blocks, such as registers, prototypes and CLIP's scale, is not to be rounded.
+        return fully_shard(method)
     device_ids = [processes.device.index] if processes.device.type == "cuda" else None
     with warnings.catch_warnings():  # PyTorch 2.6 does not know what took its place
         warnings.filterwarnings("ignore", "`broadcast_buffers` is deprecated")

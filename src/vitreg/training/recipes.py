@@ -241,6 +241,8 @@ def config_from_dict(values: dict[str, Any]) -> TrainingConfig:
     Raises:
         ValueError: an unknown recipe.
     """
+    if "precision" in values:  # as the first runs called it
+        values = {**values, "dtype": values["precision"]}
     known = {field.name for field in dataclasses.fields(TrainingConfig)}
     fields = {key: value for key, value in values.items() if key in known}
     if fields.get("recipe") not in _METHODS:

@@ -25,6 +25,7 @@ from vitreg.training.distillation_losses import (
 from vitreg.training.method import Batch, Method
 from vitreg.training.multi_crop import MultiCrop, MultiCropConfig
 from vitreg.training.prototype_head import PrototypeHead
+from vitreg.training.throughput import forward_flops
 
 
 @dataclass(frozen=True)
@@ -77,6 +78,17 @@ class SelfDistillationConfig(MethodConfig):
             ValueError: the model has no class token, or has a head, which nothing would train; or lightly is missing.
         """
         return SelfDistillation(model, self)
+
+    def flops(self, model: ViTConfig, kept: float) -> float:
+        """Those of student, teacher and heads, with as many hidden patches as are to be expected."""
+        crops, side = self.crops, self.crops.local_size // model.patch_size
+        student = 2 * forward_flops(model, model.grid, kept)
+        student += crops.num_local * forward_flops(model, (side, side), kept)
+        teacher = 2 * forward_flops(model, model.grid)
+        hidden = 2 * model.grid[0] * model.grid[1] * crops.mask_probability * sum(crops.mask_ratio) / 2
+        hidden_dim, bottleneck_dim = self.hidden_dim, self.bottleneck_dim
+        head = 2 * (hidden_dim * (model.embed_dim + hidden_dim + bottleneck_dim) + bottleneck_dim * self.num_prototypes)
+        return 3 * (student + (2 + crops.num_local + hidden) * head) + teacher + (2 + hidden) * head
 
     def views(self, model: ViTConfig, images: ImageSet) -> MultiCrop:
         """The crops; labels are not needed."""

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import os
+from dataclasses import dataclass
 from importlib import metadata
 from pathlib import Path
 from typing import Any
@@ -12,34 +13,59 @@ from vitreg.images import ImageSet, check_classes, open_image_set, open_split
 from vitreg.training.config import TrainingConfig
 from vitreg.training.engine import OnLog, Training
 from vitreg.training.held_out import hold_out
-from vitreg.training.memory import out_of_memory_elsewhere
+from vitreg.training.memory import out_of_memory
 from vitreg.training.processes import Processes
 from vitreg.training.recipes import config_from_dict
 from vitreg.training.run_folder import RunFolder
 from vitreg.training.samples import default_workers
 
 
-def open_data(data: str | Path, val: str | Path | None, seed: int) -> tuple[ImageSet, ImageSet]:
+@dataclass(frozen=True)
+class TrainingData:
+    """Opened sets, each in memory once.
+
+    Attributes:
+        images: to train on.
+        held_out: to diagnose and evaluate on.
+        train: where they are.
+        val: where the held-out ones are, unless they are a part of the others.
+    """
+
+    images: ImageSet
+    held_out: ImageSet
+    train: str
+    val: str | None
+
+
+def open_data(data: str | Path, val: str | Path | None = None, *, seed: int = 0, device: str = "auto") -> TrainingData:
     """Pictures to train on, and others to diagnose and evaluate on.
+
+    Of the processes that `torchrun` started, the first looks for them and tells the others what is where.
 
     Args:
         data: class folders, Parquet files, WebDataset tars or a `captions.csv`; or a folder with a `train` and a `val`.
         val: held-out pictures; by default those in `data`, or else a twentieth of it, at most 1000.
         seed: decides which twentieth.
+        device: as of `train`.
 
     Raises:
         ValueError: there are no such pictures, or they have different classes.
     """
-    train, held_out = open_split(data)
-    if val is not None:
-        held_out = open_image_set(val)
-        check_classes(train, held_out)
-    return (train, held_out) if held_out is not None else hold_out(train, seed)
+
+    def look() -> TrainingData:
+        images, held_out = open_split(data)
+        if val is not None:
+            held_out = open_image_set(val)
+            check_classes(images, held_out)
+        images, held_out = (images, held_out) if held_out is not None else hold_out(images, seed)
+        return TrainingData(images, held_out, _place(data), None if val is None else _place(val))
+
+    return Processes.join(device).on_first(look)
 
 
 def train(
     config: TrainingConfig,
-    data: str | Path,
+    data: TrainingData | str | Path,
     out: str | os.PathLike[str],
     *,
     val: str | Path | None = None,
@@ -53,9 +79,9 @@ def train(
 
     Args:
         config: as a recipe gives it.
-        data: as of `open_data`.
-        val: as of `open_data`.
+        data: what `open_data` returned or takes.
         out: the run's folder, a new one.
+        val: as of `open_data`.
         device: cpu, cuda, mps; auto takes a GPU where there is one.
         num_workers: decoding processes for each training process.
         on_log: called on the first process with every entry of the logs.
@@ -68,19 +94,19 @@ def train(
     """
     if not config.model.name:
         config = dataclasses.replace(config, model=dataclasses.replace(config.model, name=Path(out).name))
-    images, held_out = open_data(data, val, config.seed)
-    source: dict[str, Any] = {
-        "train": _place(data),
-        "val": None if val is None else _place(val),
-        "num_images": len(images),
-        "classes": list(images.classes),
-    }
-    processes = Processes.join(device)
-    folder = RunFolder(out)
+    processes, folder = Processes.join(device), RunFolder(out)
     try:
+        if not isinstance(data, TrainingData):
+            data = open_data(data, val, seed=config.seed, device=device)
+        source: dict[str, Any] = {
+            "train": data.train,
+            "val": data.val,
+            "num_images": len(data.images),
+            "classes": list(data.images.classes),
+        }
         description = {**config.to_dict(), "data": source, "version": metadata.version("vitreg")}
         processes.on_first(lambda: folder.create(description))
-        return _run(config, folder, images, held_out, processes, num_workers, on_log)
+        return _run(config, folder, data, processes, num_workers, on_log)
     finally:
         folder.release()
         processes.leave()
@@ -117,16 +143,17 @@ def resume(
         config, before = config_from_dict(description), description["data"]
     except (KeyError, TypeError) as error:
         raise ValueError(f"{folder.config} was changed ({error}); restore it from a copy") from error
-    images, held_out = open_data(data or before["train"], val or before["val"], config.seed)
-    if len(images) != before["num_images"] or list(images.classes) != before["classes"]:
-        raise ValueError(
-            f"{images.source} has {len(images)} pictures of {len(images.classes)} classes; the run began with "
-            f"{before['num_images']} of {len(before['classes'])}; give the same pictures with --data"
-        )
     processes = Processes.join(device)
     try:
+        opened = open_data(data or before["train"], val or before["val"], seed=config.seed, device=device)
+        images = opened.images
+        if len(images) != before["num_images"] or list(images.classes) != before["classes"]:
+            raise ValueError(
+                f"{images.source} has {len(images)} pictures of {len(images.classes)} classes; the run began with "
+                f"{before['num_images']} of {len(before['classes'])}; give the same pictures with --data"
+            )
         processes.on_first(folder.claim)
-        return _run(config, folder, images, held_out, processes, num_workers, on_log)
+        return _run(config, folder, opened, processes, num_workers, on_log)
     finally:
         folder.release()
         processes.leave()
@@ -140,14 +167,13 @@ def _place(data: str | Path) -> str:
 def _run(
     config: TrainingConfig,
     folder: RunFolder,
-    images: ImageSet,
-    held_out: ImageSet,
+    data: TrainingData,
     processes: Processes,
     num_workers: int | None,
     on_log: OnLog | None,
 ) -> bool:
     workers = default_workers(processes) if num_workers is None else num_workers
-    with out_of_memory_elsewhere(), processes.together():
-        training = Training(config, folder, images, held_out, processes, num_workers=workers, on_log=on_log)
+    with out_of_memory(config.batch_size // (processes.world * config.accumulation)), processes.together():
+        training = Training(config, folder, data.images, data.held_out, processes, num_workers=workers, on_log=on_log)
         training.restore()
         return training.run()

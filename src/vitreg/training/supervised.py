@@ -15,6 +15,7 @@ from vitreg.model import Preprocess, VisionTransformer, ViTConfig
 from vitreg.training.config import MethodConfig
 from vitreg.training.held_out import stream_pictures
 from vitreg.training.method import Batch, Companions, Method, Sample, Views
+from vitreg.training.throughput import forward_flops
 
 
 @dataclass(frozen=True)
@@ -47,6 +48,10 @@ class SupervisedConfig(MethodConfig):
     def build(self, model: ViTConfig) -> Supervised:
         """A classifier."""
         return Supervised(self, model)
+
+    def flops(self, model: ViTConfig, kept: float) -> float:
+        """Those of the model; its head is too small to count."""
+        return 3 * forward_flops(model, model.grid, kept)
 
     def views(self, model: ViTConfig, images: ImageSet) -> SupervisedViews:
         """Augmented pictures with soft targets.

@@ -5,29 +5,34 @@ from __future__ import annotations
 import time
 
 import torch
-from torch.nn.attention import SDPBackend, sdpa_kernel
-from torch.utils.flop_counter import FlopCounterMode
 
-from vitreg.training.config import TrainingConfig
-from vitreg.training.method import Batch
-from vitreg.training.randomness import fixed_randomness
+from vitreg.model import ViTConfig
 
 
-def flops_per_picture(config: TrainingConfig, batch: Batch) -> float:
-    """Floating-point operations of forward and backward for one picture.
-
-    Counted on a method of its own, on the CPU.
+def forward_flops(config: ViTConfig, grid: tuple[int, int], kept: float = 1.0) -> float:
+    """Floating-point operations of a forward pass for one picture, without a head.
 
     Args:
-        config: of the run.
-        batch: two pictures.
+        config: the model.
+        grid: rows and columns of patches.
+        kept: the share of the residual branches that stochastic depth computes.
     """
-    with fixed_randomness(config.seed):
-        method = config.method.build(config.model)
-        # The counter does not know the CPU's fused attention; the plain one has the same operations.
-        with FlopCounterMode(display=False) as counter, sdpa_kernel(SDPBackend.MATH):
-            method(batch, 0.0)["loss"].backward()
-    return counter.get_total_flops() / 2
+    patches = grid[0] * grid[1]
+    tokens = patches + config.num_prefix_tokens
+    hidden = (3 if config.gated_mlp else 2) * config.mlp_dim
+    embedding = 2 * patches * 3 * config.patch_size**2 * config.embed_dim
+    return embedding + kept * config.depth * block_flops(tokens, config.embed_dim, hidden)
+
+
+def block_flops(tokens: int, dim: int, hidden: int) -> int:
+    """Multiplications and additions of a Transformer block: the four projections, both attention products, the MLP.
+
+    Args:
+        tokens: of a sequence.
+        dim: width of a token.
+        hidden: rows of all of the MLP's matrices together.
+    """
+    return 2 * tokens * dim * (4 * dim + hidden) + 4 * tokens**2 * dim
 
 
 def matrix_rate(device: torch.device, dtype: torch.dtype, seconds: float = 0.5) -> float:
@@ -45,5 +50,5 @@ def matrix_rate(device: torch.device, dtype: torch.dtype, seconds: float = 0.5) 
 
 
 def _wait(device: torch.device) -> None:
-    if device.type == "cuda":
-        torch.cuda.synchronize(device)
+    if device.type != "cpu":
+        torch.accelerator.synchronize(device)

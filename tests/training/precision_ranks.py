@@ -1,0 +1,62 @@
+"""Twenty steps in bfloat16, by DDP and by FSDP2; its own file, because processes import what they run."""
+
+from __future__ import annotations
+
+import dataclasses
+from pathlib import Path
+
+import torch
+import torch.distributed as dist
+from torch import nn
+
+from training.captioned import CONFIG, MODEL
+from training.contrastive_ranks import random_batch as captioned
+from training.distillation_steps import random_batch as crops
+from training.distillation_steps import small_method
+from vitreg.model import VisionTransformer
+from vitreg.training import TrainingConfig, clip, dinov2
+from vitreg.training.learner import Learner
+from vitreg.training.multi_crop import locate_hidden
+from vitreg.training.processes import Processes
+
+STEPS = 20
+
+
+def small_config(recipe: str, sharding: str) -> TrainingConfig:
+    if recipe == "clip":
+        config, model, method = clip(num_images=8, batch_size=8), MODEL, CONFIG
+    else:
+        config, distillation = dinov2(num_images=8, batch_size=8), small_method()
+        model, method = distillation.vit.config, dataclasses.replace(distillation.config, frozen_prototypes=0.0)
+    optimizer = dataclasses.replace(config.optimizer, lr=1e-3, warmup_steps=0)
+    changes = {"model": model, "method": method, "optimizer": optimizer, "num_steps": STEPS, "sharding": sharding}
+    return dataclasses.replace(config, **changes, dtype="bfloat16", drop_path=0.0, layer_scale=0.1)
+
+
+def run(rank: int, world: int, folder: Path) -> None:
+    """What came of the steps, written down by the first process."""
+    torch.set_num_threads(1)
+    dist.init_process_group("gloo", init_method=f"file://{folder}/store", rank=rank, world_size=world)
+    processes = Processes(rank, world, torch.device("cpu"))
+    for recipe, make in (("clip", captioned), ("dinov2", crops)):
+        batch = {name: rows.chunk(world)[rank] for name, rows in make(8).items() if "hidden" not in name}
+        if recipe == "dinov2":
+            batch |= locate_hidden(batch["mask"])
+        for sharding in ("ddp", "fsdp"):
+            learner = Learner(small_config(recipe, sharding), processes)
+            vit, seen = learner.method.vit, {}
+
+            def look(norm: nn.Module, inputs: tuple, vit: VisionTransformer = vit, seen: dict = seen) -> None:
+                seen.setdefault("tokens", inputs[0].detach().clone())
+                seen.setdefault("registers", vit.registers.dtype)
+                seen.setdefault("matrices", vit.blocks[0].attn.qkv.weight.dtype)
+
+            vit.blocks[0].norm1.register_forward_pre_hook(look)
+            logged = [learner.advance([batch]) for _ in range(STEPS)]
+            product = learner.product()
+            if rank:
+                assert product is None
+                continue
+            log = {name: [float(step[name]) for step in logged] for name in logged[0]}
+            torch.save({**seen, "log": log, "weights": product[0].state_dict()}, folder / f"{recipe}-{sharding}.pt")
+    dist.destroy_process_group()
