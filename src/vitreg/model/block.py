@@ -89,9 +89,9 @@ class Mlp(nn.Module):
 class BlockNorm(nn.LayerNorm):
     """Takes weights that FSDP gathered in half precision for tokens in float32, which a CPU's layer norm refuses."""
 
-    def forward(self, x: Tensor) -> Tensor:
-        weight, bias = self.weight.to(x.dtype), self.bias.to(x.dtype)
-        return F.layer_norm(x, self.normalized_shape, weight, bias, self.eps)
+    def forward(self, input: Tensor) -> Tensor:
+        weight, bias = self.weight.to(input.dtype), self.bias.to(input.dtype)
+        return F.layer_norm(input, self.normalized_shape, weight, bias, self.eps)
 
 
 class Block(nn.Module):

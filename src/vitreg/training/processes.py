@@ -156,7 +156,8 @@ def distribute(method: Method, processes: Processes, sharding: Literal["ddp", "f
         for block in (module for module in method.modules() if isinstance(module, Block)):
             fully_shard(block, mp_policy=policy)
         # What is outside of the blocks, such as registers, prototypes and CLIP's scale, is not to be rounded.
-        return fully_shard(method)
+        fully_shard(method)
+        return method
     device_ids = [processes.device.index] if processes.device.type == "cuda" else None
     with warnings.catch_warnings():  # PyTorch 2.6 does not know what took its place
         warnings.filterwarnings("ignore", "`broadcast_buffers` is deprecated")
