@@ -62,7 +62,7 @@ def test_each_model_is_diagnosed_as_alone(tiny_vit, fixed, photograph_batch, com
 def test_the_real_fix_is_removed_in_words(comparison):
     assert comparison.outcome == "removed"
     text = " ".join(comparison.verdict)
-    assert "are removed: after block 11, 2 % of the patches had norms of" in text
+    assert "are removed: after block 11, 2.0 % of the patches had norms of" in text
     assert "now 0 %" in text
     assert "register of the second model has a norm of" in text
     assert "the head's largest output is the same for" in text

@@ -261,7 +261,7 @@ def test_real_vit_tiny(tiny_vit, test_data):
     assert diagnosis.blocks[10].attention_on_outliers > 0.2
     assert diagnosis.blocks[10].max > 300
     text = " ".join(diagnosis.verdict)
-    for part in ("2 %", "block 7", "position-fixed", "attention"):
+    for part in ("2.0 %", "block 7", "position-fixed", "attention"):
         assert part in text
     fixed = vitreg.diagnose(tiny_vit, paths[:20], threshold=150)
     assert fixed.threshold == pytest.approx(150)

@@ -5,7 +5,8 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import TYPE_CHECKING, Literal
 
-from vitreg.artifacts.verdict import cannot_tell, number, percent
+from vitreg.artifacts.verdict import cannot_tell
+from vitreg.report.words import counted, number, percent
 
 if TYPE_CHECKING:
     from vitreg.artifacts.comparison import BlockChange, Comparison
@@ -41,7 +42,7 @@ def write_comparison_verdict(comparison: Comparison) -> tuple[str, ...]:
         sentences += _why(c)
     sentences += _attention(c) + _registers(c) + _features(c)
     if c.before.interrupted:
-        sentences.append(f"The run was interrupted: this is what {c.before.num_images} images show.")
+        sentences.append(f"The run was interrupted: all this is from {counted(c.before.num_images, 'image')}.")
     return tuple(sentences)
 
 

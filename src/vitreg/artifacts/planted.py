@@ -9,10 +9,10 @@ import torch.nn.functional as F
 from jaxtyping import Bool, Float
 from torch import Tensor
 
-from vitreg.artifacts.verdict import number
 from vitreg.checkpoints.state import build
 from vitreg.model import Block, Tokens, VisionTransformer
 from vitreg.model.positions import resize_positions
+from vitreg.report.words import number
 
 RATIO = 20.0
 """Norm of what is written, in median patch norms."""

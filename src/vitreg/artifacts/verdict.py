@@ -8,6 +8,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from vitreg.checkpoints import registry
+from vitreg.report.words import counted, number, percent
 
 if TYPE_CHECKING:
     from vitreg.artifacts.diagnosis import Diagnosis
@@ -38,7 +39,7 @@ def write_verdict(diagnosis: Diagnosis) -> tuple[str, ...]:
     if diagnosis.status == "artifacts":
         sentences += _advice(diagnosis)
     if diagnosis.interrupted:
-        sentences.append(f"The run was interrupted: this is what {diagnosis.num_images} images show.")
+        sentences.append(f"The run was interrupted: all this is from {counted(diagnosis.num_images, 'image')}.")
     return tuple(sentences)
 
 
@@ -47,10 +48,10 @@ def cannot_tell(d: Diagnosis) -> str:
     assert d.undecided is not None
     num = d.undecided.num_patches
     return (
-        f"Whether {d.model['name']} has artifacts cannot be told from {plural(d.num_images, 'image')}: after block "
-        f"{d.undecided.block}, {plural(num, 'patch', 'patches')} {'has a norm' if num == 1 else 'have norms'} of "
+        f"Whether {d.model['name']} has artifacts cannot be told from {counted(d.num_images, 'image')}: after block "
+        f"{d.undecided.block}, {counted(num, 'patch')} {'has a norm' if num == 1 else 'have norms'} of "
         f"{number(d.undecided.ratio)} times the median, which is too little to go by; give at least "
-        f"{d.undecided.num_images_needed} images."
+        f"{counted(d.undecided.num_images_needed, 'image')}."
     )
 
 
@@ -89,7 +90,7 @@ def _outliers(d: Diagnosis) -> list[str]:
             + (": attention maps show them rather than the objects." if share > 0.1 else ".")
         )
     if d.channels and d.channels[0][1] >= 0.2:
-        leading = [f"{channel} ({share:.0%})" for channel, share in d.channels if share >= 0.1]
+        leading = [f"{channel} ({percent(share)})" for channel, share in d.channels if share >= 0.1]
         sentences.append(f"Their norm sits in few channels: {', '.join(leading)} of {d.model['embed_dim']}.")
     return sentences
 
@@ -170,18 +171,3 @@ def _advice(d: Diagnosis) -> list[str]:
         "For classification from the class token they do no known harm. For attention maps, object discovery, "
         f"segmentation or depth, {trained}, or move the artifacts into a register without training (`vitreg fix`)."
     ]
-
-
-def plural(count: int, one: str, several: str = "") -> str:
-    """A number and what it counts."""
-    return f"{count} {one if count == 1 else several or one + 's'}"
-
-
-def percent(share: float) -> str:
-    """Two digits: 0.0204 is 2 %."""
-    return f"{100 * share:.2g} %" if share < 0.1 else f"{100 * share:.0f} %"
-
-
-def number(value: float) -> str:
-    """Three digits, or all before the point."""
-    return f"{value:.0f}" if abs(value) >= 100 else f"{value:.3g}"

@@ -16,6 +16,7 @@ from vitreg.model import VisionTransformer
 from vitreg.registers.held_back import Effect, HeldBack
 from vitreg.registers.insertion import with_registers
 from vitreg.registers.neurons import RegisterNeuron, find_register_neurons
+from vitreg.report.words import counted, percent
 
 Unit = tuple[int, int]
 
@@ -129,8 +130,8 @@ def _search(
     weight, effect = _choose_weight(vit, units, count, held_back, diagnosis)
     said = (
         f"They are the first of {num_ranked}, ranked on {diagnosis.num_images} images by what they add to outliers, "
-        f"and leave {100 * effect.outliers:.2g} % of outliers in {held_back.num_images} others "
-        f"({100 * max(b.outlier_fraction for b in diagnosis.blocks):.2g} % before)."
+        f"and leave {percent(effect.outliers)} of outliers in {counted(held_back.num_images, 'other')} "
+        f"({percent(max(b.outlier_fraction for b in diagnosis.blocks))} before)."
     )
     if weight > 1:
         said += (
@@ -226,7 +227,7 @@ def _moved(
     config = vit.config
     neurons = tuple(dict.fromkeys((*config.register_neurons, *units)))
     them = "it" if count == 1 else "each of them"
-    text = f"{count} test-time register{'s' if count > 1 else ''} added"
+    text = f"{counted(count, 'test-time register')} added"
     if vit.num_registers:
         text += f" beside the {vit.num_registers} that the model had"
     text += f"; the activations of {_listed(units)} are moved to {them}. {said}"
@@ -237,7 +238,7 @@ def _moved(
         num_test_time_registers=config.num_test_time_registers + count,
         register_neurons=neurons,
         register_weight=weight or config.register_weight,
-        name=f"{config.name or config.architecture} + {count} test-time register{'s' if count > 1 else ''}",
+        name=f"{config.name or config.architecture} + {counted(count, 'test-time register')}",
         changes=(*config.changes, text.strip()),
     )
 

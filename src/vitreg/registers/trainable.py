@@ -6,6 +6,7 @@ import torch
 
 from vitreg.model import REGISTER_STD, VisionTransformer
 from vitreg.registers.insertion import with_registers
+from vitreg.report.words import counted
 
 
 def add_registers(vit: VisionTransformer, count: int = 4, *, seed: int = 0) -> VisionTransformer:
@@ -28,5 +29,5 @@ def add_registers(vit: VisionTransformer, count: int = 4, *, seed: int = 0) -> V
     config = vit.config
     trained = config.num_registers - config.num_test_time_registers
     values = torch.randn(count, config.embed_dim, generator=torch.Generator().manual_seed(seed)) * REGISTER_STD
-    said = f"{count} trainable register{'s' if count > 1 else ''} added to the {trained} it had, random (seed {seed})."
+    said = f"{counted(count, 'trainable register')} added to the {trained} it had, random (seed {seed})."
     return with_registers(vit, values, trained, changes=(*config.changes, said))
