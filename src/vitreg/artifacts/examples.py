@@ -71,7 +71,7 @@ class Examples:
         """
         if threshold is None or not self._largest:
             return ()
-        patches = torch.cat([largest[block].flatten(0, 1) for largest in self._largest]).double()
+        patches = torch.cat([largest[block].flatten(0, 1) for largest in self._largest]).cpu().double()
         outliers = patches[patches.norm(dim=-1) >= threshold]
         if not len(outliers):
             return ()

@@ -74,8 +74,3 @@ def add_counts(
     flat = (rows * into.shape[1] + bins).flatten()
     source = torch.ones_like(flat, dtype=into.dtype) if weights is None else weights.flatten().to(into.dtype)
     into.view(-1).scatter_add_(0, flat, source)
-
-
-def summing_device(device: torch.device) -> torch.device:
-    """Where sums in float64 are kept: on the model's device, but for Apple's, which has no float64."""
-    return torch.device("cpu") if device.type == "mps" else device

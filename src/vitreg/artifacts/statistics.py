@@ -9,7 +9,8 @@ from jaxtyping import Float
 from numpy.typing import NDArray
 from torch import Tensor
 
-from vitreg.artifacts.histogram import BINS_PER_STEP, NUM_BINS, NUM_STEPS, LogAxis, add_counts, summing_device
+from vitreg.artifacts.histogram import BINS_PER_STEP, NUM_BINS, NUM_STEPS, LogAxis, add_counts
+from vitreg.devices import summing_device
 from vitreg.model import Trace
 
 

@@ -20,6 +20,7 @@ from vitreg.checkpoints.state import CheckpointError, build
 from vitreg.checkpoints.state_dict import from_state_dict
 from vitreg.checkpoints.timm import from_timm
 from vitreg.checkpoints.transformers import canonical_name, check_class, from_transformers, preprocess_from_processor
+from vitreg.devices import resolve_device
 from vitreg.model import Preprocess, VisionTransformer
 
 
@@ -41,14 +42,15 @@ def load(
             `VITREG_CHECKPOINTS` is searched first, for `<source>.safetensors`, so that a machine without a
             network needs nothing else.
         architecture: timm's name, for a file that does not say what it is.
-        device: where the model goes; the CPU by default.
+        device: where the model goes, also `auto`; the CPU by default.
         dtype: of the parameters; as stored by default.
 
     Raises:
         CheckpointError: nothing has this name, it cannot be downloaded, or it does not fit.
+        ValueError: the device does not exist.
     """
     vit = _load(str(source), architecture)
-    return vit.to(device=device, dtype=dtype).eval()
+    return vit.to(device=None if device is None else resolve_device(device), dtype=dtype).eval()
 
 
 def _load(source: str, architecture: str | None) -> VisionTransformer:

@@ -330,7 +330,7 @@ def _pair(value: Any) -> tuple[int, int]:
 def _rope(hf: Any) -> RopeConfig:
     """DINOv3's frequencies, from its config: the module's own table loses digits when cast to half."""
     num = hf.hidden_size // hf.num_attention_heads // 4
-    frequencies = 2 * math.pi / hf.rope_theta ** (torch.arange(num, dtype=torch.float64) / num)
+    frequencies = 2 * math.pi / hf.rope_theta ** (torch.arange(num, dtype=torch.float64, device="cpu") / num)
     return RopeConfig(tuple(frequencies.tolist()))
 
 

@@ -36,10 +36,9 @@ class Checkpoint:
         import torch
 
         import vitreg
+        from vitreg.devices import resolve_device
 
-        device = self.device
-        if device == "auto":
-            device = "cuda" if torch.cuda.is_available() else "cpu"
+        device = resolve_device(self.device)
         with status(f"loading {self.model}"):
             try:
                 return vitreg.load(
@@ -48,7 +47,7 @@ class Checkpoint:
                     device=device,
                     dtype=getattr(torch, self.dtype),
                 )
-            except (RuntimeError, AssertionError) as error:
+            except RuntimeError as error:
                 raise ValueError(f"cannot use device {self.device!r}: {first_line(error)}") from error
 
 

@@ -8,6 +8,7 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
+from vitreg.devices import precise
 from vitreg.discovery.protocol import FACETS
 from vitreg.model import VisionTransformer
 
@@ -55,8 +56,3 @@ def condition(features: Float[Tensor, "*B N D"], *, normalize: bool, center: boo
         exact = features.to(precise(features.device))
         features = (exact - exact.mean(-2, keepdim=True)).float()
     return torch.nn.functional.normalize(features, dim=-1) if normalize else features
-
-
-def precise(device: torch.device) -> torch.dtype:
-    """float64, where the device has it."""
-    return torch.float32 if device.type == "mps" else torch.float64

@@ -9,6 +9,7 @@ from jaxtyping import Float, Int
 from torch import Tensor
 from torch.nn.functional import normalize
 
+from vitreg.devices import precise
 from vitreg.probes.classes import check_classes, check_finite
 from vitreg.probes.protocols import KNNConfig
 from vitreg.probes.score import ProbeResult, Score
@@ -53,7 +54,7 @@ def knn(
         for first in range(0, len(queries), _QUERIES):
             chunk = queries[first : first + _QUERIES]
             neighbours, similarity = nearest(keys, chunk, max(usable))
-            votes = (similarity.double() - 1).div(config.temperature).exp()
+            votes = (similarity.to(precise(similarity.device)) - 1).div(config.temperature).exp()
             for row, k in enumerate(usable):
                 ballot = votes.new_zeros(len(chunk), classes.num_classes)
                 ballot.scatter_add_(1, labels[neighbours[:, :k]], votes[:, :k])

@@ -90,7 +90,7 @@ def linear(
         if on_progress is not None:
             on_progress(training.iteration, config.num_iterations)
     right = training.right(_features(val, inputs), classes.val)
-    accuracies = 100 * right.double().mean(1)
+    accuracies = 100 * right.cpu().double().mean(1)
     best = int(accuracies.argmax())
     heads = [
         {"input": str(kind), "learning_rate": rate, "top-1": accuracies[number].item()}

@@ -11,6 +11,7 @@ from jaxtyping import Float, Float64, Int
 from scipy.optimize import OptimizeResult, minimize
 from torch import Tensor
 
+from vitreg.devices import precise
 from vitreg.probes.classes import check_every_class, check_finite
 from vitreg.probes.protocols import LogisticConfig
 
@@ -120,7 +121,7 @@ def choose_logistic(
         for candidate in path:
             start = problem.fit(candidate, config.max_iter, config.tolerance, start)
             right = start.predict(features[held]) == labels[held]
-            accuracies[candidate] = 100 * right.double().mean().item()
+            accuracies[candidate] = 100 * right.cpu().double().mean().item()
             if on_progress is not None:
                 on_progress(len(accuracies), len(path) + 1)
             best = max(accuracies.values())
@@ -173,7 +174,7 @@ class _Problem:
 
     def _minimize(self, weights: Tensor, penalty: float, max_iter: int, tolerance: float) -> tuple[Tensor, int, bool]:
         """From given weights, in the coordinates that suit them: new weights, iterations, and whether these are it."""
-        inverse, mean = self._inverse_root(weights, penalty), self._mean.double().cpu()
+        inverse, mean = self._inverse_root(weights, penalty), self._mean.cpu().double()
         # Smaller changes of the loss are of rounding: it is a mean over many rows.
         rounding = torch.finfo(self._features.dtype).eps / 64
         worst, losses = np.inf, []
@@ -219,15 +220,15 @@ class _Problem:
     def _loss(self, weights: Tensor) -> tuple[float, Tensor]:
         """Mean cross-entropy, and its gradient."""
         gradient = torch.zeros_like(weights, dtype=self._features.dtype, device=self._features.device)
-        loss = torch.zeros((), dtype=torch.float64, device=self._features.device)
+        loss = torch.zeros((), dtype=precise(self._features.device), device=self._features.device)
         for x, y, log_probability in self._chunks(weights):
-            loss -= log_probability.gather(1, y).sum(dtype=torch.float64)
+            loss -= log_probability.gather(1, y).sum(dtype=loss.dtype)
             residual = log_probability.exp_()
             residual.scatter_add_(1, y, residual.new_full(y.shape, -1))
             gradient[:, :-1].addmm_(residual.T, x)
             gradient[:, -1] += residual.sum(0)
         rows = len(self._features)
-        return loss.item() / rows, gradient.double().cpu() / rows
+        return loss.item() / rows, gradient.cpu().double() / rows
 
     def _inverse_root(self, weights: Tensor, penalty: float) -> Float64[Tensor, "W W"]:
         """Of the mean over classes of the Hessian's blocks."""
@@ -236,7 +237,7 @@ class _Problem:
         for x, _, log_probability in self._chunks(weights):
             spread = (1 - (2 * log_probability).exp_().sum(1, keepdim=True)).clamp_(min=0)
             extended = torch.cat([x, x.new_ones(len(x), 1)], 1)
-            hessian += ((extended * spread).T @ extended).double().cpu()
+            hessian += ((extended * spread).T @ extended).cpu().double()
         hessian /= self._num_classes * len(self._features)
         diagonal = hessian.diagonal()
         # Features may be linearly dependent, but for rounding.

@@ -21,6 +21,7 @@ import torch
 from jaxtyping import Float, Int
 from torch import Tensor
 
+from vitreg.devices import precise
 from vitreg.probes.features import Progress
 from vitreg.probes.patch_kinds import SUBJECTS, Counts, Group, Subject, marked_patches
 from vitreg.probes.position_fit import PositionConfig, PositionHead, TrainingSet, train_heads
@@ -125,7 +126,7 @@ def _test(
 
 
 def _figures(guess: Int[Tensor, "n P"], truth: Int[Tensor, " P"], distances: Tensor) -> Float[Tensor, "n P 3"]:
-    return torch.stack([guess == truth, distances[guess, truth], torch.ones_like(guess)], -1).double()
+    return torch.stack([guess == truth, distances[guess, truth], torch.ones_like(guess)], -1).to(precise(guess.device))
 
 
 def _constant_guess(train: Int[Tensor, " P"], val: Int[Tensor, " P"], grid: tuple[int, int]) -> dict[str, float]:

@@ -19,6 +19,7 @@ import torch
 from jaxtyping import Bool, Float, Float64, UInt8
 from torch import Tensor
 
+from vitreg.devices import summing_device
 from vitreg.images import ImageSet, map_ahead
 from vitreg.model.preprocess import IMAGENET_MEAN, IMAGENET_STD
 from vitreg.probes.features import Progress
@@ -68,7 +69,7 @@ def reconstruction(
     val = val.with_threshold_of(train)
     for store, images in ((train, train_images), (val, val_images)):
         store.check_images(images)
-    source = _Source(config.block, torch.device(device), train.num_images + val.num_images, on_progress)
+    source = _Source(config.block, summing_device(device), train.num_images + val.num_images, on_progress)
     moments = _moments(source.batches(train, train_images))
     fits = {group: fit_linear(of_group) for group, of_group in moments.items() if of_group.count}
     sums = _test(source.batches(val, val_images), fits, moments)

@@ -10,7 +10,7 @@ from jaxtyping import Float
 from torch import Tensor
 
 from vitreg.artifacts import Diagnosis, diagnose
-from vitreg.artifacts.histogram import summing_device
+from vitreg.devices import summing_device
 from vitreg.images import Batches, Images
 from vitreg.model import VisionTransformer
 from vitreg.model.block import Block

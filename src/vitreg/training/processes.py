@@ -16,6 +16,7 @@ from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
 from torch.nn.parallel import DistributedDataParallel
 
+from vitreg.devices import resolve_device
 from vitreg.model import Block
 from vitreg.training.method import Method
 
@@ -44,14 +45,10 @@ class Processes:
         Raises:
             ValueError: the device does not exist.
         """
-        kind = ("cuda" if torch.cuda.is_available() else "cpu") if device == "auto" else device
-        local = int(os.environ.get("LOCAL_RANK", 0))
-        try:
-            place = torch.device(kind, local) if kind == "cuda" else torch.device(kind)
-            torch.empty(1, device=place)
-        except (RuntimeError, AssertionError) as error:
-            raise ValueError(f"cannot use device {device!r}: {' '.join(str(error).split())}") from error
+        place = resolve_device(device)
         if place.type == "cuda":
+            if place.index is None:
+                place = resolve_device(f"cuda:{os.environ.get('LOCAL_RANK', 0)}")
             torch.cuda.set_device(place)
         if "RANK" not in os.environ:
             return cls(0, 1, place)
