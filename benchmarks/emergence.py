@@ -121,7 +121,7 @@ def run(args: argparse.Namespace) -> None:
 
 
 def lines(path: Path) -> list[dict]:
-    return [json.loads(line) for line in path.read_text().splitlines()]
+    return [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()]
 
 
 def table(args: argparse.Namespace) -> None:
@@ -129,7 +129,10 @@ def table(args: argparse.Namespace) -> None:
     head += "|top-1 %|largest/median norm by block|outliers %"
     print(f"| {head.replace('|', ' | ')} |\n|{'---|' * (head.count('|') + 1)}")
     for folder in map(Path, args.runs):
-        config, seen = json.loads((folder / "config.json").read_text()), lines(folder / "diagnosis.jsonl")[-1]
+        config, seen = (
+            json.loads((folder / "config.json").read_text(encoding="utf-8")),
+            lines(folder / "diagnosis.jsonl")[-1],
+        )
         model, optimizer = config["model"], config["optimizer"]
         speeds = [line["images_per_second"] for line in lines(folder / "log.jsonl") if "images_per_second" in line]
         minutes = seen["images"] / statistics.median(speeds) / 60
@@ -214,13 +217,13 @@ def evaluate(args: argparse.Namespace) -> None:
             )
             print(f"{name}: top-1 {found[-1]['top1']:.2f}; {seen.verdict[0]}")
     if args.json:
-        Path(args.json).write_text(json.dumps(found, indent=1))
+        Path(args.json).write_text(json.dumps(found, indent=1), encoding="utf-8")
 
 
 def plot(args: argparse.Namespace) -> None:
     from matplotlib.figure import Figure
 
-    found = sorted(json.loads(Path(args.found).read_text()), key=lambda row: row["registers"])
+    found = sorted(json.loads(Path(args.found).read_text(encoding="utf-8")), key=lambda row: row["registers"])
     panels = {
         "outliers after the last block (% of patches)": lambda row: 100 * row["outlier_fraction"]["largest"],
         "largest norm after the last block (medians)": lambda row: row["norms"][-1][2] / row["norms"][-1][0],

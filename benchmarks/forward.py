@@ -93,7 +93,9 @@ def main() -> None:
             f"geometric mean {mean:.3f} of {', '.join(f'{r:.3f}' for r in recommended)}"
         )
     if args.json:
-        args.json.write_text(json.dumps({"machine": machine(), "rows": rows, "recommended": recommended}, indent=1))
+        args.json.write_text(
+            json.dumps({"machine": machine(), "rows": rows, "recommended": recommended}, indent=1), encoding="utf-8"
+        )
 
 
 def side_by_side(ours, peer, other, x: torch.Tensor, repeats: int) -> dict[str, list[float]]:

@@ -69,7 +69,7 @@ def peak_memory(vit, images: torch.Tensor) -> int:
         vit(images)
     with tempfile.NamedTemporaryFile(suffix=".json") as file:
         record.export_chrome_trace(file.name)
-        events = json.loads(Path(file.name).read_text())["traceEvents"]
+        events = json.loads(Path(file.name).read_text(encoding="utf-8"))["traceEvents"]
     return max(event["args"]["Total Allocated"] for event in events if event["name"] == "[memory]")
 
 
@@ -187,7 +187,9 @@ def main() -> None:
     floor = max(abs(row["latency_ratio"] - 1) for row in rows if row["again"])
     print(f"without registers against itself: up to {100 * floor:.2f} % apart")
     if args.json:
-        args.json.write_text(json.dumps({"machine": machine(), "dtype": label, "rows": rows}, indent=1))
+        args.json.write_text(
+            json.dumps({"machine": machine(), "dtype": label, "rows": rows}, indent=1), encoding="utf-8"
+        )
 
 
 if __name__ == "__main__":

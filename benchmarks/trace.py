@@ -52,7 +52,7 @@ def setup(size: str, pixels: int, batch: int, device: str, with_peer: bool = Tru
 
 def _resident() -> float:
     """Megabytes of this process in memory now (Linux)."""
-    return int(Path("/proc/self/statm").read_text().split()[1]) * resource.getpagesize() / 2**20
+    return int(Path("/proc/self/statm").read_text(encoding="utf-8").split()[1]) * resource.getpagesize() / 2**20
 
 
 def _peak_on_cpu(kind: str, options: tuple, queue) -> None:

@@ -139,7 +139,7 @@ def main() -> None:
         results["decoding"] = found = decoding(args.data, processes, args.workers, args.count)
         print(f"{found['data']}: {found['images_per_second']:.4g} images/s from {found['workers']} worker processes")
     if args.json:
-        args.json.write_text(json.dumps(results, indent=1))
+        args.json.write_text(json.dumps(results, indent=1), encoding="utf-8")
 
 
 if __name__ == "__main__":

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import os
+
 import torch
 
 
@@ -36,3 +38,8 @@ def precise(device: torch.device | str) -> torch.dtype:
 def summing_device(device: torch.device | str) -> torch.device:
     """Where sums in float64 are kept: on the device that is given where it has float64, else on the CPU."""
     return torch.device(device) if precise(device) == torch.float64 else torch.device("cpu")
+
+
+def available_cores() -> int:
+    """Cores that this process may use: a container or a batch system may grant fewer than the machine has."""
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1

@@ -135,7 +135,7 @@ def lock(folder: Path, doing: str) -> TextIO | None:
     except ImportError:  # Windows has no such locks
         return None
     with writing(folder):
-        file = (folder / ".lock").open("w")
+        file = (folder / ".lock").open("w", encoding="utf-8")
     try:
         # Not flock: workers would inherit it, and hold it for a while after a kill.
         fcntl.lockf(file, fcntl.LOCK_EX | fcntl.LOCK_NB)

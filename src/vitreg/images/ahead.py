@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
-import os
 from collections import deque
 from collections.abc import Callable, Generator, Iterable
 from concurrent.futures import Future, ThreadPoolExecutor
 from itertools import islice
 from threading import Event
 from typing import TypeVar
+
+from vitreg.devices import available_cores
 
 # A thread takes several items at a time, so that handing over costs little beside decoding.
 _CHUNK = 4
@@ -59,6 +60,5 @@ def map_ahead(
 
 
 def default_threads() -> int:
-    """Cores this process may use, at most 8; a container or a batch system may grant fewer than the machine has."""
-    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
-    return min(8, cores)
+    """As many as there are cores for them, at most 8."""
+    return min(8, available_cores())

@@ -68,7 +68,7 @@ def read_manifest(folder: Path) -> Manifest | None:
     """
     path = folder / "manifest.json"
     try:
-        values = json.loads(path.read_text())
+        values = json.loads(path.read_text(encoding="utf-8"))
     except FileNotFoundError:
         return None
     except (OSError, ValueError) as error:

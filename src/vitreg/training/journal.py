@@ -70,7 +70,7 @@ class Journal:
         """Remember pictures that could not be read; each process adds those that it met to the run's list."""
         if new := [reason for reason in dict.fromkeys(reasons) if reason not in self._skipped]:
             self._skipped.update(new)
-            with writing(self._folder.path), self._folder.skipped.open("a") as file:
+            with writing(self._folder.path), self._folder.skipped.open("a", encoding="utf-8") as file:
                 file.write("".join(f"{' '.join(reason.split())}\n" for reason in new))
 
     def note(self, step: int, values: dict[str, Tensor | float]) -> None:
@@ -111,7 +111,7 @@ class Journal:
 
     def _write(self, path: Path, entries: list[dict[str, Any]]) -> None:
         with writing(self._folder.path):
-            with path.open("a") as file:
+            with path.open("a", encoding="utf-8") as file:
                 file.write("".join(json.dumps(entry) + "\n" for entry in entries))
             if self._board is not None:
                 for entry in entries:

@@ -76,7 +76,7 @@ class RunFolder:
             ValueError: this is no run's folder.
         """
         try:
-            description = json.loads(self.config.read_text())
+            description = json.loads(self.config.read_text(encoding="utf-8"))
         except FileNotFoundError:
             raise ValueError(f"{self.path} holds no run (there is no config.json in it); give a run's folder") from None
         except (OSError, ValueError) as error:
@@ -96,7 +96,7 @@ class RunFolder:
 
 def read_lines(path: Path) -> Iterator[dict[str, Any]]:
     """The lines of a JSONL file; a last one that was cut off while it was written is left out."""
-    for line in path.read_text().splitlines():
+    for line in path.read_text(encoding="utf-8").splitlines():
         try:
             yield json.loads(line)
         except ValueError:

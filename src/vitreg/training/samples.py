@@ -11,6 +11,7 @@ import numpy as np
 import torch
 from torch.utils.data import DataLoader, Dataset
 
+from vitreg.devices import available_cores
 from vitreg.images import ImageError, ImageSet
 from vitreg.training.method import Batch, Sample, Views
 from vitreg.training.processes import Processes
@@ -171,6 +172,5 @@ def worker_deaths() -> Iterator[None]:
 
 def default_workers(processes: Processes) -> int:
     """Decoding processes: all cores for a GPU; one where the model computes on the same cores."""
-    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
     local = int(os.environ.get("LOCAL_WORLD_SIZE", 1))
-    return 1 if processes.device.type == "cpu" else max(1, min(16, cores // local))
+    return 1 if processes.device.type == "cpu" else max(1, min(16, available_cores() // local))

@@ -58,7 +58,7 @@ def _read_config(folder: Path) -> dict[str, Any]:
     if not folder.is_dir():
         raise ValueError(f"{folder} is no folder; give folders that `vitreg train` wrote")
     try:
-        config = json.loads(path.read_text())
+        config = json.loads(path.read_text(encoding="utf-8"))
     except FileNotFoundError:
         raise ValueError(f"{folder} is no run: it has no config.json; give folders that `vitreg train` wrote") from None
     except (OSError, ValueError) as error:
@@ -74,7 +74,7 @@ def _read_diagnoses(folder: Path) -> list[dict[str, Any]]:
     """By step; of a step that a resumed run passed twice, the later one."""
     path = folder / "diagnosis.jsonl"
     by_step: dict[int, dict[str, Any]] = {}
-    for line in path.read_text().splitlines() if path.exists() else ():
+    for line in path.read_text(encoding="utf-8").splitlines() if path.exists() else ():
         try:
             diagnosis = json.loads(line)
         except ValueError:

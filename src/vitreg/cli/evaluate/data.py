@@ -23,7 +23,7 @@ def classification_data(data: str, class_names: Path | None = None) -> Data:
     names = None
     if class_names is not None:
         try:
-            names = tuple(line.strip() for line in class_names.read_text().splitlines() if line.strip())
+            names = tuple(line.strip() for line in class_names.read_text(encoding="utf-8").splitlines() if line.strip())
         except (OSError, UnicodeDecodeError) as error:
             raise ValueError(f"cannot read {class_names}: {error}; give a text file with a name a line") from error
     return Data("classification", train, val, class_names=names)
