@@ -1,13 +1,13 @@
 """How often is the automatic threshold wrong? Planted outliers, and clean models on several kinds of pictures.
 
-    python benchmarks/threshold.py PHOTOGRAPHS [--num-images 32]
-    python benchmarks/threshold.py PHOTOGRAPHS --models MODEL ...
+    python benchmarks/threshold.py PHOTOGRAPHS [--num-images 24]
+    python benchmarks/threshold.py PHOTOGRAPHS --models MODEL ... --num-images 100
 
 Planted: in randomly initialised models of several families, tokens of random patches are scaled after a block to a
 multiple of the median norm. Recall and precision are of the planted patches, over all runs of a row. Clean: the same
 families untouched, as initialised and with every parameter perturbed; an alarm is a diagnosis that does not deny them.
 
-With `--models`: what is said of these when they are shown a few photographs: 100 draws of 1, 2, 4, ... out of 100.
+With `--models`: what is said of these when they are shown a few photographs: 100 draws of 1, 2, 4, ... out of so many.
 """
 
 import argparse
@@ -20,6 +20,7 @@ import timm
 import torch
 
 import vitreg
+from vitreg.artifacts import two_modes
 from vitreg.artifacts.decision import EVIDENT, decide
 from vitreg.artifacts.histogram import NUM_BINS, LogAxis
 from vitreg.images import Batches, find_images, read_image
@@ -37,7 +38,7 @@ FAMILIES = (
     "eva02_tiny_patch14_224",
 )
 RATIOS, FRACTIONS = (3, 5, 10, 30), (0.001, 0.005, 0.02, 0.05)
-NUM_SHOWN, NUM_DRAWS = (1, 2, 4, 8, 16, 32), 100
+NUM_SHOWN, NUM_DRAWS = (1, 2, 4, 8, 16, 32, 64, 100), 100
 
 
 def random_model(family: str, seed: int, perturb: bool) -> vitreg.VisionTransformer:
@@ -88,10 +89,14 @@ def picture_kinds(photos: torch.Tensor) -> dict[str, torch.Tensor]:
     }
 
 
+def count(axis: LogAxis, norms: torch.Tensor) -> np.ndarray:
+    return np.bincount(axis.bins(norms).flatten(), minlength=NUM_BINS)
+
+
 def said(norms: torch.Tensor) -> str:
     """The status of `diagnose`, from norms `[L, B, h, w]`."""
     axis, flat = LogAxis(), norms.flatten(1)
-    decision = decide(axis, np.stack([np.bincount(row, minlength=NUM_BINS) for row in axis.bins(flat)]), norms.shape[1])
+    decision = decide(axis, np.stack([count(axis, block) for block in flat]), norms.shape[1])
     if decision.undecided is not None:
         return "cannot tell"
     if any(step is not None for step in decision.steps):
@@ -105,7 +110,7 @@ def show_few(models: list[str], paths: list[Path]) -> None:
         vit = vitreg.load(name).eval()
         with torch.inference_mode():
             norms = torch.cat([vit.trace(batch).patch_norms for batch, _ in Batches(paths, vit.preprocess)], dim=1)
-        for num in NUM_SHOWN:
+        for num in (num for num in NUM_SHOWN if num < len(paths)):
             rng = np.random.default_rng(num)
             draws = [[i] if num == 1 else rng.choice(len(paths), num, replace=False) for i in range(NUM_DRAWS)]
             counted = Counter(said(norms[:, draw]) for draw in draws)
@@ -115,11 +120,11 @@ def show_few(models: list[str], paths: list[Path]) -> None:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("photographs", type=Path)
-    parser.add_argument("--num-images", type=int, default=32)
+    parser.add_argument("--num-images", type=int, default=24)
     parser.add_argument("--models", nargs="+", default=[], help="as vitreg.load takes them")
     args = parser.parse_args()
     if args.models:
-        show_few(args.models, spread(find_images(args.photographs), 100))
+        show_few(args.models, spread(find_images(args.photographs), args.num_images))
         return
     photos = photographs(args.photographs, args.num_images)
 
@@ -131,12 +136,14 @@ def main() -> None:
             grid = 224 // vit.config.patch_size
             planted = torch.rand(len(photos), grid * grid, generator=torch.Generator().manual_seed(seed)) < fraction
             plant(vit, 2, ratio, planted)
-            diagnosis = vitreg.diagnose(vit, photos, block=2, batch_size=len(photos), max_examples=0)
-            found += diagnosis.threshold is not None
+            with torch.inference_mode():
+                norms = vit.trace(photos).patch_norms[2].flatten(1)
+            axis = LogAxis()
+            step = two_modes(axis, count(axis, norms))
+            found += step is not None
             total += int(planted.sum())
-            if diagnosis.threshold is not None:
-                with torch.inference_mode():
-                    marks = vit.trace(photos).patch_norms[2].flatten(1) >= diagnosis.threshold
+            if step is not None:
+                marks = norms >= axis.step_edge(step)
                 hits += int((marks & planted).sum())
                 marked += int(marks.sum())
         precision = hits / marked if marked else float("nan")

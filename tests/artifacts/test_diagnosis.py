@@ -72,7 +72,7 @@ def test_no_false_alarm_on_clean_models(family, perturbed, photographs):
     assert "No artifacts" in diagnosis.verdict[0]
 
 
-@pytest.mark.parametrize("ratio", [5, 10, 30])
+@pytest.mark.parametrize("ratio", [6, 10, 30])
 @pytest.mark.parametrize("fraction", [0.003, 0.05])
 @pytest.mark.parametrize("family", FAMILIES[::3])
 def test_planted_outliers_are_found(family, ratio, fraction, photographs):

@@ -198,8 +198,23 @@ def test_a_file_that_is_no_picture(small, files, tmp_path):
 
 
 def test_models_that_overflow_are_reported(small):
+    vit = copy.deepcopy(small)
+    vit.patch_embed.bias.data.fill_(torch.inf)
     with pytest.raises(ValueError, match="NaN or infinity"):
+        discover_objects(vit, torch.zeros(1, 3, 64, 64))
+    with pytest.raises(ValueError, match="image 0 .* not finite"):
         discover_objects(small, torch.full((1, 3, 64, 64), torch.nan))
+
+
+def test_open_images_and_arrays_are_found_in_as_their_files(small, files):
+    """At their own size, in the order given."""
+    expected = discover_objects(small, files[:3])
+    opened = [Image.open(file) for file in files[:3]]
+    for images in (opened, [np.asarray(image.convert("RGB")) for image in opened]):
+        found = discover_objects(small, images)
+        assert [d.box for d in found] == [d.box for d in expected]
+        assert all(d.path is None for d in found)
+    assert len(repr(found[0])) < 200
 
 
 def test_defaults_are_the_protocol():

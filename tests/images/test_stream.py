@@ -78,12 +78,6 @@ def test_strict_raises_at_the_first_broken_file_after_the_batches_before_it(phot
     assert not threads()
 
 
-def test_limit_takes_the_first_files(photos):
-    images = ImageStream(photos, SMALL, limit=5)
-    assert len(images) == 5
-    assert [path for batch in images for path in batch.paths] == photos[:5]
-
-
 def test_pictures_of_different_sizes_are_batched_with_neighbours_of_their_size(tmp_path):
     paths = []
     for index, size in enumerate([(32, 16), (32, 16), (16, 32), (16, 32), (16, 32), (32, 16)]):
@@ -177,7 +171,7 @@ def test_device(photos):
         assert batch.images.dtype == torch.float32
 
 
-@pytest.mark.parametrize("name", ["batch_size", "num_threads", "limit"])
+@pytest.mark.parametrize("name", ["batch_size", "num_threads"])
 def test_counts_below_one_are_refused(photos, name):
     with pytest.raises(ValueError, match=f"{name} is 0"):
         ImageStream(photos, SMALL, **{name: 0})

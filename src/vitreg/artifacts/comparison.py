@@ -13,12 +13,13 @@ from typing import Any, Literal
 import torch
 import torch.nn.functional as F
 from jaxtyping import Int
-from torch import Tensor
+from torch import Tensor, nn
 
 from vitreg.artifacts.diagnosis import Diagnosis, save_report
 from vitreg.artifacts.histogram import BINS_PER_STEP, NUM_BINS, add_counts
 from vitreg.artifacts.observer import Observer, look_through
 from vitreg.artifacts.outcome import Outcome, judge, write_comparison_verdict
+from vitreg.checkpoints import from_module
 from vitreg.images import Batches, Images
 from vitreg.model import Tokens, Trace, VisionTransformer
 from vitreg.report import write_comparison
@@ -82,6 +83,10 @@ class Comparison:
     seconds: float
     verdict: tuple[str, ...] = ()
 
+    def __repr__(self) -> str:
+        values = f"outcome={self.outcome!r}, num_images={self.before.num_images}, cls_similarity={self.cls_similarity}"
+        return f"Comparison({values}):\n  " + "\n  ".join(self.verdict[:2])
+
     def to_dict(self) -> dict[str, Any]:
         """Everything in JSON types; `docs/registers.md` describes the keys."""
         before, after = self.before.to_dict(), self.after.to_dict()
@@ -117,8 +122,8 @@ class Comparison:
 
 
 def compare(
-    before: VisionTransformer,
-    after: VisionTransformer,
+    before: VisionTransformer | nn.Module,
+    after: VisionTransformer | nn.Module,
     images: Images,
     *,
     threshold: float | int | str = "auto",
@@ -135,21 +140,22 @@ def compare(
     Made for a model and its fix; any two models of the same depth that cut pictures into the same patches will do.
 
     Args:
-        before: the first model.
-        after: the second; on the same device.
+        before: the first model, as for `diagnose`.
+        after: the second.
         images: as for `diagnose`; the first model's preprocessing is used, with the second's mean and deviation for it.
         threshold: as for `diagnose`.
         block: as for `diagnose`.
         batch_size: images at a time.
         max_examples: images kept whole for the report.
         strict: a file that cannot be read is an error, instead of being skipped and listed.
-        limit: use only this many files, the first.
+        limit: as for `diagnose`.
         keep_partial: on Ctrl-C, return what was found so far instead of raising KeyboardInterrupt.
         on_progress: called with the number of images done and their total, where it is known.
 
     Raises:
         ValueError: models that cannot be compared, or whatever `diagnose` raises.
     """
+    before, after = from_module(before), from_module(after)
     _check_comparable(before, after)
     observers = [Observer(vit, threshold=threshold, block=block, max_examples=max_examples) for vit in (before, after)]
     device = next(before.parameters()).device

@@ -14,7 +14,7 @@ from vitreg.artifacts.threshold import two_modes
 EVIDENT = 5.0
 """An upper mode with a median of so many medians counts in a single image."""
 
-ENOUGH_IMAGES = 32
+ENOUGH_IMAGES = 100
 """From so many on a nearer mode counts too. Patches of one image resemble each other: a few bright ones look like a
 mode until other images fill the valley (`docs/diagnosis.md` has the rates)."""
 

@@ -15,7 +15,7 @@ import numpy as np
 import torch
 from jaxtyping import Float, Int
 from numpy.typing import NDArray
-from torch import Tensor
+from torch import Tensor, nn
 
 from vitreg.artifacts.decision import EVIDENT, Decision, decide
 from vitreg.artifacts.diagnosis import BlockNorms, Diagnosis, NeighbourSimilarity, Status
@@ -25,6 +25,7 @@ from vitreg.artifacts.outliers import onset_block, reported_block
 from vitreg.artifacts.statistics import NormStatistics
 from vitreg.artifacts.threshold import parse_rule, threshold_step
 from vitreg.artifacts.verdict import position_kind, write_verdict
+from vitreg.checkpoints import from_module
 from vitreg.images import Batches, Images, SkippedImage
 from vitreg.model import Trace, VisionTransformer
 
@@ -163,7 +164,7 @@ class Observer:
 
 
 def diagnose(
-    vit: VisionTransformer,
+    vit: VisionTransformer | nn.Module,
     images: Images,
     *,
     threshold: float | int | str = "auto",
@@ -180,22 +181,23 @@ def diagnose(
     Images stream through once, in memory that does not grow with their number.
 
     Args:
-        vit: the model; it is used on the device and in the dtype it is in.
-        images: a normalised batch `[B, 3, H, W]`, a file, folder or glob, a list of these, or a DataLoader (or any
-            iterable) of batches, or of tuples that begin with a batch.
+        vit: the model, also one of timm, transformers or open_clip; it is used on the device and in the dtype it is in.
+        images: a normalised batch `[B, 3, H, W]` or image; a file, folder or glob, an image of Pillow or an array of
+            8-bit pixels, or a list of these; a DataLoader (or any iterable) of batches, or of tuples that begin so.
         threshold: `"auto"` finds two separated modes or none (`two_modes`); or a norm such as 150, `"mean+3sd"`,
             `"5xmedian"`. The last two are rounded to 3 %.
         block: the block to report, or `"auto"`.
         batch_size: pictures at a time.
         max_examples: images kept whole for the report.
         strict: a file that cannot be read is an error, instead of being skipped and listed.
-        limit: use only this many files, the first.
+        limit: use only this many images, at equal distances; of an iterable of batches the first.
         keep_partial: on Ctrl-C, return what was found so far instead of raising KeyboardInterrupt.
         on_progress: called with the number of images done and their total, where it is known.
 
     Raises:
         ValueError: no images, an unknown threshold or block, or a model whose tokens are not finite.
     """
+    vit = from_module(vit)
     observer = Observer(vit, threshold=threshold, block=block, max_examples=max_examples)
     device = next(vit.parameters()).device
     batches = Batches(images, vit.preprocess, batch_size=batch_size, device=device, strict=strict, limit=limit)

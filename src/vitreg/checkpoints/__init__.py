@@ -1,6 +1,7 @@
 """Weights in and out: one file per dialect of state dicts."""
 
 from vitreg.checkpoints.export import save
+from vitreg.checkpoints.from_module import from_module
 from vitreg.checkpoints.loading import load
 from vitreg.checkpoints.open_clip import from_open_clip
 from vitreg.checkpoints.registry import list_models
@@ -11,6 +12,7 @@ from vitreg.checkpoints.transformers import from_transformers
 
 __all__ = [
     "CheckpointError",
+    "from_module",
     "from_open_clip",
     "from_state_dict",
     "from_timm",

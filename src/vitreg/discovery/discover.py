@@ -4,21 +4,33 @@ from __future__ import annotations
 
 import contextlib
 from collections.abc import Iterable, Iterator, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import get_args
 
 import numpy as np
 import torch
 from jaxtyping import Bool, Float, Int64
-from torch import Tensor
+from torch import Tensor, nn
 
+from vitreg.checkpoints import from_module
 from vitreg.discovery.features import condition, patch_features
 from vitreg.discovery.lost import lost
 from vitreg.discovery.protocol import DEFAULT, FACETS, Method, Protocol
 from vitreg.discovery.region import Region
 from vitreg.discovery.tokencut import tokencut
-from vitreg.images import ImageBatch, ImageError, ImageStream, SkippedImage, find_images, image_size
+from vitreg.images import (
+    ImageBatch,
+    ImageError,
+    Images,
+    ImageStream,
+    SkippedImage,
+    as_rgb,
+    check_batch,
+    find_images,
+    image_size,
+    in_memory,
+)
 from vitreg.model import VisionTransformer
 
 MIN_GRID = 3
@@ -40,15 +52,15 @@ class Detection:
 
     box: tuple[int, int, int, int]
     seed: tuple[int, int]
-    mask: Bool[np.ndarray, "h w"]
-    degree: Int64[np.ndarray, "h w"]
+    mask: Bool[np.ndarray, "h w"] = field(repr=False)
+    degree: Int64[np.ndarray, "h w"] = field(repr=False)
     others: tuple[Detection, ...] = ()
     path: Path | None = None
 
 
 def discover_objects(
-    vit: VisionTransformer,
-    images: Float[Tensor, "B 3 H W"] | str | Path | Sequence[str | Path],
+    vit: VisionTransformer | nn.Module,
+    images: Images,
     *,
     method: str = "lost",
     facet: str = DEFAULT.facet,
@@ -67,8 +79,9 @@ def discover_objects(
     together. The defaults are the documented protocol, the same for every model (docs/discovery.md).
 
     Args:
-        vit: any model, with registers or without; it is used on the device and in the dtype it is in.
-        images: a batch, normalised as `vit.preprocess` does, of any size; or files, folders or globs.
+        vit: any model, with registers or without, as for `diagnose`.
+        images: a batch or image, normalised as `vit.preprocess` does, of any size; files, folders or globs; or images
+            of Pillow or arrays of their pixels.
         method: `"lost"` (Simeoni et al. 2021) or `"tokencut"` (Wang et al. 2022; always of cosines, whatever
             `normalize` says, and without `k_patches`).
         facet: the features compared: `"keys"`, `"queries"` or `"values"` of the block's attention, or its `"tokens"`.
@@ -89,11 +102,20 @@ def discover_objects(
     if facet not in FACETS:
         raise ValueError(f"facet {facet!r} is unknown; choose from {', '.join(FACETS)}")
     protocol = Protocol(facet, block, normalize, center, bias, k_patches)
-    if isinstance(images, Tensor):
-        images = images.to(next(vit.parameters()).device)
-        size = (images.shape[-2], images.shape[-1])
-        batches = (ImageBatch(part, [], [size] * len(part)) for part in images.split(batch_size))
+    vit = from_module(vit)
+    device = next(vit.parameters()).device
+    parts: Iterable[Tensor] | None = None
+    opened = in_memory(images)
+    if opened is not None:
+        keep = replace(vit.preprocess, crop="pad", multiple_of=1)
+        parts = (keep(as_rgb(image)).unsqueeze(0) for image in opened)
+    elif isinstance(images, Tensor | np.ndarray):
+        parts = check_batch(torch.as_tensor(images)).split(batch_size)
+    if parts is not None:
+        batches = (ImageBatch(p.to(device), [], [(p.shape[-2], p.shape[-1])] * len(p)) for p in parts)
         return [d for _, found in detect(vit, batches, protocol, method=method, max_objects=max_objects) for d in found]
+    if not isinstance(images, str | Path | list | tuple):
+        raise ValueError(f"images is a {type(images).__name__}; give a batch, files, or open images in a list")
     paths = find_images(images)
     stream = native_stream(vit, paths, batch_size=batch_size, strict=True)
     by_path: dict[Path | None, Detection] = {}

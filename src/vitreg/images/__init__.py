@@ -1,14 +1,14 @@
 """Pictures in: finding files, reading them, streaming them, and sets with labels, captions, boxes, masks or depth."""
 
 from vitreg.images.ahead import map_ahead
-from vitreg.images.batches import Batches, Images
+from vitreg.images.batches import Batches, Images, check_batch, in_memory
 from vitreg.images.boxes import BoxedImage, BoxSet, open_box_set
 from vitreg.images.bundled import bundled_photographs
 from vitreg.images.dense import DenseSet, refuse
 from vitreg.images.depth import MILLIMETRES, DepthSet, open_depth
 from vitreg.images.labelled import ImageSet, Part, evenly
 from vitreg.images.masks import IGNORED, SegmentationSet, open_segmentation
-from vitreg.images.reading import EXTENSIONS, MAX_PIXELS, ImageError, find_images, image_size, read_image
+from vitreg.images.reading import EXTENSIONS, MAX_PIXELS, ImageError, as_rgb, find_images, image_size, read_image
 from vitreg.images.sets import check_classes, open_image_set, open_split
 from vitreg.images.stream import ImageBatch, ImageStream, SkippedImage
 
@@ -30,11 +30,14 @@ __all__ = [
     "Part",
     "SegmentationSet",
     "SkippedImage",
+    "as_rgb",
     "bundled_photographs",
+    "check_batch",
     "check_classes",
     "evenly",
     "find_images",
     "image_size",
+    "in_memory",
     "map_ahead",
     "open_box_set",
     "open_depth",

@@ -3,21 +3,26 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Callable, Iterable, Iterator
-from itertools import count
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from typing import Any
 
+import numpy as np
 import torch
 from jaxtyping import Float
+from PIL import Image
 from torch import Tensor
 
-from vitreg.images.reading import find_images
+from vitreg.images.labelled import evenly
+from vitreg.images.reading import as_rgb, find_images
 from vitreg.images.stream import ImageBatch, ImageStream, SkippedImage
 from vitreg.model.preprocess import Preprocess
 
-Images = Float[Tensor, "B 3 H W"] | str | os.PathLike[str] | Iterable[Any]
-"""A normalised batch, a file, folder or glob, a list of these, or a DataLoader (or any iterable) of batches, or of
-tuples that begin with a batch."""
+Images = Float[Tensor, "B 3 H W"] | str | os.PathLike[str] | Image.Image | Iterable[Any]
+"""A normalised batch or image; a file, folder or glob, an open image or an array of pixels, or a list of these; a
+DataLoader (or any iterable) of batches, or of tuples that begin with a batch."""
+
+MAX_NORMALIZED = 20.0
+"""Normalised values are within about 3; pixels go to 255."""
 
 
 class Batches:
@@ -38,39 +43,57 @@ class Batches:
         limit: int | None = None,
         select: Callable[[int], bool] | None = None,
     ) -> None:
-        """Prepares; nothing is read before it is iterated.
+        """Prepares; no file is read before it is iterated.
 
         Args:
             images: what there is.
-            preprocess: what is done to files; tensors are taken as they are.
+            preprocess: what is done to files and open images; batches are taken as they are.
             batch_size: images at a time, where `images` is no iterable of batches.
             device: where the batches are put.
             strict: a file that cannot be read is an error, instead of being skipped and listed.
-            limit: use only this many files, the first.
+            limit: use only this many images, at equal distances; of an iterable of batches the first.
             select: use only the images for whose number (from 0) this is true.
 
         Raises:
-            ValueError: no files are found.
+            ValueError: no files are found, a count is below 1, or a batch is not what a model takes.
         """
+        for name, value in (("batch_size", batch_size), ("limit", limit)):
+            if value is not None and value < 1:
+                raise ValueError(f"{name} is {value}; it must be at least 1")
         self.total: int | None = None
-        self._device, self._select = device, select
+        self._preprocess, self._device = preprocess, device
+        self._limit, self._select = limit, select
         self._stream: ImageStream | None = None
         if isinstance(images, str | os.PathLike):
             images = [images]
-        if isinstance(images, Tensor):
-            images = images if select is None else images[[i for i in range(len(images)) if select(i)]]
-            self.total, self._select = len(images), None
-            self._source: Iterable[Any] = images.split(batch_size)
+        opened = in_memory(images)
+        if opened is not None:
+            chosen = [opened[i] for i in self._numbers(len(opened))]
+            self._source: Iterable[Any] = [chosen[i : i + batch_size] for i in range(0, len(chosen), batch_size)]
+        elif isinstance(images, Tensor | np.ndarray):
+            batch = check_batch(torch.as_tensor(images))
+            self._source = batch[self._numbers(len(batch))].split(batch_size)
         elif isinstance(images, list | tuple) and images and isinstance(images[0], str | os.PathLike):
-            paths = [path for i, path in enumerate(find_images(images)) if select is None or select(i)]
+            paths = find_images(images)
             self._stream = ImageStream(
-                paths, preprocess, batch_size=batch_size, strict=strict, limit=limit, device=device
+                [paths[i] for i in self._numbers(len(paths))],
+                preprocess,
+                batch_size=batch_size,
+                strict=strict,
+                device=device,
             )
-            self.total = len(self._stream)
         else:
+            assert not isinstance(images, Image.Image)
             self._source = images
             if isinstance(images, Batches) and select is None:
                 self.total = images.total
+
+    def _numbers(self, total: int) -> list[int]:
+        """Which of so many images are used."""
+        numbers = range(total) if self._limit is None else evenly(total, self._limit).tolist()
+        chosen = [i for i in numbers if self._select is None or self._select(i)]
+        self.total, self._limit, self._select = len(chosen), None, None
+        return chosen
 
     @property
     def repeatable(self) -> bool:
@@ -89,23 +112,76 @@ class Batches:
             for batch in self._stream:
                 yield batch.images, [path.name for path in batch.paths]
             return
-        number = count()
+        first = 0
         for source in self._source:
-            batch = _tensor(source)
-            numbers = [next(number) for _ in range(len(batch))]
-            if self._select is not None:
-                rows = [row for row, i in enumerate(numbers) if self._select(i)]
-                batch, numbers = batch[rows], [numbers[row] for row in rows]
-            if numbers:
-                yield batch.to(self._device), [f"image {i + 1}" for i in numbers]
+            batch = check_batch(self._tensor(source), first)
+            numbers = range(first, first + len(batch))[: None if self._limit is None else max(0, self._limit - first)]
+            first += len(batch)
+            rows = [row for row, i in enumerate(numbers) if self._select is None or self._select(i)]
+            if rows:
+                batch = batch if len(rows) == len(batch) else batch[rows]
+                yield batch.to(self._device), [f"image {numbers[row] + 1}" for row in rows]
+            if self._limit is not None and first >= self._limit:
+                return
+
+    def _tensor(self, source: Any) -> Tensor:
+        """The images of an open image, a list of such, or what a DataLoader yields."""
+        if isinstance(source, ImageBatch):
+            return source.images
+        opened = in_memory(source)
+        if opened is not None:
+            return torch.stack([self._preprocess(as_rgb(image)) for image in opened])
+        if isinstance(source, list | tuple) and source:
+            source = source[0]
+        if not isinstance(source, Tensor | np.ndarray):
+            what = (
+                f"{source!r}; give files as a list" if isinstance(source, str | os.PathLike) else type(source).__name__
+            )
+            raise ValueError(f"images yields {what}; expected batches [B, 3, H, W] or tuples beginning so")
+        return torch.as_tensor(source)
 
 
-def _tensor(batch: Any) -> Tensor:
-    """The images of what a DataLoader yields."""
-    if isinstance(batch, ImageBatch):
-        return batch.images
-    if isinstance(batch, list | tuple) and batch:
-        batch = batch[0]
-    if not isinstance(batch, Tensor):
-        raise ValueError(f"images yields {type(batch).__name__}; expected batches [B, 3, H, W] or tuples beginning so")
+def in_memory(images: object) -> Sequence[Any] | None:
+    """The images that are pixels: of Pillow, or 8-bit arrays `[H, W, 3]` or `[B, H, W, 3]`. None if these are not.
+
+    The first of a list or tuple decides.
+    """
+    if isinstance(images, np.ndarray) and images.dtype == np.uint8 and images.shape[-1] in (3, 4):
+        return [images] if images.ndim == 3 else list(images)
+    if isinstance(images, Image.Image):
+        return [images]
+    if isinstance(images, list | tuple) and images:
+        first = images[0]
+        if isinstance(first, Image.Image) or (isinstance(first, np.ndarray) and in_memory(first) and first.ndim == 3):
+            return images
+    return None
+
+
+def check_batch(batch: Tensor, first: int = 0) -> Float[Tensor, "B 3 H W"]:
+    """The batch, or the batch of one image `[3, H, W]`.
+
+    Args:
+        batch: what is given for normalised images.
+        first: number of its first image, for messages.
+
+    Raises:
+        ValueError: another shape, pixels instead of normalised values, or values that are not finite.
+    """
+    if batch.ndim == 3:
+        batch = batch.unsqueeze(0)
+    if batch.ndim != 4 or batch.shape[1] != 3:
+        hint = "; move the channels: images.movedim(-1, -3)" if batch.ndim == 4 and batch.shape[-1] == 3 else ""
+        raise ValueError(f"images has the shape {list(batch.shape)}; expected [B, 3, H, W], or [3, H, W] for one{hint}")
+    advice = "normalise them: vit.preprocess.normalize(images) of 8-bit values, or give files or Pillow's images"
+    if not batch.is_floating_point():
+        raise ValueError(f"images holds {str(batch.dtype).removeprefix('torch.')} values, models take floats; {advice}")
+    if batch.numel():
+        lowest, highest = batch.flatten(1).aminmax(dim=1)
+        if bad := (~(lowest + highest).isfinite()).nonzero().flatten().tolist():
+            raise ValueError(
+                f"image {first + bad[0]} (counted from 0) holds values that are not finite, as do {len(bad)} of "
+                f"{len(batch)}; leave them out, or look at how they were made"
+            )
+        if float(highest.max()) > MAX_NORMALIZED:
+            raise ValueError(f"images holds values up to {float(highest.max()):g}, which are pixels; {advice}")
     return batch

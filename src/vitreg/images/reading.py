@@ -64,6 +64,22 @@ def decode_image(data: bytes | memoryview, name: str) -> Image.Image:
     return _read(io.BytesIO(data), name)
 
 
+def as_rgb(image: object) -> Image.Image:
+    """What `read_image` gives, of an image that is open already, or of an array of 8-bit values `[H, W, 3]`.
+
+    Raises:
+        ImageError: It is damaged, or neither.
+    """
+    try:
+        image = Image.fromarray(image) if isinstance(image, np.ndarray) else image
+        if not isinstance(image, Image.Image):
+            raise TypeError(f"a {type(image).__name__} among open images")
+        image.load()
+        return _upright(_to_rgb(image), _orientation(image))
+    except (OSError, TypeError, ValueError) as error:
+        raise ImageError(f"an image that was given cannot be read ({error}); replace it or leave it out") from error
+
+
 def _read(source: Path | io.BytesIO, name: str) -> Image.Image:
     try:
         with Image.open(source) as image:

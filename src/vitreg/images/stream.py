@@ -3,7 +3,6 @@
 from collections.abc import Iterable, Iterator
 from contextlib import closing
 from dataclasses import dataclass
-from itertools import islice
 from pathlib import Path
 
 import numpy as np
@@ -65,7 +64,6 @@ class ImageStream:
         batch_size: int = 32,
         strict: bool = False,
         num_threads: int | None = None,
-        limit: int | None = None,
         device: torch.device | str | None = None,
     ) -> None:
         """Prepares a stream; nothing is read before it is iterated.
@@ -76,7 +74,6 @@ class ImageStream:
             batch_size: Pictures a batch.
             strict: Raise `ImageError` at the first file that cannot be read, instead of skipping it.
             num_threads: Decoding threads; by default one for each core this process may use, at most 8.
-            limit: Use only this many files, the first.
             device: Where batches are put. They travel as bytes and are normalised there.
 
         Raises:
@@ -86,11 +83,10 @@ class ImageStream:
             raise ValueError(
                 f"paths is the single path {str(paths)!r}; give a list, as from find_images({str(paths)!r})"
             )
-        counts = {"batch_size": batch_size, "num_threads": num_threads, "limit": limit}
-        for name, count in counts.items():
+        for name, count in (("batch_size", batch_size), ("num_threads", num_threads)):
             if count is not None and count < 1:
                 raise ValueError(f"{name} is {count}; it must be at least 1")
-        self.paths = [Path(path) for path in islice(paths, limit)]
+        self.paths = [Path(path) for path in paths]
         self.preprocess = preprocess
         self.batch_size = batch_size
         self.strict = strict

@@ -7,9 +7,10 @@ from dataclasses import dataclass
 
 import torch
 from jaxtyping import Float
-from torch import Tensor
+from torch import Tensor, nn
 
 from vitreg.artifacts import Diagnosis, diagnose
+from vitreg.checkpoints import from_module
 from vitreg.devices import summing_device
 from vitreg.images import Batches, Images
 from vitreg.model import VisionTransformer
@@ -38,7 +39,7 @@ class RegisterNeuron:
 
 
 def find_register_neurons(
-    vit: VisionTransformer,
+    vit: VisionTransformer | nn.Module,
     images: Images,
     *,
     most: int = 256,
@@ -56,7 +57,7 @@ def find_register_neurons(
     The images are gone through twice (once with a `diagnosis`), in memory that does not grow with their number.
 
     Args:
-        vit: the model; used on the device and in the dtype it is in.
+        vit: the model, as for `diagnose`.
         images: as for `diagnose`; an iterable must give the same images each time.
         most: units in the list.
         diagnosis: of the same model on the same images, if there is one already.
@@ -69,6 +70,7 @@ def find_register_neurons(
     Raises:
         ValueError: no images, or images that can be gone through only once.
     """
+    vit = from_module(vit)
     device = next(vit.parameters()).device
     batches = Batches(images, vit.preprocess, batch_size=batch_size, device=device)
     if diagnosis is None:

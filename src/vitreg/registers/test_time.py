@@ -9,8 +9,10 @@ from collections.abc import Callable, Iterable
 from functools import cache
 
 import torch
+from torch import nn
 
 from vitreg.artifacts import REMOVED, Diagnosis, diagnose
+from vitreg.checkpoints import from_module
 from vitreg.images import Batches, Images
 from vitreg.model import VisionTransformer
 from vitreg.registers.held_back import Effect, HeldBack
@@ -34,7 +36,7 @@ MAX_ROUNDS = 4
 
 
 def add_test_time_registers(
-    vit: VisionTransformer,
+    vit: VisionTransformer | nn.Module,
     images: Images | None = None,
     *,
     count: int = 1,
@@ -58,7 +60,7 @@ def add_test_time_registers(
     chosen.
 
     Args:
-        vit: the model, with or without registers of its own; used on the device and in the dtype it is in.
+        vit: the model, with or without registers of its own, as for `diagnose`.
         images: at least 8, as for `diagnose`; not needed with `neurons`. An iterable must give the same images each
             time.
         count: registers to add.
@@ -75,6 +77,7 @@ def add_test_time_registers(
         ValueError: `count` below 1, fewer than 8 images or too few to tell whether there are artifacts, images that can
             be gone through only once, units that the model does not have.
     """
+    vit = from_module(vit)
     if count < 1:
         raise ValueError(f"count is {count}; add at least 1 register")
     if neurons is not None:
