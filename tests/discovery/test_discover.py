@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import dataclasses
 
 import numpy as np
@@ -202,7 +203,7 @@ def test_models_that_overflow_are_reported(small):
     vit.patch_embed.bias.data.fill_(torch.inf)
     with pytest.raises(ValueError, match="NaN or infinity"):
         discover_objects(vit, torch.zeros(1, 3, 64, 64))
-    with pytest.raises(ValueError, match="image 0 .* not finite"):
+    with pytest.raises(ValueError, match=r"image 0 .* not finite"):
         discover_objects(small, torch.full((1, 3, 64, 64), torch.nan))
 
 
