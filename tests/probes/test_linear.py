@@ -21,7 +21,7 @@ from peers import error
 from probes.labelled import ALL_BLOCKS, KILLED, pictures_of, small_stores, train_killed
 from probes.small import small_vit
 from vitreg.probes import FeaturesConfig, FeatureStore, extract
-from vitreg.probes.linear import linear, linear_blocks
+from vitreg.probes.linear import _Input, _inputs, _table, linear, linear_blocks
 from vitreg.probes.linear_heads import Heads, LinearConfig
 
 SHORT = LinearConfig(learning_rates=(0.01, 0.1), epochs=1, epoch_length=20, head_batch_size=16)
@@ -37,9 +37,10 @@ def test_heads_train_as_with_torch():
     """All of them, with the losses summed as in DINOv2's `eval/linear.py`, on the batches of a whole pass."""
     torch.manual_seed(0)
     labels = torch.arange(48) % 3
-    features = [torch.randn(48, width) for width in (5, 9)]
+    table, inputs = torch.randn(48, 9), (slice(2, 7), slice(0, 9))
+    features = [table[:, columns] for columns in inputs]
     config = LinearConfig(learning_rates=(0.05, 2.0), epochs=2, epoch_length=4, head_batch_size=20)
-    heads = Heads(features, labels, 3, config, "cpu")
+    heads = Heads(table, inputs, labels, 3, config, "cpu")
     peers: list[list[nn.Linear]] = []
     for number, each in enumerate(features):
         weights = heads.tensors[f"weight.{number}"].clone().split(3)
@@ -74,17 +75,33 @@ def test_heads_train_as_with_torch():
     for number, layers in enumerate(peers):
         assert error(heads.tensors[f"weight.{number}"], torch.cat([layer.weight for layer in layers])) < 1e-5
         assert error(heads.tensors[f"bias.{number}"][:, 0], torch.cat([layer.bias for layer in layers])) < 1e-5
-    right = heads.right(features, labels)
+    right = heads.right(table, labels)
     logits = [layer(each) for layers, each in zip(peers, features, strict=True) for layer in layers]
     assert torch.equal(right, torch.stack([found.argmax(1) == labels for found in logits]))
 
 
 def test_weights_start_as_in_the_protocol():
-    heads = Heads([torch.randn(10, 400)], torch.arange(10) % 5, 5, LinearConfig(), "cpu")
+    heads = Heads(torch.randn(10, 400), [slice(400)], torch.arange(10) % 5, 5, LinearConfig(), "cpu")
     assert heads.tensors["weight.0"].shape == (13 * 5, 400)
     assert heads.tensors["weight.0"].std().item() == pytest.approx(0.01, rel=0.03)
     assert not heads.tensors["bias.0"].any()
     assert LinearConfig().num_iterations == 12500
+
+
+def test_inputs_that_overlap_are_held_once(stores):
+    """One by one, those of a ViT-L on ImageNet would be 63 GB."""
+    train, _ = stores
+    inputs = _inputs(train, LinearConfig())
+    table, columns = _table(train, inputs)
+    tokens = [train.cls(block) for block in (0, 1, 2)]
+    mean = train.mean_patch(-1)
+    expected = [tokens[-1:], [*tokens[-1:], mean], tokens, [*tokens, mean]]
+    assert len(columns) == 4
+    for parts, found in zip(expected, columns, strict=True):
+        assert torch.equal(table[:, found], torch.cat(parts, 1))
+    assert table.shape == (train.num_images, 4 * mean.shape[1])
+    only = _table(train, (_Input(2, False),))
+    assert torch.equal(only[0][:, only[1][0]], torch.cat(tokens[1:], 1))
 
 
 def test_the_best_head_is_reported_and_the_others_are_told(stores):

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 
 import torch
 from jaxtyping import Bool, Float, Int
@@ -17,7 +18,8 @@ class Heads:
     """All heads of one kind of input are one matrix, so that each kind costs two matrix products an iteration.
 
     Args:
-        features: of every kind of input, a row for each picture.
+        features: a row for each image.
+        inputs: columns of the features, for every kind of input; they may overlap.
         labels: class of every picture.
         num_classes: of the pictures.
         config: how they are trained.
@@ -30,13 +32,14 @@ class Heads:
 
     def __init__(
         self,
-        features: list[Float[Tensor, "N _"]],
+        features: Float[Tensor, "N D"],
+        inputs: Sequence[slice],
         labels: Int[Tensor, " N"],
         num_classes: int,
         config: LinearConfig,
         device: torch.device | str,
     ) -> None:
-        self._features = [each.to(device) for each in features]
+        self._features, self._inputs = features.to(device), inputs
         self._labels, self._num_classes, self._config = labels.to(device), num_classes, config
         self.iteration = 0
         scaled = torch.tensor(config.learning_rates) * config.head_batch_size / 256
@@ -44,8 +47,8 @@ class Heads:
         rows = len(config.learning_rates) * num_classes
         generator = torch.Generator().manual_seed(config.seed)
         self.tensors: dict[str, Tensor] = {}
-        for number, each in enumerate(features):
-            weight = 0.01 * torch.randn(rows, each.shape[1], generator=generator)
+        for number, columns in enumerate(inputs):
+            weight = 0.01 * torch.randn(rows, features[:1, columns].shape[1], generator=generator)
             self.tensors |= {
                 f"weight.{number}": weight.to(device),
                 f"weight_momentum.{number}": torch.zeros_like(weight, device=device),
@@ -60,9 +63,10 @@ class Heads:
         rows = self.batch()
         labels = self._labels[rows][:, None, None].expand(-1, len(config.learning_rates), 1)
         decay = 0.5 * (1 + math.cos(math.pi * self.iteration / config.num_iterations))
-        for number, features in enumerate(self._features):
+        features = self._features[rows]
+        for number, columns in enumerate(self._inputs):
             weight, bias, weight_momentum, bias_momentum = self._of(number)
-            x = features[rows]
+            x = features[:, columns]
             residual = self._logits(x, weight, bias).softmax(2)
             residual.scatter_add_(2, labels, residual.new_full(labels.shape, -1))
             gradient = residual.flatten(1).div_(len(rows))
@@ -72,12 +76,14 @@ class Heads:
             bias.addcmul_(bias_momentum, self._rates, value=-decay)
         self.iteration += 1
 
-    def right(self, features: list[Float[Tensor, "N _"]], labels: Int[Tensor, " N"]) -> Bool[Tensor, "heads N"]:
-        """Which pictures every head classifies correctly; learning rates run fastest."""
+    def right(self, features: Float[Tensor, "N D"], labels: Int[Tensor, " N"]) -> Bool[Tensor, "heads N"]:
+        """Which images every head classifies correctly; learning rates run fastest."""
         found: list[Tensor] = []
-        for number, each in enumerate(features):
+        for number, columns in enumerate(self._inputs):
             weight, bias, _, _ = self._of(number)
-            chunks = [self._logits(x.to(weight.device), weight, bias).argmax(2) for x in each.split(_ROWS)]
+            chunks = [
+                self._logits(x[:, columns].to(weight.device), weight, bias).argmax(2) for x in features.split(_ROWS)
+            ]
             found.append(torch.cat(chunks).T.cpu() == labels)
         return torch.cat(found)
 
