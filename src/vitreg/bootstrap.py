@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import numpy as np
 from jaxtyping import Float64, Shaped
 
@@ -27,6 +29,22 @@ def resampled_sums(
     # One at a time: all the counts at once would be as large as pictures times resamples.
     sums = [np.bincount(rng.integers(num, size=num), minlength=num) @ flat for _ in range(resamples)]
     return np.stack(sums).reshape(resamples, *values.shape[1:])
+
+
+def error_of_mean(
+    draws: Sequence[float], *, resamples: int = RESAMPLES, seed: int = 1
+) -> Float64[np.ndarray, " resamples"]:
+    """What the mean of a few random draws may be off by, again and again: by Student's t, for they are few.
+
+    Added to a figure's values on resamples of the images, it widens their interval by what the draws leave open.
+
+    Args:
+        draws: a figure, drawn at least twice.
+        resamples: how many errors.
+        seed: of the errors.
+    """
+    scale = np.std(draws, ddof=1) / np.sqrt(len(draws))
+    return scale * np.random.default_rng(seed).standard_t(len(draws) - 1, size=resamples)
 
 
 def percentile_interval(resampled: Shaped[np.ndarray, "resamples ..."]) -> Float64[np.ndarray, "2 ..."]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import math
 
 import numpy as np
@@ -64,6 +65,51 @@ def test_differences_are_paired():
     alike = worse.minus(worse)
     assert alike is not None
     assert not alike.is_significant
+
+
+def drawn(rng: np.random.Generator, chance: np.ndarray, shifts: np.ndarray) -> Score:
+    """A model's accuracy on images of these chances, with a classifier that is better or worse in every draw."""
+    right = rng.random((len(shifts), len(chance))) < np.clip(chance + shifts[:, None], 0, 1)
+    return Score.mean("top-1", right.mean(0), unit="%", draws=tuple((100 * right.mean(1)).tolist()))
+
+
+def test_random_draws_are_in_the_interval_so_that_equal_models_are_not_marked():
+    """Of equal models one in twenty is marked; without the draws, it was every third."""
+    rng = np.random.default_rng(3)
+    chance, marked = rng.beta(0.4, 0.8, 200), {True: 0, False: 0}
+    for _ in range(25):
+        shifts = rng.normal(0, 0.05, (2, 5))
+        first, second = (drawn(rng, chance, shift) for shift in shifts)
+        for with_draws in marked:
+            pair = [score if with_draws else dataclasses.replace(score, draws=()) for score in (first, second)]
+            difference = pair[0].minus(pair[1])
+            assert difference is not None
+            marked[with_draws] += difference.is_significant
+    assert marked[True] <= 3
+    assert marked[False] >= 6
+
+
+def test_draws_with_equal_seeds_are_compared_in_pairs():
+    rng = np.random.default_rng(4)
+    chance, shifts = rng.random(1000), rng.normal(0, 0.05, 5)
+    first, second = (drawn(rng, chance, shifts + better) for better in (0, 0.06))
+    difference = second.minus(first)
+    assert difference is not None
+    assert difference.is_significant
+    shuffled = second.minus(dataclasses.replace(first, draws=first.draws[::-1]))
+    assert shuffled is not None
+    assert not shuffled.is_significant
+
+
+def test_a_single_random_draw_is_not_compared():
+    once = Score.mean("top-1", np.ones(5), draws=(100.0,))
+    assert once.deviation is None
+    assert once.minus(once) is None
+    several = Score.mean("top-1", np.ones(5), unit="%", draws=(99.0, 100.0, 101.0))
+    assert several.deviation == 1
+    assert several.minus(once) is None
+    # Student's t with two degrees of freedom.
+    assert several.interval() == pytest.approx((100 - 4.303 / 3**0.5, 100 + 4.303 / 3**0.5), abs=0.5)
 
 
 def test_nothing_is_not_zero():

@@ -42,7 +42,10 @@ def load_result(path: Path, question: str) -> ProbeResult | None:
             if note["question"] != question:
                 return None
             arrays = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
-        scores = tuple(Score(**{**values, "sums": arrays[f"sums.{i}"]}) for i, values in enumerate(note["scores"]))
+        scores = tuple(
+            Score(**{**values, "sums": arrays[f"sums.{i}"], "draws": tuple(values["draws"])})
+            for i, values in enumerate(note["scores"])
+        )
         predictions = {int(n.partition(".")[2]): a for n, a in arrays.items() if n.startswith("prediction.")}
         return ProbeResult(note["probe"], scores, note["details"], predictions)
     except (OSError, SafetensorError, ValueError, KeyError, TypeError):

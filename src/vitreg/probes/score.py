@@ -5,12 +5,13 @@ from __future__ import annotations
 import math
 from collections.abc import Mapping
 from dataclasses import dataclass, field
+from statistics import stdev
 from typing import Any, Literal
 
 import numpy as np
 from jaxtyping import Float64, Shaped
 
-from vitreg.bootstrap import percentile_interval, resampled_sums
+from vitreg.bootstrap import error_of_mean, percentile_interval, resampled_sums
 
 Kind = Literal["ratio", "mIoU"]
 
@@ -31,7 +32,8 @@ class Score:
         unit: `"%"` multiplies by 100.
         lower_is_better: of errors.
         subject: what the figure is of, where a probe has several: `"outlier"`, `"register 1"`, `"k = 10"`.
-        deviation: standard deviation over random choices, in the figure's unit, where a probe makes several.
+        draws: the figure of each of several random choices that a probe makes, whose mean it is; none where it makes
+            no choice.
         missing: why there is no figure; empty where there is one.
     """
 
@@ -41,7 +43,7 @@ class Score:
     unit: str = ""
     lower_is_better: bool = False
     subject: str = ""
-    deviation: float | None = None
+    draws: tuple[float, ...] = ()
     missing: str = ""
 
     @classmethod
@@ -80,18 +82,27 @@ class Score:
         """The figure; NaN where there is none."""
         return math.nan if self.missing else float(self._figure(self.sums.sum(0)[None])[0])
 
+    @property
+    def deviation(self) -> float | None:
+        """Standard deviation over random choices; None where there are not several."""
+        return stdev(self.draws) if len(self.draws) > 1 else None
+
     def interval(self) -> tuple[float, float]:
-        """Its 95 % bootstrap interval over pictures; NaN where there is none."""
+        """Its 95 % bootstrap interval over images, and over random choices where there are several; NaN where none."""
         if self.missing:
             return math.nan, math.nan
-        low, high = percentile_interval(self._figure(resampled_sums(self.sums)))
+        resampled = self._figure(resampled_sums(self.sums))
+        if len(self.draws) > 1:
+            resampled += error_of_mean(self.draws)
+        low, high = percentile_interval(resampled)
         return float(low), float(high)
 
     def minus(self, other: Score) -> Difference | None:
         """How much it differs from another model's on the same pictures, resampled in pairs.
 
-        None where one is missing, or where the two are of other things: patches that are normal in one model are not
-        those that are normal in the other.
+        Random choices with equal seeds go together, too. None where one is missing, where the two are of other things
+        (patches that are normal in one model are not those that are normal in the other), or where the choice was made
+        once, so that nobody knows what another would have given.
 
         Raises:
             ValueError: the two are not of the same pictures.
@@ -105,7 +116,11 @@ class Score:
         # Counts, and pixels of each class in the truth.
         if not np.array_equal(self.sums[:, 1], other.sums[:, 1]):
             return None
+        if len(self.draws) != len(other.draws) or len(self.draws) == 1:
+            return None
         resampled = self._figure(resampled_sums(self.sums)) - other._figure(resampled_sums(other.sums))
+        if self.draws:
+            resampled += error_of_mean([mine - theirs for mine, theirs in zip(self.draws, other.draws, strict=True)])
         low, high = percentile_interval(resampled)
         return Difference(self.value - other.value, (float(low), float(high)))
 

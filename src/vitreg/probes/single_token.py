@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
-from statistics import stdev
 from typing import Any
 
 import numpy as np
@@ -18,6 +17,8 @@ from vitreg.probes.patch_kinds import marked_patches
 from vitreg.probes.protocols import SingleTokenConfig
 from vitreg.probes.score import ProbeResult, Score
 from vitreg.probes.store import FeatureStore
+
+_DRAWN = ("normal patch", "outlier patch")
 
 
 @dataclass(frozen=True, eq=False)
@@ -121,18 +122,18 @@ def _judge(
     details |= {"num_classes": len(present), "accuracies": accuracies}
     sums = np.zeros((len(classes.val), 2))
     sums[val.rows.numpy()] = np.stack([right.numpy(), np.ones(len(right))], 1)
-    deviation = stdev(accuracies) if len(accuracies) > 1 else None
-    return Score("top-1", sums, unit="%", subject=name, deviation=deviation), details
+    draws = tuple(accuracies) if name in _DRAWN else ()
+    return Score("top-1", sums, unit="%", subject=name, draws=draws), details
 
 
 def _kinds(store: FeatureStore, config: SingleTokenConfig, split: int) -> dict[str, _Kind]:
     """All kinds of tokens of a store."""
-    drawn = {"normal patch": ([], []), "outlier patch": ([], [])}
+    drawn = {name: ([], []) for name in _DRAWN}
     kept = []
     generator = torch.Generator().manual_seed(2 * config.seed + split)
     for rows, patches, outlier in marked_patches(store, config.block):
         kept.append(rows)
-        for name, wanted in (("normal patch", ~outlier), ("outlier patch", outlier)):
+        for name, wanted in zip(_DRAWN, (~outlier, outlier), strict=True):
             has = wanted.any(1)
             drawn[name][0].append(rows[has])
             drawn[name][1].append(_draw(patches[has], wanted[has], config.draws, generator))

@@ -8,9 +8,10 @@ from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
 LEGEND = (
-    "In brackets: 95 % bootstrap interval over the validation pictures. ▲ better, ▼ worse than the model above with "
-    "fewer registers, by more than the paired interval of the difference. Rows whose patches are not the same in both "
-    "models have no mark. ± is the deviation over random choices."
+    "In brackets: 95 % bootstrap interval over the validation pictures and over random choices. ▲ better, ▼ worse than "
+    "the model above with fewer registers, by more than the paired interval of the difference. Rows whose patches are "
+    "not the same in both models have no mark, nor have those of a single random choice. ± is the deviation over such "
+    "choices."
 )
 _COLUMNS = (
     "model", "num_registers", "compared_with", "probe", "figure", "of", "unit", "value", "low", "high", "deviation",
