@@ -20,6 +20,8 @@ if TYPE_CHECKING:
     from matplotlib.colors import Normalize
 
 OUTLIER = "#ff5a3c"
+LABEL = 0.95
+"""Inches of the longest name of a row, which stands upright."""
 
 
 def diagnosis_figure(summary: dict, examples: Sequence[ExampleMaps], path: Path, max_examples: int = 4) -> Path:
@@ -147,9 +149,11 @@ def _draw(
 ) -> Path:
     """Photographs in the first row, then the groups."""
     line = 0.21
-    width = 2.0
-    height = width * shown[0].photo.shape[0] / shown[0].photo.shape[1]
-    left, top, step = 0.5, 0.88 + line * (len(details) - 1), height + GAP
+    aspect = shown[0].photo.shape[0] / shown[0].photo.shape[1]
+    # Panoramas are drawn wider, and towers narrower, to be looked at.
+    width = min(max(2.0, 0.6 / aspect), 6.0, 3.0 / aspect)
+    height = width * aspect
+    left, top, step = 0.5, 0.88 + line * (len(details) - 1), max(height, LABEL) + GAP
     right = left + len(shown) * (width + GAP)
     labels = ["photograph", *(row.label for group in groups for row in group.rows)]
     # One narrow column must still hold the headline.
