@@ -68,6 +68,15 @@ def test_the_real_fix_is_removed_in_words(comparison):
     assert "the head's largest output is the same for" in text
 
 
+def test_a_block_that_was_asked_for_may_be_before_the_artifacts(tiny_vit, fixed, photograph_batch):
+    """It said that 0 % had norms of 0 or more."""
+    comparison = vitreg.compare(tiny_vit, fixed, photograph_batch[:8], block=3)
+    assert comparison.outcome == "removed"
+    block = max(comparison.blocks, key=lambda b: b.outlier_fraction_before)
+    assert f"after block {block.block}, 2" in comparison.verdict[0]
+    assert "norms of 0 or more" not in comparison.verdict[0]
+
+
 def test_a_model_against_itself_changes_nothing(tiny_vit, photograph_batch):
     same = vitreg.compare(tiny_vit, tiny_vit, photograph_batch[:16])
     assert same.outcome == "not removed"

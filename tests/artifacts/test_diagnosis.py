@@ -16,7 +16,7 @@ from torch.utils.data import DataLoader, TensorDataset
 
 import vitreg
 from peers import perturb
-from vitreg.artifacts import neighbour_similarity
+from vitreg.artifacts import NeighbourSimilarity, neighbour_similarity
 
 FAMILIES = (
     "vit_small_patch16_224",
@@ -179,6 +179,18 @@ def test_non_square_images(tmp_path):
     diagnosis = vitreg.diagnose(vit, torch.randn(3, 3, 80, 144))
     assert diagnosis.position_frequency.shape == (5, 9)
     assert diagnosis.save(tmp_path).is_file()
+
+
+def test_a_patch_without_neighbours_is_not_dissimilar_to_them():
+    vit = random_vit("vit_small_patch16_224")
+    assert vitreg.diagnose(vit, torch.randn(4, 3, 16, 16)).neighbour_similarity == NeighbourSimilarity(None, None)
+    assert vitreg.diagnose(vit, torch.randn(4, 3, 16, 80)).neighbour_similarity.others is not None
+
+
+def test_outliers_at_the_output_are_not_called_invisible_where_another_block_was_asked_for(tiny_vit, photograph_batch):
+    diagnosis = vitreg.diagnose(tiny_vit, photograph_batch, block=9)
+    assert diagnosis.blocks[11].outlier_fraction > 0
+    assert "invisible" not in " ".join(diagnosis.verdict)
 
 
 def test_overflow_is_an_error_not_a_verdict():

@@ -95,7 +95,7 @@ def test_rules_are_read(text, kind, value):
     assert (rule.kind, rule.value) == (kind, value)
 
 
-@pytest.mark.parametrize("text", ["p98", "-1", "nan", "inf", "0", "", "mean+sd"])
+@pytest.mark.parametrize("text", ["p98", "-1", "nan", "inf", "0", "", "mean+sd", "0xmedian"])
 def test_unknown_rules_say_what_is_known(text):
     with pytest.raises(ValueError, match="mean\\+3sd"):
         parse_rule(text)

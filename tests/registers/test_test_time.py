@@ -220,6 +220,13 @@ def test_artifacts_that_no_unit_writes_are_left(photographs):
     assert "removes no outliers, so something else writes them" in unchanged(vit, photos(photographs, vit))
 
 
+def test_a_unit_that_is_given_twice_is_counted_once(tiny_vit):
+    assert (
+        "1 MLP unit (block 7: 417)"
+        in vitreg.add_test_time_registers(tiny_vit, neurons=[(7, 417)] * 2).config.changes[0]
+    )
+
+
 def test_too_few_patches_to_tell_are_refused_with_how_many_would_do(photographs):
     """Of eight images, one patch of one stands out."""
     vit = random_vit("vit_small_patch16_224", embed_dim=96, num_heads=3)

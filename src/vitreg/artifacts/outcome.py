@@ -58,6 +58,8 @@ def _nothing(c: Comparison) -> list[str]:
 
 def _outliers(c: Comparison) -> list[str]:
     block = c.blocks[c.before.block]
+    if not block.outlier_fraction_before:  # a block that was asked for
+        block = max(c.blocks, key=lambda b: b.outlier_fraction_before)
     verb = "are no more seen" if c.outcome == "cannot tell" else f"are {c.outcome}"
     return [
         f"The artifacts of {c.before.model['name']} {verb}: after block {block.block}, "
@@ -107,7 +109,12 @@ def _registers(c: Comparison) -> list[str]:
     )
     share = c.blocks[block].attention_on_registers_after
     return [
-        text + (f" and take{'' if several else 's'} {percent(share)} of that attention." if share is not None else ".")
+        text
+        + (
+            f" and take{'' if several else 's'} {percent(share)} of the class token's attention."
+            if share is not None
+            else "."
+        )
     ]
 
 

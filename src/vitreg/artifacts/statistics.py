@@ -112,6 +112,8 @@ class NormStatistics:
 
     def mean_similarity(self, block: int, step: int | None) -> tuple[float | None, float | None]:
         """Mean neighbour similarity of the outliers and of the other patches of a block, None where there are none."""
+        if self.grid == (1, 1):
+            return None, None
         split = NUM_BINS if step is None else step * BINS_PER_STEP
         sums, counts = self._similarity[block], self._counts[block]
         parts = ((sums[split:], counts[split:]), (sums[:split], counts[:split]))

@@ -48,8 +48,8 @@ class Rule:
         return {
             "auto": "automatic: two separated modes in the log-norms of each block, or none",
             "fixed": f"fixed: norms of {self.value:g} and more",
-            "mean+sd": f"mean + {self.value:g} standard deviations of each block's norms",
-            "median": f"{self.value:g} times each block's median norm",
+            "mean+sd": f"mean + {self.value:g} standard deviations of each block's norms, to 3 %",
+            "median": f"{self.value:g} times each block's median norm, to 3 %",
         }[self.kind]
 
 
@@ -66,7 +66,7 @@ def parse_rule(threshold: float | int | str) -> Rule:
         return Rule("auto")
     if match := re.fullmatch(r"mean\+(\d+(?:\.\d+)?)\*?(?:sd|std)", text):
         return Rule("mean+sd", float(match[1]))
-    if match := re.fullmatch(r"(\d+(?:\.\d+)?)[x*]median", text):
+    if (match := re.fullmatch(r"(\d+(?:\.\d+)?)[x*]median", text)) and float(match[1]):
         return Rule("median", float(match[1]))
     try:
         value = float(text)

@@ -70,8 +70,8 @@ def _outliers(d: Diagnosis) -> list[str]:
         f"({per_image:.1f} per image) have a norm of {number(block.threshold or 0)} or more, up to "
         f"{number(block.max)}; the median is {number(block.median)}."
     ]
-    if d.block != last:
-        final = d.blocks[last]
+    final = d.blocks[last]
+    if not final.outlier_fraction:
         sentences.append(
             f"At the output they are invisible: after the last block the largest norm is {number(final.max)}, the "
             f"median {number(final.median)}. They matter where intermediate blocks are read."

@@ -82,6 +82,7 @@ def add_test_time_registers(
         raise ValueError(f"count is {count}; add at least 1 register")
     if neurons is not None:
         units = [(n.block, n.unit) if isinstance(n, RegisterNeuron) else (int(n[0]), int(n[1])) for n in neurons]
+        units = list(dict.fromkeys(units))
         if not units:
             raise ValueError("neurons is empty; leave it out to have them found in the images")
         return _moved(vit, units, count, said="They were given, not chosen.")
