@@ -159,6 +159,7 @@ def test_json(tmp_path):
         ('[{"image": "a.jpg", "boxes": [[1, 2], [3, 4]]}]', "entry 0 is malformed: boxes must be rows of four"),
         ('[{"image": "a.jpg", "boxes": [[1, 2, 3, NaN]]}]', "four finite numbers"),
         ('[{"image": "a.jpg", "boxes": 3}]', "four finite numbers"),
+        ('[{"image": "a.jpg", "boxes": [[3, 3, 1, 9]]}]', "entry 0 is malformed: a box ends before it begins"),
         ('[{"image": "a.jpg"}, {"image": "a.jpg"}]', "names a picture twice"),
         ('[{"image": "b.jpg"}]', r"has no pictures; .*b\.jpg does not exist"),
         ("[]", "has no pictures$"),

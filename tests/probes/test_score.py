@@ -112,6 +112,31 @@ def test_a_single_random_draw_is_not_compared():
     assert several.interval() == pytest.approx((100 - 4.303 / 3**0.5, 100 + 4.303 / 3**0.5), abs=0.5)
 
 
+@pytest.mark.filterwarnings("error")
+@pytest.mark.parametrize("kind", ["ratio", "mIoU"])
+@pytest.mark.parametrize("counted", [0, 1])
+def test_one_image_or_none_has_no_interval_and_no_mark(kind, counted):
+    sums = np.zeros((4, 2) if kind == "ratio" else (4, 3, 5))
+    sums[:counted] = 3
+    better, worse = Score("figure", sums, kind), Score("figure", sums * (1 if kind == "mIoU" else (0.5, 1)), kind)
+    assert math.isnan(better.value) == (not counted)
+    assert all(map(math.isnan, better.interval()))
+    assert better.minus(worse) is None
+
+
+@pytest.mark.filterwarnings("error")
+def test_images_without_a_pixel_that_counts_do_not_warn_or_count():
+    rng = np.random.default_rng(5)
+    sums = np.zeros((12, 3, 4))
+    for row in (2, 5, 9):
+        truth, guess = rng.integers(3, size=(2, 1, 5, 10))
+        sums[row] = confusion(truth, guess, 4)[0]
+    few, all_of_them = Score("mIoU", sums, "mIoU", "%"), Score("mIoU", sums[[2, 5, 9]], "mIoU", "%")
+    assert few.value == all_of_them.value
+    low, high = few.interval()
+    assert low < few.value < high
+
+
 def test_nothing_is_not_zero():
     none = Score.none("top-1", "3 outliers are too few", unit="%")
     assert math.isnan(none.value)

@@ -175,6 +175,8 @@ def _boxes(corners: Any, where: Path | str) -> Float64[np.ndarray, "n 4"]:
         boxes = np.empty(0)
     if boxes.shape[1:] != (4,) or not np.isfinite(boxes).all():
         _refuse(where, "boxes must be rows of four finite numbers")
+    if (boxes[:, 2:] < boxes[:, :2]).any():
+        _refuse(where, "a box ends before it begins")
     return boxes
 
 

@@ -88,8 +88,11 @@ class Score:
         return stdev(self.draws) if len(self.draws) > 1 else None
 
     def interval(self) -> tuple[float, float]:
-        """Its 95 % bootstrap interval over images, and over random choices where there are several; NaN where none."""
-        if self.missing:
+        """Its 95 % bootstrap interval over images, and over random choices where there are several.
+
+        NaN where there is none: resamples of a single image are all the same, and say nothing of others.
+        """
+        if self._num_counted < 2:
             return math.nan, math.nan
         resampled = self._figure(resampled_sums(self.sums))
         if len(self.draws) > 1:
@@ -101,8 +104,8 @@ class Score:
         """How much it differs from another model's on the same pictures, resampled in pairs.
 
         Random choices with equal seeds go together, too. None where one is missing, where the two are of other things
-        (patches that are normal in one model are not those that are normal in the other), or where the choice was made
-        once, so that nobody knows what another would have given.
+        (patches that are normal in one model are not those that are normal in the other), or where there is one image
+        or one random choice, so that nobody knows what others would have given.
 
         Raises:
             ValueError: the two are not of the same pictures.
@@ -116,7 +119,7 @@ class Score:
         # Counts, and pixels of each class in the truth.
         if not np.array_equal(self.sums[:, 1], other.sums[:, 1]):
             return None
-        if len(self.draws) != len(other.draws) or len(self.draws) == 1:
+        if self._num_counted < 2 or len(self.draws) != len(other.draws) or len(self.draws) == 1:
             return None
         resampled = self._figure(resampled_sums(self.sums)) - other._figure(resampled_sums(other.sums))
         if self.draws:
@@ -124,13 +127,18 @@ class Score:
         low, high = percentile_interval(resampled)
         return Difference(self.value - other.value, (float(low), float(high)))
 
+    @property
+    def _num_counted(self) -> int:
+        """Images that the figure is of: some have no outlier, or no pixel that counts."""
+        return int(self.sums[:, 1].reshape(len(self.sums), -1).any(1).sum()) if len(self.sums) else 0
+
     def _figure(self, sums: Float64[np.ndarray, "R ..."]) -> Float64[np.ndarray, " R"]:
         """From sums over pictures, one row for every resample."""
         with np.errstate(invalid="ignore", divide="ignore"):
             if self.kind == "mIoU":
-                right, truth, predicted = sums[:, 0], sums[:, 1], sums[:, 2]
+                right, union = sums[:, 0], sums[:, 1] + sums[:, 2] - sums[:, 0]
                 # Classes that are neither in the truth nor predicted do not count.
-                figure = np.nanmean(right / (truth + predicted - right), axis=1)
+                figure = np.where(union > 0, right / union, 0).sum(1) / (union > 0).sum(1)
             else:
                 figure = sums[:, 0] / sums[:, 1]
         return 100 * figure if self.unit == "%" else figure

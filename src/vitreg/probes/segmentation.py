@@ -141,6 +141,8 @@ class Segmenter:
                 if row in to_show:
                     shown[features[0].numbers[row]] = predicted.astype(np.uint8)
         counts = np.stack(sums)
+        if not counts.any():
+            raise ValueError(f"{targets.source} has no pixel that counts; every mask is of numbers that are left out")
         right, truth, predicted = counts.sum(0)
         with np.errstate(invalid="ignore"):
             ious = right / (truth + predicted - right)
