@@ -8,7 +8,6 @@ import os
 import sys
 import traceback
 from collections.abc import Callable
-from typing import Any
 
 import vitreg
 from vitreg.cli.output import INTERRUPTED, first_line
@@ -89,31 +88,25 @@ def _run(args: list[str]) -> int:
 def _call(name: str, args: list[str]) -> int:
     import warnings
 
-    import tyro
+    from vitreg.cli.help import command_help
+    from vitreg.cli.parsing import parse
 
-    warnings.filterwarnings(
-        "ignore", "Image size .* exceeds limit"
-    )  # Pillow's, about images that are read all the same
-    config: Any = (tyro.conf.OmitArgPrefixes, tyro.conf.FlagCreatePairsOff)
-    return tyro.cli(command(name), prog=f"vitreg {name}", args=args, config=config)
+    if {"--help", "-h"} & set(args):
+        print(command_help(name, command(name)))
+        return 0
+    # Pillow's, about images that are read all the same.
+    warnings.filterwarnings("ignore", "Image size .* exceeds limit")
+    return parse(name, command(name), args)()
 
 
 def _help(group: str) -> str:
-    """The commands, or those of a group, a line each."""
-    if group:
-        lines = {
-            name.removeprefix(f"{group} "): says for name, says in COMMANDS.items() if name.startswith(f"{group} ")
-        }
-    else:
-        lines = {name: says for name, says in COMMANDS.items() if " " not in name} | GROUPS
-    import textwrap
+    """The commands, or those of a group."""
+    from vitreg.cli.help import commands_help
 
-    prog = f"vitreg {group}".strip()
+    names = [(*name.rpartition(" ")[::2], says) for name, says in COMMANDS.items()]
+    lines = {last: says for first, last, says in names if first == group} | ({} if group else GROUPS)
     about = GROUPS.get(group, "Find the artifacts of any Vision Transformer, and see what they do.")
-    told = [f"usage: {prog} COMMAND ...", "", about, ""]
-    for name, says in lines.items():
-        told += textwrap.wrap(says, 78, initial_indent=f"  {name:15}", subsequent_indent=" " * 17)
-    return "\n".join([*told, "", f"{prog} COMMAND --help explains a command; --debug shows tracebacks."])
+    return commands_help(f"vitreg {group}".strip(), about, lines)
 
 
 if __name__ == "__main__":

@@ -7,7 +7,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Literal
 
-from vitreg.cli.options import Images, ModelOptions, writable_folder
+from vitreg.cli.options import Images, ModelOptions, Reading, writable_folder
 from vitreg.cli.output import INTERRUPTED, print_json, print_skipped, progress, unused
 
 if TYPE_CHECKING:
@@ -24,9 +24,9 @@ def attention(
     model: ModelOptions,
     block: int = -1,
     queries: tuple[str, ...] = ("cls",),
-    out: Path = Path("vitreg-out"),
+    out: Path = Path("vitreg-out/attention"),
     crop: Literal["checkpoint", "none"] = "checkpoint",
-    strict: bool = False,
+    reading: Reading = Reading(),
     json: bool = False,
 ) -> int:
     """Write the attention maps of a block: every head and their mean, as images and as arrays.
@@ -44,7 +44,7 @@ def attention(
         queries: who attends: cls, registers, or a patch as COLUMN,ROW of the grid, counted from 0.
         out: folder for the maps.
         crop: checkpoint crops as the model was trained; none keeps the whole picture and its aspect.
-        strict: a picture that cannot be read is an error.
+        reading: which images.
         json: print what was written as JSON.
     """
     from vitreg.images import ImageStream, find_images

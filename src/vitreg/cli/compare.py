@@ -2,23 +2,24 @@
 
 from __future__ import annotations
 
+import dataclasses
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Literal
 
 from tyro.conf import Positional, arg
 
-from vitreg.cli.options import Images, ModelOptions, positive, writable_folder
+from vitreg.cli.options import Batching, Images, ModelOptions, Size, writable_folder
 from vitreg.cli.output import INTERRUPTED, print_json, print_skipped, progress
 
 if TYPE_CHECKING:
     from vitreg import Comparison, VisionTransformer
 
 
-Before = Annotated[Positional[str], arg(metavar="A", help="the first model, as --model of other commands takes it")]
+Before = Annotated[Positional[str], arg(metavar="A")]
 
 
 After = Annotated[
-    Positional[str], arg(metavar="B", help="the second model: a fix of it, or one trained with registers")
+    Positional[str], arg(metavar="B")
 ]
 
 
@@ -30,11 +31,9 @@ def compare(
     architecture: str | None = None,
     device: str = "auto",
     dtype: Literal["float32", "bfloat16", "float16"] = "float32",
-    size: int | None = None,
-    out: Path = Path("vitreg-out"),
-    batch_size: int = 32,
-    limit: int | None = None,
-    strict: bool = False,
+    size: Size | None = None,
+    out: Path = Path("vitreg-out/compare"),
+    reading: Batching = Batching(),
     json: bool = False,
 ) -> int:
     """Show a model before and after: norms, attention, features, and whether the artifacts are gone.
@@ -45,22 +44,20 @@ def compare(
     Example: vitreg compare dinov2_vitb14 fixed.safetensors photos/ --out before-after
 
     Args:
-        before: the first model.
-        after: the second model.
+        before: the first model, as --model of other commands takes it.
+        after: the second model: a fix of it, or one trained with registers.
         images: files, folders or globs.
         architecture: timm's name of the architecture, for files that do not say it.
         device: cpu, cuda, mps; auto takes a GPU where there is one.
-        dtype: precision of weights and activations.
-        size: side of the pictures in pixels; the first model's own by default.
+        dtype: of weights and activations.
+        size: side of what the models see in pixels, or height and width; by default the first model's.
         out: folder for the report.
-        batch_size: pictures at a time.
-        limit: look at this many pictures only.
-        strict: a picture that cannot be read is an error.
+        reading: which images, and how many at a time.
         json: print the result as JSON.
     """
     out = writable_folder(out)
     one, two = (ModelOptions(name, architecture, device, dtype, size).load() for name in (before, after))
-    return compare_models(one, two, images, out, batch_size, limit, strict=strict, json=json)
+    return compare_models(one, two, images, out, reading, json=json)
 
 
 def compare_models(
@@ -68,10 +65,8 @@ def compare_models(
     after: VisionTransformer,
     images: list[str],
     out: Path,
-    batch_size: int,
-    limit: int | None,
+    reading: Batching,
     *,
-    strict: bool,
     json: bool,
     result: dict[str, object] | None = None,
 ) -> int:
@@ -84,9 +79,7 @@ def compare_models(
             before,
             after,
             images,
-            batch_size=positive("--batch-size", batch_size),
-            limit=limit,
-            strict=strict,
+            **dataclasses.asdict(reading),
             keep_partial=True,
             on_progress=on_progress,
         )

@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
+import dataclasses
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from vitreg.cli.options import Images, ModelOptions, positive, writable_folder
+from vitreg.cli.options import Batching, Images, ModelOptions, writable_folder
 from vitreg.cli.output import INTERRUPTED, print_json, print_skipped, progress
 
 if TYPE_CHECKING:
@@ -16,12 +17,10 @@ def diagnose(
     images: Images,
     *,
     model: ModelOptions,
-    out: Path = Path("vitreg-out"),
+    out: Path = Path("vitreg-out/diagnose"),
     threshold: str = "auto",
     block: str = "auto",
-    batch_size: int = 32,
-    limit: int | None = None,
-    strict: bool = False,
+    reading: Batching = Batching(),
     json: bool = False,
 ) -> int:
     """Tell whether a model has artifacts: where, from which block on, and what they do to its attention.
@@ -37,24 +36,20 @@ def diagnose(
         out: folder for the report.
         threshold: auto (two separated modes of the norms, or none), a norm such as 150, mean+3sd, or 5xmedian.
         block: the block to report, or auto.
-        batch_size: pictures at a time.
-        limit: look at this many pictures only.
-        strict: a picture that cannot be read is an error.
+        reading: which images, and how many at a time.
         json: print the result as JSON.
     """
     import vitreg
 
     out = writable_folder(out)
     vit = model.load()
-    with progress("looking at pictures") as on_progress:
+    with progress("looking at images") as on_progress:
         diagnosis = vitreg.diagnose(
             vit,
             images,
             threshold=threshold,
             block=block if block == "auto" else _integer("--block", block),
-            batch_size=positive("--batch-size", batch_size),
-            limit=limit,
-            strict=strict,
+            **dataclasses.asdict(reading),
             keep_partial=True,
             on_progress=on_progress,
         )

@@ -8,7 +8,7 @@ from importlib import metadata
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from vitreg.cli.options import Checkpoint, Images, positive, writable_folder
+from vitreg.cli.options import Batching, Checkpoint, Images, writable_folder
 from vitreg.cli.output import INTERRUPTED, print_json, print_skipped, progress, unused
 from vitreg.discovery.protocol import DEFAULT, Method, Protocol
 from vitreg.disk import replace_text, replacing
@@ -21,13 +21,12 @@ def discover(
     images: Images,
     *,
     model: Checkpoint,
-    out: Path = Path("vitreg-out"),
+    out: Path = Path("vitreg-out/discover"),
     method: Method = "lost",
     protocol: Protocol = DEFAULT,
     max_objects: int = 1,
-    batch_size: int = 8,
+    reading: Batching = Batching(batch_size=8),
     overlays: bool = True,
-    strict: bool = False,
     json: bool = False,
 ) -> int:
     """Find the main object of every image, without labels or training.
@@ -45,9 +44,8 @@ def discover(
         method: LOST (Simeoni et al. 2021) or TokenCut (Wang et al. 2022).
         protocol: what is compared; without these flags the documented protocol.
         max_objects: objects a picture, by repeating LOST on what is left.
-        batch_size: pictures at a time, of equal size.
-        overlays: draw pictures.
-        strict: a picture that cannot be read or is too small is an error.
+        reading: which images, and how many of equal size at a time.
+        overlays: draw no pictures of what was found.
         json: print detections.json.
     """
     from vitreg.discovery.discover import detect, native_stream

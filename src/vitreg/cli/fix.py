@@ -6,7 +6,7 @@ from pathlib import Path
 from typing import Literal
 
 from vitreg.cli.compare import compare_models
-from vitreg.cli.options import Images, ModelOptions, positive, writable_folder
+from vitreg.cli.options import Batching, Images, ModelOptions, positive, writable_folder
 from vitreg.cli.output import print_json, print_skipped, progress
 
 
@@ -18,9 +18,7 @@ def fix(
     method: Literal["test-time"] = "test-time",
     registers: int = 1,
     report: Path | None = None,
-    batch_size: int = 32,
-    limit: int | None = None,
-    strict: bool = False,
+    reading: Batching = Batching(),
     json: bool = False,
 ) -> int:
     """Move a model's artifacts into registers, without training, and save the fixed model.
@@ -38,9 +36,7 @@ def fix(
         method: test-time moves activations to untrained registers (Jiang et al. 2025).
         registers: how many to add.
         report: folder for a before/after report on the same pictures.
-        batch_size: pictures at a time.
-        limit: use this many pictures only.
-        strict: a picture that cannot be read is an error.
+        reading: which images, and how many at a time.
         json: print the result as JSON.
     """
     import vitreg

@@ -5,34 +5,41 @@ from __future__ import annotations
 import dataclasses
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Literal
+from typing import TYPE_CHECKING, Annotated, Literal, TextIO
 
 from tyro.conf import Positional, arg
 
 from vitreg.cli.output import first_line, status
+from vitreg.disk import lock, writing
 
 if TYPE_CHECKING:
     from vitreg import VisionTransformer
 
+Images = Annotated[Positional[list[str]], arg(metavar="IMAGES")]
+Size = int | tuple[int, int]
 
-Images = Annotated[Positional[list[str]], arg(metavar="IMAGES", help="files, folders (searched through) or globs")]
+_locks: list[TextIO | None] = []
+"""Of the folders that this process writes to, until it ends."""
 
 
 @dataclass(frozen=True)
 class Checkpoint:
-    """Which model, and where it runs."""
+    """The model, and where it runs.
+
+    Attributes:
+        model: short name (see vitreg models), timm name, hub repository, open_clip:ARCH/PRETRAINED, or a file.
+        architecture: timm's name of the architecture, for a file that does not say it.
+        device: cpu, cuda, mps; auto takes a GPU where there is one.
+        dtype: of weights and activations.
+    """
 
     model: str
-    """short name (`vitreg models`), timm name, hub repository, open_clip:ARCH/PRETRAINED, or a file"""
     architecture: str | None = None
-    """timm's name of the architecture, for a file that does not say it"""
     device: str = "auto"
-    """cpu, cuda, mps; auto takes a GPU where there is one"""
     dtype: Literal["float32", "bfloat16", "float16"] = "float32"
-    """precision of weights and activations"""
 
     def load(self) -> VisionTransformer:
-        """The model, ready to look at pictures."""
+        """The model, ready to look at images."""
         import torch
 
         import vitreg
@@ -53,20 +60,62 @@ class Checkpoint:
 
 @dataclass(frozen=True)
 class ModelOptions(Checkpoint):
-    """Which model, where it runs and what it sees."""
+    """The model, where it runs and what it sees.
 
-    size: int | None = None
-    """side of the pictures in pixels, a multiple of the patch size; the checkpoint's own by default"""
+    Attributes:
+        size: side of what the model sees in pixels, or height and width, in whole patches; by default the checkpoint's.
+    """
+
+    size: Size | None = None
 
     def load(self) -> VisionTransformer:
-        """The model, ready to look at pictures of the size that was asked for."""
+        """The model, ready to look at images of the size that was asked for."""
         vit = super().load()
         if self.size is not None:
-            if self.size < 1 or self.size % vit.config.patch_size:
-                raise ValueError(f"--size {self.size} is not a multiple of the patch size {vit.config.patch_size}")
-            preprocess = vit.preprocess.with_size(self.size, self.size)
-            vit.config = dataclasses.replace(vit.config, preprocess=preprocess)
+            height, width = sides(self.size)
+            if height % vit.config.patch_size or width % vit.config.patch_size:
+                given = self.size if height == width else f"{height} {width}"
+                raise ValueError(f"--size {given} is not a multiple of the patch size {vit.config.patch_size}")
+            vit.config = dataclasses.replace(vit.config, preprocess=vit.preprocess.with_size(height, width))
         return vit
+
+
+@dataclass(frozen=True)
+class Reading:
+    """Which images.
+
+    Attributes:
+        limit: so many images only, from all over the files.
+        strict: an image that cannot be read is an error.
+    """
+
+    limit: int | None = None
+    strict: bool = False
+
+    def __post_init__(self) -> None:
+        if self.limit is not None:
+            positive("--limit", self.limit)
+
+
+@dataclass(frozen=True)
+class Batching(Reading):
+    """Which images, and how many at a time.
+
+    Attributes:
+        batch_size: images at a time.
+    """
+
+    batch_size: int = 32
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        positive("--batch-size", self.batch_size)
+
+
+def sides(size: Size) -> tuple[int, int]:
+    """Height and width; one number is both."""
+    height, width = (size, size) if isinstance(size, int) else size
+    return positive("--size", height), positive("--size", width)
 
 
 def positive(flag: str, value: int) -> int:
@@ -77,12 +126,12 @@ def positive(flag: str, value: int) -> int:
 
 
 def writable_folder(out: Path) -> Path:
-    """The output folder, made and tried before any work is done."""
-    try:
+    """The folder that a command writes to, made before any work is done, and kept from other processes until it ends.
+
+    Raises:
+        ValueError: it cannot be written, or another process writes to it.
+    """
+    with writing(out):
         out.mkdir(parents=True, exist_ok=True)
-        probe = out / ".vitreg-write-test"
-        probe.touch()
-        probe.unlink()
-    except OSError as error:
-        raise ValueError(f"cannot write to {out}: {error.strerror or error}; choose another --out") from error
+    _locks.append(lock(out, "writes to"))
     return out

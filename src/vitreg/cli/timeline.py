@@ -15,7 +15,7 @@ from vitreg.disk import replace_text
 Runs = Annotated[Positional[list[Path]], arg(metavar="RUN", help="folders of training runs, finished or not")]
 
 
-def timeline(runs: Runs, *, out: Path = Path("vitreg-out"), json: bool = False) -> int:
+def timeline(runs: Runs, *, out: Path = Path("vitreg-out/timeline"), json: bool = False) -> int:
     """Draw when artifacts appear in training runs: norms by block, by step and by model size.
 
     Reads the diagnoses that the runs recorded, computes nothing anew, and can be asked while they train. Writes

@@ -20,7 +20,7 @@ def discovery(
     data: str,
     models: tuple[str, ...],
     sweep: tuple[Axis, ...] = (),
-    out: Path = Path("vitreg-out/discovery"),
+    out: Path = Path("vitreg-out/evaluate-discovery"),
     device: str = "auto",
     dtype: Literal["float32", "bfloat16", "float16"] = "float32",
     batch_size: int = 8,

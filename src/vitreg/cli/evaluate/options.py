@@ -6,29 +6,44 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
 
+from vitreg.cli.options import positive
+
 SEGMENTATION_PROBES = {"linear": "segmentation", "+ms": "segmentation-ms"}
 DEPTH_PROBES = {"lin.1": "depth", "lin.4": "depth-lin4"}
 
 
 @dataclass(frozen=True)
 class EvaluationOptions:
-    """Which models, on how many pictures, and where results go."""
+    """Models and images.
+
+    Attributes:
+        models: names or files, as for --model; one with registers is compared with the nearest one before it that has
+            fewer.
+        out: folder for results and features; the same command goes on with what is in it.
+        limit: so many training images and so many validation images only, from all over the files and classes.
+        train_images: so many training images.
+        val_images: so many validation images.
+        patch_images: keep the patch tokens of so many images (5 GB for a ViT-L/14); segmentation and depth keep all.
+        device: cpu, cuda, mps; auto takes a GPU where there is one.
+        dtype: of weights and activations.
+        batch_size: images at a time, when features are computed.
+        json: print evaluation.json.
+    """
 
     models: tuple[str, ...]
-    """names or files, as for --model; one with registers is compared with the nearest one before it that has fewer"""
-    out: Path = Path("vitreg-out/evaluation")
-    """folder for results and features; the same command goes on with what is in it"""
+    out: Path = Path("vitreg-out/evaluate")
+    limit: int | None = None
     train_images: int | None = None
-    """so many training pictures, as many of each class; all by default"""
     val_images: int | None = None
-    """so many validation pictures"""
     patch_images: int = 10000
-    """keep the patch tokens of so many pictures (5 GB for a ViT-L/14); segmentation and depth keep all"""
     device: str = "auto"
-    """cpu, cuda, mps; auto takes a GPU where there is one"""
     dtype: Literal["float32", "bfloat16", "float16"] = "float32"
-    """precision of weights and activations"""
-    feature_batch_size: int = 32
-    """pictures at a time when features are computed"""
+    batch_size: int = 32
     json: bool = False
-    """print evaluation.json"""
+
+    def __post_init__(self) -> None:
+        if not self.models or len(set(self.models)) < len(self.models):
+            raise ValueError(f"--models {' '.join(self.models) or 'is empty'}: name at least one model, and each once")
+        for flag in ("limit", "train_images", "val_images", "patch_images", "batch_size"):
+            if (value := getattr(self, flag)) is not None:
+                positive(f"--{flag.replace('_', '-')}", value)

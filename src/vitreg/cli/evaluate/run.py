@@ -36,17 +36,12 @@ def run_evaluation(
     options: EvaluationOptions, found: Sequence[Data], probes: Mapping[str, Any], discovery: str | None = None
 ) -> int:
     """Ask the probes of every model, and write and print what they say."""
-    if not options.models or len(set(options.models)) < len(options.models):
-        raise ValueError(f"--models {' '.join(options.models) or 'is empty'}: name at least one model, and each once")
-    for flag in ("train_images", "val_images", "patch_images", "feature_batch_size"):
-        if (value := getattr(options, flag)) is not None:
-            positive(f"--{flag.replace('_', '-')}", value)
     start = time.monotonic()
     out = writable_folder(options.out)
-    config = PassConfig(options.patch_images, options.feature_batch_size)
+    config = PassConfig(options.patch_images, options.batch_size)
     found = [
         dataclasses.replace(
-            data, train=choose(data.train, options.train_images), val=choose(data.val, options.val_images)
+            data, train=choose(data.train, options.train_images or options.limit), val=choose(data.val, options.val_images or options.limit)
         )
         for data in found
     ]
@@ -62,7 +57,7 @@ def run_evaluation(
                     asked.pop("zero-shot", None)
                 results |= evaluate(vit, source, data, asked, out, config, stage=progress)
             if discovery is not None:
-                results["discovery"] = _discover(vit, source, discovery, out, options.feature_batch_size)
+                results["discovery"] = _discover(vit, source, discovery, out, options.batch_size)
             models.append(Evaluated(names[source], vit.num_registers, results))
     except KeyboardInterrupt:
         print(f"vitreg: interrupted; the same command continues, {out} keeps what is done", file=sys.stderr)
