@@ -1,6 +1,6 @@
 """How soon the command line answers what needs no model: seconds of whole processes, over those of `import torch`.
 
-    python benchmarks/startup.py --repeats 5
+python benchmarks/startup.py --repeats 5
 """
 
 import argparse

@@ -5,6 +5,7 @@ from __future__ import annotations
 import errno
 import json
 import os
+import re
 import shutil
 import signal
 import subprocess
@@ -17,8 +18,7 @@ import pytest
 from PIL import Image
 
 from vitreg import cli
-from vitreg.cli.evaluate.options import EvaluationOptions
-from vitreg.cli.options import ModelOptions
+from vitreg.cli.help import flags
 
 TINY = "vit_tiny_patch16_224.augreg_in21k_ft_in1k"
 
@@ -76,7 +76,7 @@ def test_strict_makes_a_broken_file_an_error(checkpoints, folder, tmp_path, caps
 
 def test_attention_arrays_add_up(checkpoints, tiny_vit, photographs, tmp_path, capsys):
     out = tmp_path / "maps"
-    args = ("--model", TINY, "--queries", "cls", "3,5", "--block", "-2", "--out", out, "--json")
+    args = ("--model", TINY, "--queries", "cls", "5,3", "--block", "-2", "--out", out, "--json")
     assert run("attention", photographs[0], *args) == 0
     maps = json.loads(capsys.readouterr().out)["maps"]
     assert [m["query"] for m in maps] == ["class token", "patch (5, 3)"]
@@ -109,6 +109,36 @@ def test_pictures_of_one_name_do_not_overwrite_each_other(checkpoints, photograp
     assert len(set(arrays)) == 2
 
 
+def test_images_after_queries_are_not_taken_for_queries(checkpoints, photographs, tmp_path, capsys):
+    """A flag with several values swallows what follows it, up to the next flag."""
+    shutil.copy(photographs[0], tmp_path / "dog.jpg")
+    arguments = ("attention", "--model", TINY, "--out", tmp_path / "maps", "--json", "--queries", "cls", "3,5")
+    assert run(*arguments, tmp_path / "dog.jpg") == 0
+    assert [m["query"] for m in json.loads(capsys.readouterr().out)["maps"]] == ["class token", "patch (3, 5)"]
+    assert run(*arguments, tmp_path / "cat.jpg") == 2
+    assert "cat.jpg" in capsys.readouterr().err
+
+
+def test_a_limit_takes_images_from_all_over_the_files(checkpoints, photographs, tmp_path, capsys):
+    """The first files of a folder are often of one class."""
+    assert run("attention", *photographs[:9], "--model", TINY, "--out", tmp_path, "--limit", 3, "--json") == 0
+    shown = [Path(entry["image"]).name for entry in json.loads(capsys.readouterr().out)["maps"]]
+    assert shown == [path.name for path in sorted(photographs[:9])[::4]]
+
+
+def test_two_processes_do_not_mix_in_one_folder(checkpoints, photographs, tmp_path, capsys):
+    code = "import sys; from pathlib import Path; from vitreg.cli.options import writable_folder as w\n"
+    code += f"w(Path({str(tmp_path)!r})); print('held', flush=True); sys.stdin.read()"
+    pipes = {"stdin": subprocess.PIPE, "stdout": subprocess.PIPE, "text": True}
+    with subprocess.Popen([sys.executable, "-c", code], **pipes) as other:
+        assert other.stdout.readline() == "held\n"
+        arguments = ("diagnose", photographs[0], "--model", TINY, "--out", tmp_path)
+        assert run(*arguments) == 2
+        assert f"another process writes to {tmp_path}; wait for it, or stop it" in capsys.readouterr().err
+        other.stdin.close()
+    assert run(*arguments) == 0
+
+
 def test_models(capsys):
     assert run("models", "--filter", "dinov2", "--json") == 0
     rows = json.loads(capsys.readouterr().out)
@@ -131,14 +161,12 @@ def test_models(capsys):
         (["diagnose", "PICTURES", "--model", TINY, "--device", "tpu9"], "tpu9"),
         (["diagnose", "PICTURES", "--model", TINY, "--out", "/proc/nothing"], "cannot write"),
         (["attention", "PICTURES", "--model", TINY, "--queries", "registers"], "no registers"),
-        (["attention", "PICTURES", "--model", TINY, "--queries", "14,0"], "outside the grid"),
-        (["attention", "PICTURES", "--model", TINY, "--queries", "dog"], "COLUMN,ROW"),
+        (["attention", "PICTURES", "--model", TINY, "--queries", "0,14"], "outside the grid"),
+        (["attention", "PICTURES", "--model", TINY, "--queries", "dog"], "ROW,COLUMN"),
         (["diagnose", "--model", TINY], "IMAGES|image|path"),
     ],
 )
 def test_bad_input_is_one_sentence_and_status_2(args, message, checkpoints, folder, tmp_path, capsys, monkeypatch):
-    import re
-
     monkeypatch.chdir(tmp_path)
     assert run(*[folder if a == "PICTURES" else a for a in args]) == 2
     error = capsys.readouterr().err
@@ -218,60 +246,118 @@ def test_import_needs_no_command_line_plotting_or_training_package():
     assert subprocess.run([sys.executable, "-c", code], check=False).returncode == 0
 
 
-def test_the_command_line_is_frozen():
-    """A flag is a promise: a change here is a change for users, and belongs into the changelog."""
-    import inspect
+MODEL = "--model --architecture --device --dtype"
+READING = "--limit --strict --batch-size"
+EVALUATION = "--models --out --limit --train-images --val-images --patch-images --device --dtype --batch-size --json"
+FLAGS = {
+    "attention": f"IMAGES {MODEL} --size --block --queries --out --crop --limit --strict --json",
+    "compare": f"A B IMAGES --architecture --device --dtype --size --out {READING} --json",
+    "demo": "--out --json",
+    "diagnose": f"IMAGES {MODEL} --size --out --threshold --block {READING} --json",
+    "discover": (
+        f"IMAGES {MODEL} --out --method --facet --block --no-normalize --no-center --bias --k-patches --max-objects "
+        f"{READING} --no-overlays --json"
+    ),
+    "evaluate all": (
+        f"{EVALUATION} --data --class-names --segmentation --segmentation-size --segmentation-ignore "
+        "--segmentation-variants --depth --depth-size --depth-scale --depth-variants --discovery"
+    ),
+    "evaluate depth": (
+        f"{EVALUATION} --data --size --scale --variant --blocks --batch-norm --bins --min-depth --max-depth "
+        "--eigen-crop --lr --weight-decay --head-batch-size --steps --seed"
+    ),
+    "evaluate discovery": "--data --models --sweep --out --device --dtype --batch-size --limit --json",
+    "evaluate knn": f"{EVALUATION} --data --k --temperature",
+    "evaluate linear": (
+        f"{EVALUATION} --data --blocks --mean-patch --learning-rates --head-batch-size --epochs --epoch-length "
+        "--momentum --seed"
+    ),
+    "evaluate position": (
+        f"{EVALUATION} --data --block --learning-rate --epochs --patience --held-out --head-batch-size --seed"
+    ),
+    "evaluate reconstruction": f"{EVALUATION} --data --block",
+    "evaluate segmentation": (
+        f"{EVALUATION} --data --size --ignore --variant --blocks --lr --weight-decay --betas --warmup "
+        "--head-batch-size --steps --seed"
+    ),
+    "evaluate tokens": (
+        f"{EVALUATION} --data --block --draws --min-images --C --max-iter --tolerance --held-back --patience "
+        "--held-back-seed --seed"
+    ),
+    "evaluate zero-shot": f"{EVALUATION} --data --class-names --templates",
+    "fix": f"IMAGES {MODEL} --size --out --method --registers --report {READING} --json",
+    "models": "--filter --json",
+    "timeline": "RUN --out --json",
+    "train": (
+        "RECIPE --data --val --registers --arch --out --resume --smoke --size --patch-size --batch-size --epochs "
+        "--steps --lr --weight-decay --warmup-steps --drop-path --ema-decay --seed --accumulation --dtype --sharding "
+        "--compile --gradient-checkpointing --log-every --checkpoint-every --diagnose-every --workers --device --json"
+    ),
+}
 
-    flags = {name: sorted(inspect.signature(cli.command(name)).parameters) for name in cli.COMMANDS}
-    assert flags == {
-        "attention": ["block", "crop", "images", "json", "model", "out", "queries", "strict"],
-        "compare": [
-            "after", "architecture", "batch_size", "before", "device", "dtype", "images", "json", "limit", "out",
-            "size", "strict",
-        ],
-        "demo": ["json", "out"],
-        "diagnose": [
-            "batch_size",
-            "block",
-            "images",
-            "json",
-            "limit",
-            "model",
-            "out",
-            "strict",
-            "threshold",
-        ],
-        "fix": [
-            "batch_size", "images", "json", "limit", "method", "model", "out", "registers", "report", "strict",
-        ],
-        "discover": [
-            "batch_size", "images", "json", "max_objects", "method", "model", "out", "overlays", "protocol", "strict",
-        ],
-        "evaluate all": [
-            "class_names", "common", "data", "depth", "depth_scale", "depth_size", "depth_variants", "discovery",
-            "segmentation", "segmentation_ignore", "segmentation_size", "segmentation_variants",
-        ],
-        "evaluate depth": ["common", "data", "protocol", "scale", "size", "variant"],
-        "evaluate discovery": ["batch_size", "data", "device", "dtype", "json", "models", "out", "sweep"],
-        **{
-            f"evaluate {probe}": ["common", "data", "protocol"]
-            for probe in ("knn", "linear", "position", "reconstruction", "tokens")
-        },
-        "evaluate segmentation": ["common", "data", "ignore", "protocol", "size", "variant"],
-        "evaluate zero-shot": ["class_names", "common", "data", "protocol"],
-        "models": ["filter", "json"],
-        "timeline": ["json", "out", "runs"],
-        "train": [
-            "accumulation", "batch_size", "checkpoint_every", "compile", "data", "device", "diagnose_every",
-            "drop_path", "dtype", "ema_decay", "epochs", "gradient_checkpointing", "image_size", "json", "log_every",
-            "lr", "out", "patch_size", "recipe", "registers", "resume", "seed", "sharding", "size", "smoke",
-            "steps", "val", "warmup_steps", "weight_decay", "workers",
-        ],
-    }  # fmt: skip
-    assert list(EvaluationOptions.__dataclass_fields__) == [
-        "models", "out", "train_images", "val_images", "patch_images", "device", "dtype", "feature_batch_size", "json",
+
+@pytest.mark.parametrize("name", cli.COMMANDS)
+def test_the_command_line_is_frozen(name):
+    """A flag is a promise: a change here is a change for users, and belongs into the changelog."""
+    assert sorted(flag.name for flag in flags(cli.command(name))) == sorted(FLAGS[name].split())
+
+
+@pytest.mark.parametrize("name", cli.COMMANDS)
+def test_help_explains_every_flag_in_80_columns(name, capsys):
+    assert all(flag.explained for flag in flags(cli.command(name)))
+    assert run(*name.split(), "--help") == 0
+    said = capsys.readouterr().out
+    assert max(map(len, said.splitlines())) <= 80
+    assert not re.search(r"None|\(default: \)|<factory>|`|\[/", said)
+
+
+def test_a_command_with_nothing_prints_its_own_help_and_what_is_missing(capsys):
+    for words, missing in (("fix", "IMAGES, --model and --out"), ("train", "RECIPE"), ("evaluate knn", "--models")):
+        assert run(*words.split()) == 2
+        said = capsys.readouterr().err
+        assert said.startswith(f"usage: vitreg {words}")
+        assert f"{words} needs" in said.splitlines()[-1]
+        assert missing in said.splitlines()[-1]
+    assert run("evaluate") == 2
+    assert "zero-shot" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    ("words", "said"),
+    [
+        ("diagnose x --model a --sizes 3", "there is no option --sizes, 3; did you mean --size?"),
+        ("diagnose x --model a --size b", "--size b is no value of it; give INT | INT INT"),
+        ("diagnose x --model a --dtype int", "--dtype int is unknown; choose from float32, bfloat16, float16"),
+        ("diagnose x --model", "--model needs a value; see vitreg diagnose --help"),
+        ("fix x", "fix needs --out and --model; see vitreg fix --help"),
+        ("evaluate knn --data x --models a --k 0", "k is (0,); give at least one number of neighbours, all above 0"),
+        ("evaluate knn --data x --models a --limit 0", "--limit 0 must be at least 1"),
+        ("diagnos x", "there is no command diagnos; did you mean diagnose?"),
+        ("evaluate kn --data x", "there is no command evaluate kn; did you mean evaluate knn?"),
+    ],
+)
+def test_what_the_parser_refuses_is_one_sentence(words, said, capsys):
+    assert run(*words.split()) == 2
+    assert capsys.readouterr().err == f"vitreg: {said}\n"
+
+
+def test_old_names_of_flags_are_accepted_with_a_note(capsys, tmp_path):
+    words = "train --precision=bfloat16 deit3 --size small --image_size 32 --data"
+    assert run(*words.split(), tmp_path / "nowhere") == 2
+    *notes, error = capsys.readouterr().err.splitlines()
+    assert [note.split(";")[0].removeprefix("vitreg: ") for note in notes] == [
+        "--precision is now --dtype", "--size is now --arch", "--image_size is now --size",
     ]  # fmt: skip
-    assert list(ModelOptions.__dataclass_fields__) == ["model", "architecture", "device", "dtype", "size"]
+    assert "nowhere does not exist" in error
+
+
+def test_every_command_has_a_default_folder_of_its_own():
+    """Two commands without --out do not overwrite each other's report; probes add up in one folder."""
+    outs = {name: flag.default for name in cli.COMMANDS for flag in flags(cli.command(name)) if flag.name == "--out"}
+    probes = {name for name in outs if name.startswith("evaluate ") and name != "evaluate discovery"}
+    assert {outs[name] for name in probes} == {Path("vitreg-out/evaluate")}
+    alone = {name: out for name, out in outs.items() if name not in probes and name != "fix"}
+    assert alone == {name: Path("vitreg-out") / name.replace(" ", "-") for name in alone}
 
 
 def test_the_public_names_are_frozen():
@@ -290,7 +376,7 @@ def test_a_full_disk_is_one_sentence_that_says_what_to_do(monkeypatch, tmp_path,
     def full(*args: object, **kwargs: object) -> None:
         raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC), str(tmp_path / "models.json"))
 
-    monkeypatch.setattr("vitreg.cli.models.models", full)
+    monkeypatch.setattr("vitreg.checkpoints.list_models", full)
     assert run("models") == 2
     told = f"vitreg: the disk has no room left for {tmp_path / 'models.json'}; make room, or choose another --out\n"
     assert capsys.readouterr().err == told

@@ -56,7 +56,7 @@ def test_outliers_are_planted_where_the_model_has_none(checkpoints, tmp_path, ca
     out = tmp_path / "out"
     assert run("demo", "--out", out, "--json") == 0
     printed = json.loads(capsys.readouterr().out)
-    assert {path.name for path in out.iterdir()} == FILES
+    assert {path.name for path in out.glob("[!.]*")} == FILES
     assert printed == json.loads((out / "demo.json").read_text()) | {"report": str(out / "report.html")}
 
     assert printed["title"].startswith("Planted outliers: vitreg_tiny has no artifacts of its own")
@@ -138,7 +138,7 @@ def test_the_bundled_pair_needs_no_network(tmp_path, monkeypatch, capsys):
     monkeypatch.setattr(socket, "getaddrinfo", unreachable)
     assert run("demo", "--out", tmp_path, "--json") == 0
     printed = json.loads(capsys.readouterr().out)
-    assert {path.name for path in tmp_path.iterdir()} == FILES
+    assert {path.name for path in tmp_path.glob("[!.]*")} == FILES
     assert (tmp_path / "report.html").stat().st_size < 5_000_000
     assert Image.open(tmp_path / "demo.png").width > 1500
     plain, trained, *_, fixed = printed["models"]

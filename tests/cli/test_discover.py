@@ -81,7 +81,7 @@ def test_discover_says_what_it_did_and_needs_no_overlays(yolo, tmp_path, capsys)
     flags = ("--method", "tokencut", "--no-overlays", "--facet", "keys", "--no-center")
     assert run("discover", yolo / "images", "--model", TINY, "--out", out, *flags) == 0
     assert "6 objects in 6 pictures" in capsys.readouterr().out
-    assert {path.name for path in out.iterdir()} == {"detections.json", "coco.json"}
+    assert {path.name for path in out.glob("[!.]*")} == {"detections.json", "coco.json"}
     assert json.loads((out / "detections.json").read_text())["protocol"]["center"] is False
 
 

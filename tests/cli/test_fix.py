@@ -39,7 +39,7 @@ def test_fix_writes_a_model_and_a_report(photographs, tmp_path, capsys):
     assert "block 7: 417" in said
     assert f"The fixed model is {out}" in said
     assert "are removed: after block 11" in said
-    assert sorted(p.name for p in report.iterdir()) == ["comparison.json", "comparison.png", "report.html"]
+    assert sorted(p.name for p in report.glob("[!.]*")) == ["comparison.json", "comparison.png", "report.html"]
     vit = vitreg.load(str(out))
     assert (vit.num_registers, (7, 417) in vit.config.register_neurons) == (1, True)
     assert run("diagnose", *photographs[:4], "--model", out, "--out", tmp_path / "d") == 0
@@ -88,7 +88,7 @@ def test_fix_leaves_a_clean_model_alone(photographs, tmp_path, capsys):
 def test_compare_writes_and_prints(photographs, fixed, tmp_path, capsys):
     assert run("compare", TINY, fixed, *photographs[:8], "--out", tmp_path) == 0
     assert "are removed" in capsys.readouterr().out
-    assert {p.name for p in tmp_path.iterdir()} == {"comparison.json", "comparison.png", "report.html"}
+    assert {p.name for p in tmp_path.glob("[!.]*")} == {"comparison.json", "comparison.png", "report.html"}
     assert run("compare", TINY, fixed, *photographs[:4], "--out", tmp_path, "--limit", 3, "--json") == 0
     result = json.loads(capsys.readouterr().out)
     assert (result["num_images"], result["outcome"]) == (3, "removed")

@@ -19,7 +19,7 @@ from vitreg import cli
 from vitreg.cli.train import train
 from vitreg.training.sizes import SIZES
 
-SMALL = (*("--image-size", "32", "--patch-size", "16", "--batch-size", "8"), "--workers", "0", "--device", "cpu")
+SMALL = (*("--size", "32", "--patch-size", "16", "--batch-size", "8"), "--workers", "0", "--device", "cpu")
 
 
 def run(*args: object) -> int:
@@ -144,7 +144,7 @@ def test_train_tells_what_it_did_and_its_model_can_be_used(classes, tmp_path, ca
         (["deit3", "--data", "DATA", "--batch-size", "0"], "batch_size is 0"),
         (["deit3", "--data", "DATA", "--epochs", "0"], "epochs is 0"),
         (["deit3", "--data", "DATA", "--steps", "0"], "num_steps is 0"),
-        (["deit3", "--data", "DATA", "--image-size", "40"], "image size 40 is not a multiple"),
+        (["deit3", "--data", "DATA", "--size", "40"], "image size 40 is not a multiple"),
         (["deit3", "--data", "DATA", "--registers", "-1"], "num_registers is -1"),
         (["deit3", "--data", "DATA", "--drop-path", "1"], "drop_path is 1"),
         (["deit3", "--data", "DATA", "--device", "tpu9"], "cannot use device 'tpu9'"),
@@ -172,7 +172,7 @@ def test_bad_training_input_is_one_sentence_and_status_2(args, message, classes,
 
 def test_sizes_on_the_command_line_are_all_sizes():
     hints = get_type_hints(train, include_extras=False)
-    assert {value for part in get_args(hints["size"]) for value in get_args(part)} == set(SIZES)
+    assert {value for part in get_args(hints["arch"]) for value in get_args(part)} == set(SIZES)
 
 
 def test_every_flag_of_training_is_explained():

@@ -15,7 +15,7 @@ from training.commands import Run, log
 from vitreg import cli
 
 SMALL = (
-    *("--size", "micro", "--image-size", "32", "--patch-size", "16", "--batch-size", "8", "--diagnose-every", "0"),
+    *("--arch", "micro", "--size", "32", "--patch-size", "16", "--batch-size", "8", "--diagnose-every", "0"),
     *("--workers", "0", "--device", "cpu"),
 )
 
@@ -106,7 +106,7 @@ def test_a_folder_with_a_run_is_not_overwritten(finished, class_folders, told):
         (("--data", "DATA"), "give a recipe"),
         (("deit3", "--data", "DATA", "--batch-size", "7"), "multiple of 2"),
         (("deit3", "--data", "DATA", "--batch-size", "600"), "fewer than a batch"),
-        (("deit3", "--data", "DATA", "--image-size", "33"), "multiple of the patch size"),
+        (("deit3", "--data", "DATA", "--size", "33"), "multiple of the patch size"),
         (("deit3", "--data", "DATA", "--steps", "0"), "at least 1"),
         (("clip", "--data", "DATA"), "caption"),
         (("dinov2", "--data", "DATA", "--ema-decay", "0.9"), "ema_decay"),
@@ -117,8 +117,8 @@ def test_what_cannot_be_done_is_told(args, message, finished, class_folders, tmp
     places = {"RUN": finished, "DATA": class_folders, "NOWHERE": tmp_path / "NOWHERE"}
     given = [places.get(arg, arg) for arg in args]
     settings = () if "--resume" in args else (*SMALL, "--out", tmp_path / "run")
-    if "--batch-size" in args or "--image-size" in args:
-        settings = ("--size", "micro", "--patch-size", "16", "--out", tmp_path / "run", "--device", "cpu")
+    if "--batch-size" in args or "--size" in args:
+        settings = ("--arch", "micro", "--patch-size", "16", "--out", tmp_path / "run", "--device", "cpu")
     status, error = told(*given, *settings)
     assert status == 2
     assert message in error

@@ -20,10 +20,10 @@ import vitreg
 from training import opening_ranks
 from training.commands import Run, log
 
-SIZES = ("--image-size", "32", "--patch-size", "16", "--batch-size", "8", "--diagnose-every", "0", "--device", "cpu")
+SIZES = ("--size", "32", "--patch-size", "16", "--batch-size", "8", "--diagnose-every", "0", "--device", "cpu")
 SETTINGS = (
     *SIZES,
-    "--size",
+    "--arch",
     "micro",
     "--drop-path",
     "0.2",

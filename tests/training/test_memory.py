@@ -32,7 +32,7 @@ def test_other_errors_are_passed_on():
 
 @pytest.mark.slow
 def test_a_batch_that_does_not_fit_is_a_sentence(class_folders, tmp_path):
-    args = ("train", "deit3", "--data", class_folders, "--size", "micro", "--image-size", "224", "--patch-size", "16")
+    args = ("train", "deit3", "--data", class_folders, "--arch", "micro", "--size", "224", "--patch-size", "16")
     args = (*args, "--workers", "0", "--steps", "2", "--diagnose-every", "0", "--device", "cpu")
     limits = {resource.RLIMIT_AS: 600 * 2**20}
     run = Run(*args, "--batch-size", "56", "--out", tmp_path / "run", told=tmp_path / "told.txt", limits=limits)

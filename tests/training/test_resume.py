@@ -11,7 +11,7 @@ import pytest
 from training.commands import Run, log
 
 SETTINGS = (
-    *("--size", "micro", "--image-size", "32", "--patch-size", "16", "--batch-size", "8", "--steps", "60"),
+    *("--arch", "micro", "--size", "32", "--patch-size", "16", "--batch-size", "8", "--steps", "60"),
     *("--drop-path", "0.2", "--ema-decay", "0.9", "--log-every", "3", "--checkpoint-every", "8"),
     *("--diagnose-every", "20", "--device", "cpu"),
 )

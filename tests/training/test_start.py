@@ -433,7 +433,7 @@ def test_a_full_disk_keeps_the_checkpoint_before(run, tmp_path):
 
 @pytest.mark.slow
 def test_a_disk_that_is_full_from_the_start(class_folders, tmp_path):
-    args = ("deit3", "--data", class_folders, "--smoke", "--image-size", "32", "--batch-size", "8", "--steps", "2")
+    args = ("deit3", "--data", class_folders, "--smoke", "--size", "32", "--batch-size", "8", "--steps", "2")
     limits = {resource.RLIMIT_FSIZE: 400}
     run = Run("train", *args, "--out", tmp_path / "run", told=tmp_path / "told.txt", limits=limits)
     assert run.wait() == 2

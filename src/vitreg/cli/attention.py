@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import re
 from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Literal
@@ -41,20 +42,23 @@ def attention(
         images: files, folders or globs.
         model: the model and what it sees.
         block: counted from 0; -1 is the last.
-        queries: who attends: cls, registers, or a patch as COLUMN,ROW of the grid, counted from 0.
+        queries: who attends: cls, registers, or a patch as ROW,COLUMN of the grid, counted from 0.
         out: folder for the maps.
         crop: checkpoint crops as the model was trained; none keeps the whole picture and its aspect.
         reading: which images.
         json: print what was written as JSON.
     """
-    from vitreg.images import ImageStream, find_images
+    from vitreg.images import ImageStream, find_images, spaced
 
     out = writable_folder(out)
-    paths = find_images(images)
+    # What follows --queries up to the next flag is taken for a query, images too.
+    swallowed = [] if images else [word for word in queries if not _is_query(word)]
+    wanted: list[Query] = [_query(query) for query in queries if query not in swallowed]
+    paths = spaced(find_images(images or swallowed), reading.limit)
     vit = model.load()
-    wanted: list[Query] = [_query(query) for query in queries]
     preprocess = vit.preprocess if crop == "checkpoint" else dataclasses.replace(vit.preprocess, crop="none")
-    stream = ImageStream(paths, preprocess, batch_size=1, strict=strict, device=next(vit.parameters()).device)
+    device = next(vit.parameters()).device
+    stream = ImageStream(paths, preprocess, batch_size=1, device=device, strict=reading.strict)
     written: list[dict[str, object]] = []
     names: set[str] = set()
     interrupted = False
@@ -103,10 +107,14 @@ def _attention_maps(
     return written
 
 
+def _is_query(text: str) -> bool:
+    return text in ("cls", "registers") or re.fullmatch(r"\d+,\d+", text) is not None
+
+
 def _query(text: str) -> Query:
-    if text in ("cls", "registers"):
+    if not _is_query(text):
+        raise ValueError(f"--queries {text!r} is unknown; use cls, registers, or a patch as ROW,COLUMN")
+    if text == "cls" or text == "registers":
         return text
-    column, _, row = text.partition(",")
-    if not (column.strip().isdigit() and row.strip().isdigit()):
-        raise ValueError(f"--queries {text!r} is unknown; use cls, registers, or a patch as COLUMN,ROW")
+    row, _, column = text.partition(",")
     return int(row), int(column)

@@ -18,9 +18,7 @@ if TYPE_CHECKING:
 Before = Annotated[Positional[str], arg(metavar="A")]
 
 
-After = Annotated[
-    Positional[str], arg(metavar="B")
-]
+After = Annotated[Positional[str], arg(metavar="B")]
 
 
 def compare(

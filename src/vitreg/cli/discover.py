@@ -45,16 +45,16 @@ def discover(
         protocol: what is compared; without these flags the documented protocol.
         max_objects: objects a picture, by repeating LOST on what is left.
         reading: which images, and how many of equal size at a time.
-        overlays: draw no pictures of what was found.
+        overlays: draw what was found on each photograph.
         json: print detections.json.
     """
     from vitreg.discovery.discover import detect, native_stream
-    from vitreg.images import find_images
+    from vitreg.images import find_images, spaced
 
     out = writable_folder(out)
-    paths = find_images(images)
+    paths = spaced(find_images(images), reading.limit)
     vit = model.load()
-    stream = native_stream(vit, paths, batch_size=positive("--batch-size", batch_size), strict=strict)
+    stream = native_stream(vit, paths, batch_size=reading.batch_size, strict=reading.strict)
     pictures: dict[Path, dict[str, Any]] = {}
     names: set[str] = set()
     interrupted = False

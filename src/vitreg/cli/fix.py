@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import dataclasses
 from pathlib import Path
 from typing import Literal
 
 from vitreg.cli.compare import compare_models
 from vitreg.cli.options import Batching, Images, ModelOptions, positive, writable_folder
 from vitreg.cli.output import print_json, print_skipped, progress
+from vitreg.disk import writing
 
 
 def fix(
@@ -34,7 +36,7 @@ def fix(
         model: the model and what it sees.
         out: the file to write, NAME.safetensors.
         method: test-time moves activations to untrained registers (Jiang et al. 2025).
-        registers: how many to add.
+        registers: so many are added.
         report: folder for a before/after report on the same pictures.
         reading: which images, and how many at a time.
         json: print the result as JSON.
@@ -44,12 +46,13 @@ def fix(
 
     if out.suffix != ".safetensors":
         raise ValueError(f"--out {out} must end in .safetensors")
-    writable_folder(out.parent)
+    with writing(out.parent):
+        out.parent.mkdir(parents=True, exist_ok=True)
     report = None if report is None else writable_folder(report)
-    count, batch_size = positive("--registers", registers), positive("--batch-size", batch_size)
+    count = positive("--registers", registers)
     vit = model.load()
     device = next(vit.parameters()).device
-    batches = Batches(images, vit.preprocess, batch_size=batch_size, device=device, strict=strict, limit=limit)
+    batches = Batches(images, vit.preprocess, device=device, **dataclasses.asdict(reading))
     with progress("looking for the units that write them") as on_progress:
         fixed = vitreg.add_test_time_registers(vit, batches, count=count, on_progress=on_progress)
     skipped = [{"path": str(skip.path), "reason": skip.reason} for skip in batches.skipped]
@@ -77,4 +80,4 @@ def fix(
         if json:
             print_json(result)
         return 0
-    return compare_models(vit, fixed, images, report, batch_size, limit, strict=strict, json=json, result=result)
+    return compare_models(vit, fixed, images, report, reading, json=json, result=result)

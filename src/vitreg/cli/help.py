@@ -79,9 +79,8 @@ def command_help(name: str, command: Callable[..., Any]) -> str:
     about = inspect.cleandoc(command.__doc__ or "").split("\nArgs:")[0].strip()
     told = [" ".join(["usage: vitreg", name, *positional, "[OPTIONS]"]), ""]
     for paragraph in about.split("\n\n"):
-        told += [*textwrap.wrap(" ".join(paragraph.split()), _WIDTH, subsequent_indent="  " * ("Example:" in paragraph))]
-        told += [""]
-    for group in dict.fromkeys(flag.group for flag in found):
+        told += [*textwrap.wrap(" ".join(paragraph.split()), _WIDTH, break_on_hyphens=False), ""]
+    for group in dict.fromkeys(["", *(flag.group for flag in found)]):
         told += [f"{group.rstrip('.') or 'options'}:"]
         told += [line for flag in found if flag.group == group for line in _lines(flag)] + [""]
     return "\n".join(told[:-1])
@@ -96,18 +95,18 @@ def commands_help(prog: str, about: str, commands: dict[str, str]) -> str:
 
 
 def _lines(flag: Flag) -> list[str]:
-    default = flag.default
+    values = flag.default if isinstance(flag.default, tuple) else (flag.default,)
+    shown = [format(value, "g") if isinstance(value, float) else str(value) for value in values]
+    words = " ".join(shown if len(shown) <= 13 else [shown[0], "...", shown[-1]])
+    says = f"{'do not ' if flag.default is True else ''}{flag.explained}"
     if flag.required:
-        says = f"{flag.explained} (required)"
-    elif isinstance(default, bool) or default is None or default in ((), ""):
-        says = flag.explained
-    else:
-        values = default if isinstance(default, tuple) else (default,)
-        says = f"{flag.explained} (default: {' '.join(format(v, 'g') if isinstance(v, float) else str(v) for v in values)})"
-    head = f"  {flag.name} {flag.values}".rstrip()
-    first = [head] if len(head) > _TEXT - 2 else []
-    indent = " " * _TEXT
-    return first + textwrap.wrap(says, _WIDTH, initial_indent=indent if first else f"{head:{_TEXT}}", subsequent_indent=indent)
+        says += " (required)"
+    elif words and not isinstance(flag.default, bool | None):
+        says += f" (default: {words})"
+    head, indent = f"  {flag.name} {flag.values}".rstrip(), " " * _TEXT
+    first = textwrap.wrap(head, _WIDTH, subsequent_indent="    ") if len(head) > _TEXT - 2 else []
+    start = indent if first else f"{head:{_TEXT}}"
+    return first + textwrap.wrap(says, _WIDTH, initial_indent=start, subsequent_indent=indent, break_on_hyphens=False)
 
 
 def _words(kind: Any) -> str:
@@ -122,7 +121,7 @@ def _words(kind: Any) -> str:
         return " | ".join(map(_words, args))
     if origin in (tuple, list):
         return f"{_words(args[0])} ..." if origin is list or args[-1] is ... else " ".join(map(_words, args))
-    return {int: "N", float: "X", Path: "PATH", bool: "{True,False}"}.get(kind, "TEXT")
+    return {int: "INT", float: "FLOAT", Path: "PATH", bool: "{True,False}"}.get(kind, "TEXT")
 
 
 def _explanations(takes: Callable[..., Any]) -> dict[str, str]:

@@ -40,7 +40,8 @@ def parse(name: str, command: Callable[..., int], args: list[str]) -> Callable[[
     config: Any = (tyro.conf.OmitArgPrefixes, tyro.conf.FlagCreatePairsOff)
     args = _renamed(name, args)
     try:
-        with contextlib.redirect_stderr(told):
+        # Where neither is a terminal, nothing is drawn or coloured.
+        with contextlib.redirect_stderr(told), contextlib.redirect_stdout(io.StringIO()):
             return tyro.cli(bound, prog=f"vitreg {name}", args=args, config=config)
     except SystemExit:
         raise ValueError(_refusal(name, told.getvalue(), found, args)) from None
@@ -68,18 +69,23 @@ def _missing(name: str, flags: list[str]) -> str:
 
 def _refusal(name: str, box: str, found: list[Flag], args: list[str]) -> str:
     """The first part of tyro's box in a sentence, without what the help says better."""
-    lines = [line.strip("│╭╮╰╯\n") for line in box.splitlines() if line.startswith("│")]
-    parts = "\n".join(lines).split("─" * 20)
-    said = " ".join(parts[0].split())
+    _, _, *lines = (line.removeprefix("  ") for line in box.splitlines())
+    first, *others = re.split("-{20,}", "\n".join(lines))
+    said = " ".join(first.split())
     if said.startswith("Missing from"):
-        return _missing(name, re.findall(r"^ {5}(\S+)", parts[0], flags=re.M))
+        return _missing(name, re.findall(r"^ {4}(\S+)", first, flags=re.M))
     if said.startswith("Unrecognized options"):
-        near = re.search(r"^ {5}(--\S+)", parts[1], flags=re.M) if "Perhaps" in parts[1] else None
-        said = said.replace("Unrecognized options:", "there is no option")
-        return f"{said}; did you mean {near[1]}?" if near else f"{said}; see vitreg {name} --help"
+        near = re.search(r"^ {4}(--\S+)", others[0], flags=re.M)
+        hint = f"did you mean {near[1]}?" if near else f"see vitreg {name} --help"
+        return f"{said.replace('Unrecognized options:', 'there is no option')}; {hint}"
+    if wrong := re.match(r"invalid choice '(.*)' for argument '(.*)'\. Expected one of \((.*)\)", said):
+        choices = [choice for choice in re.findall(r"'(.*?)'", wrong[3]) if choice != "None"]
+        return f"{wrong[2]} {wrong[1]} is unknown; choose from {', '.join(choices)}"
+    if wrong := re.match(r"Missing value for argument '(.*)'", said):
+        return f"{wrong[1]} needs a value; see vitreg {name} --help"
     if wrong := re.match(r"Error parsing (\S+): (.*)", said):
         for flag in found:
             if flag.name == wrong[1] and flag.name in args:
-                return f"{flag.name} {args[args.index(flag.name) + 1]}: {flag.name} takes {flag.values}"
+                return f"{flag.name} {args[args.index(flag.name) + 1]} is no value of it; give {flag.values}"
         return wrong[2]
     return said

@@ -12,7 +12,7 @@ from vitreg.cli.options import writable_folder
 from vitreg.cli.output import print_json
 from vitreg.disk import replace_text
 
-Runs = Annotated[Positional[list[Path]], arg(metavar="RUN", help="folders of training runs, finished or not")]
+Runs = Annotated[Positional[list[Path]], arg(metavar="RUN")]
 
 
 def timeline(runs: Runs, *, out: Path = Path("vitreg-out/timeline"), json: bool = False) -> int:
@@ -24,7 +24,7 @@ def timeline(runs: Runs, *, out: Path = Path("vitreg-out/timeline"), json: bool 
     Example: vitreg timeline runs/no-registers runs/four-registers --out timeline
 
     Args:
-        runs: folders of training runs.
+        runs: folders of training runs, finished or not.
         out: folder for what is written.
         json: print timeline.json.
     """

@@ -20,7 +20,7 @@ if TYPE_CHECKING:
 
 Recipe = Annotated[
     Positional[Literal["deit3", "dinov2", "clip"] | None],
-    arg(metavar="RECIPE", help="deit3 (labels), dinov2 (pictures alone) or clip (captions); left out with --resume"),
+    arg(metavar="RECIPE"),
 ]
 
 
@@ -30,11 +30,11 @@ def train(
     data: str | None = None,
     val: str | None = None,
     registers: int | None = None,
-    size: Literal["micro", "tiny", "small", "base", "large", "huge", "giant"] | None = None,
-    out: Path = Path("vitreg-run"),
+    arch: Literal["micro", "tiny", "small", "base", "large", "huge", "giant"] | None = None,
+    out: Path = Path("vitreg-out/train"),
     resume: Path | None = None,
     smoke: bool = False,
-    image_size: int | None = None,
+    size: int | None = None,
     patch_size: int | None = None,
     batch_size: int | None = None,
     epochs: float | None = None,
@@ -63,24 +63,24 @@ def train(
     curves, checkpoints. Ctrl-C leaves a checkpoint; --resume goes on exactly where it was. For several GPUs start it as
     torchrun --nproc-per-node 8 -m vitreg train ...
 
-    Example: vitreg train deit3 --data imagenet/ --size small --registers 4 --out runs/small-4
+    Example: vitreg train deit3 --data imagenet/ --arch small --registers 4 --out runs/small-4
 
     Example: vitreg train deit3 --smoke --data tiny-imagenet-100/ --out runs/smoke
 
     Example: vitreg train --resume runs/small-4
 
     Args:
-        recipe: what to learn from.
+        recipe: deit3 (from labels), dinov2 (from images alone) or clip (from captions); left out with --resume.
         data: class folders, Parquet files, WebDataset tars or captions.csv; or a folder with train and val parts.
         val: held-out pictures; by default those in --data, or a twentieth of it, at most 1000.
         registers: 4 by default, as in the paper.
-        size: of the model; deit3 takes small by default, clip base, dinov2 large.
+        arch: size of the model; deit3 takes small by default, clip base, dinov2 large.
         out: the run's folder, a new one.
         resume: folder of a run to go on with.
         smoke: a small form of the recipe that takes two minutes on two CPU cores.
-        image_size: side of the pictures in pixels; the recipe's by default, as all that follows.
+        size: side of what the model sees in pixels; the recipe's by default, as all that follows.
         patch_size: in pixels.
-        batch_size: pictures a step, over all processes.
+        batch_size: images at a time: a step's, over all processes.
         epochs: passes over the pictures.
         steps: optimizer steps, instead of epochs.
         lr: peak learning rate.
@@ -90,7 +90,7 @@ def train(
         ema_decay: save a moving average of the weights.
         seed: of everything random.
         accumulation: split each process's part of a batch into so many passes, to save memory.
-        dtype: bfloat16 computes in half precision and keeps the weights in float32.
+        dtype: of activations; bfloat16 computes in half precision and keeps the weights in float32.
         sharding: ddp copies the model to every process, fsdp spreads it over them.
         compile: torch.compile the blocks.
         gradient_checkpointing: recompute blocks in the backward pass, to save memory.
@@ -104,7 +104,7 @@ def train(
     from vitreg import training
     from vitreg.training.run_folder import RunFolder
 
-    shape = {"image_size": image_size, "patch_size": patch_size, "batch_size": batch_size, "epochs": epochs}
+    shape = {"image_size": size, "patch_size": patch_size, "batch_size": batch_size, "epochs": epochs}
     optimizer = {"lr": lr, "weight_decay": weight_decay, "warmup_steps": warmup_steps}
     rest = {
         "num_steps": steps,
@@ -121,7 +121,7 @@ def train(
         "diagnose_every": diagnose_every,
     }
     if resume is not None:
-        changed = {"registers": registers, "size": size, "smoke": smoke or None, **shape, **optimizer, **rest}
+        changed = {"registers": registers, "arch": arch, "smoke": smoke or None, **shape, **optimizer, **rest}
         _check_resumed(RunFolder(resume), recipe, [name for name, value in changed.items() if value is not None])
         with _telling(RunFolder(resume), quiet=json) as tell:
             done = training.resume(resume, data=data, val=val, device=device, num_workers=workers, on_log=tell)
@@ -133,7 +133,7 @@ def train(
         num_images=len(opened.images),
         num_classes=len(opened.images.classes),
         num_registers=4 if registers is None else registers,
-        size=size,
+        size=arch,
         smoke=smoke,
         **shape,
     )
@@ -160,7 +160,8 @@ def _check_resumed(folder: RunFolder, recipe: str | None, changed: list[str]) ->
     if recipe not in (None, stored):
         raise ValueError(f"{folder.path} is a run of {stored}, not of {recipe}; leave the recipe out, or start anew")
     if changed:
-        flags = ", ".join(f"--{name.removeprefix('num_').replace('_', '-')}" for name in changed)
+        renamed = {"num_steps": "steps", "image_size": "size"}
+        flags = ", ".join(f"--{renamed.get(name, name).replace('_', '-')}" for name in changed)
         raise ValueError(f"a resumed run keeps its settings; leave out {flags}, or start anew with another --out")
 
 

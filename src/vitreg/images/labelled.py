@@ -7,10 +7,13 @@ import os
 from abc import ABC, abstractmethod
 from collections.abc import Sequence
 from pathlib import Path
+from typing import TypeVar
 
 import numpy as np
 from numpy.typing import NDArray
 from PIL import Image
+
+Item = TypeVar("Item")
 
 
 class ImageSet(ABC):
@@ -117,3 +120,8 @@ def source_of(files: Sequence[Path]) -> str:
 def evenly(total: int, count: int) -> NDArray[np.int64]:
     """`count` of `total` numbers, at equal distances; all where there are fewer."""
     return np.linspace(0, total - 1, min(count, total)).round().astype(np.int64)
+
+
+def spaced(items: Sequence[Item], count: int | None) -> list[Item]:
+    """`count` of the items, at equal distances; all by default."""
+    return list(items) if count is None else [items[i] for i in evenly(len(items), count)]

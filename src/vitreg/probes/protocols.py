@@ -223,7 +223,7 @@ class DepthConfig:
     are computed once, and the loss is taken at 4 x 4 points a patch.
 
     Attributes:
-        blocks: whose tokens are concatenated; see `depth_blocks`.
+        blocks: whose tokens are concatenated: the last; DINOv2's lin.4 takes four.
         batch_norm: normalise channels before the convolution, as DINOv3 does.
         bins: number of depths.
         min_depth, max_depth: metres, of the first and last bin; what is beyond is neither trained on nor judged.

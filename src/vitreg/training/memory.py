@@ -29,5 +29,5 @@ def out_of_memory(pictures: int) -> Iterator[None]:
             raise
         raise ValueError(
             f"out of memory with {pictures} pictures at a time ({message[:200]}); choose a smaller --batch-size, a "
-            f"larger --accumulation, --gradient-checkpointing, --sharding fsdp, a smaller --size or fewer --workers"
+            f"larger --accumulation, --gradient-checkpointing, --sharding fsdp, a smaller --arch or fewer --workers"
         ) from error

@@ -42,7 +42,7 @@ def deit3(
       FLOPs, 28 hours of an H200 at 40 % of 700 TFLOP/s, or 3.5 of eight.
     - Expected: DeiT-III reports 81.4 % (S) and 83.8 % (B) top-1 on ImageNet-1k after 800 epochs; with 4 registers a
       later study has 80.81 against 81.05 without (S, Bach et al.).
-    - Command: `torchrun --nproc-per-node 8 -m vitreg train deit3 --data imagenet/ --size small --out RUN`
+    - Command: `torchrun --nproc-per-node 8 -m vitreg train deit3 --data imagenet/ --arch small --out RUN`
     - Smoke: `vitreg train deit3 --smoke --data tiny-imagenet-100/ --out RUN`; gentler augmentation and cross-entropy.
       The loss falls by at least 0.15, from 4.65, in 150 steps; 1 min 47 s on two cores.
     """
@@ -105,7 +105,7 @@ def dinov2(
     - Hardware and time: not measured beyond the smoke form. Computed: the published run of ViT-L/14, 625 000 steps of
       1024 pictures, is 1.3e21 FLOPs, a week of eight H200 at 40 % of 700 TFLOP/s.
     - Expected: the paper reports 84.3 % linear top-1 on ImageNet without and 84.8 % with 4 registers (ViT-L).
-    - Command: `torchrun --nproc-per-node 8 -m vitreg train dinov2 --data imagenet/ --size large --out RUN`
+    - Command: `torchrun --nproc-per-node 8 -m vitreg train dinov2 --data imagenet/ --arch large --out RUN`
     - Smoke: `vitreg train dinov2 --smoke --data tiny-imagenet-100/ --out RUN`; larger crops, 256 prototypes. `dino`
       falls below 5.5 (log 256 is 5.55) with a `teacher_entropy` below 0.95, in 120 steps; 1 min 36 s on two cores.
     """

@@ -6,6 +6,7 @@ from pathlib import Path
 from typing import Literal
 
 from vitreg.cli.evaluate.options import DEPTH_PROBES, SEGMENTATION_PROBES, EvaluationOptions
+from vitreg.cli.options import Size
 
 
 def all(
@@ -14,11 +15,11 @@ def all(
     data: str | None = None,
     class_names: Path | None = None,
     segmentation: str | None = None,
-    segmentation_size: tuple[int, int] | None = None,
+    segmentation_size: Size | None = None,
     segmentation_ignore: int | None = None,
     segmentation_variants: tuple[Literal["linear", "+ms"], ...] = ("linear",),
     depth: str | None = None,
-    depth_size: tuple[int, int] | None = None,
+    depth_size: Size | None = None,
     depth_scale: float = 0.001,
     depth_variants: tuple[Literal["lin.1", "lin.4"], ...] = ("lin.1",),
     discovery: str | None = None,
@@ -32,18 +33,18 @@ def all(
     dinov2_vitb14_reg
 
     Args:
-        common: models and pictures.
-        data: pictures, as for `evaluate knn`; without labels only position and reconstruction are asked.
-        class_names: as for `evaluate zero-shot`.
-        segmentation: as --data of `evaluate segmentation`.
+        common: models and images.
+        data: pictures, as for evaluate knn; without labels only position and reconstruction are asked.
+        class_names: as for evaluate zero-shot.
+        segmentation: as --data of evaluate segmentation.
         segmentation_size: as its --size.
         segmentation_ignore: as its --ignore.
         segmentation_variants: as its --variant; several make a column each.
-        depth: as --data of `evaluate depth`.
+        depth: as --data of evaluate depth.
         depth_size: as its --size.
         depth_scale: as its --scale.
         depth_variants: as its --variant.
-        discovery: as --data of `evaluate discovery`.
+        discovery: as --data of evaluate discovery.
     """
     from vitreg.cli.evaluate.data import classification_data, depth_data, segmentation_data
     from vitreg.cli.evaluate.run import run_evaluation

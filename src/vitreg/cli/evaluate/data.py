@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from pathlib import Path
 
+from vitreg.cli.options import Size, sides
 from vitreg.images import (
     image_size,
     open_depth,
@@ -29,14 +30,14 @@ def classification_data(data: str, class_names: Path | None = None) -> Data:
     return Data("classification", train, val, class_names=names)
 
 
-def segmentation_data(source: str, size: tuple[int, int] | None, ignore: int | None) -> Data:
+def segmentation_data(source: str, size: Size | None, ignore: int | None) -> Data:
     train, val = open_segmentation(source, ignore=ignore)
-    return Data("segmentation", train, val, size or _size(train.name(0), _SHORT_SIDE["segmentation"]))
+    return Data("segmentation", train, val, sides(size) if size else _size(train.name(0), _SHORT_SIDE["segmentation"]))
 
 
-def depth_data(source: str, size: tuple[int, int] | None, scale: float) -> Data:
+def depth_data(source: str, size: Size | None, scale: float) -> Data:
     train, val = open_depth(source, scale=scale)
-    return Data("depth", train, val, size or _size(train.name(0), _SHORT_SIDE["depth"]))
+    return Data("depth", train, val, sides(size) if size else _size(train.name(0), _SHORT_SIDE["depth"]))
 
 
 def _size(picture: str, short_side: int) -> tuple[int, int]:

@@ -5,6 +5,7 @@ from __future__ import annotations
 from typing import Literal
 
 from vitreg.cli.evaluate.options import DEPTH_PROBES, EvaluationOptions
+from vitreg.cli.options import Size
 from vitreg.probes.protocols import DepthConfig
 
 
@@ -12,7 +13,7 @@ def depth(
     *,
     data: str,
     common: EvaluationOptions,
-    size: tuple[int, int] | None = None,
+    size: Size | None = None,
     scale: float = 0.001,
     variant: Literal["lin.1", "lin.4"] = "lin.1",
     protocol: DepthConfig = DepthConfig(),
@@ -23,11 +24,12 @@ def depth(
 
     Args:
         data: nyu:PATH, or a folder with train/ and val/, in each images/ and depth/ (16-bit PNG, 0 where unknown).
-        common: models and pictures.
-        size: height and width that pictures are brought to, rounded to whole patches; by default the short side is 480.
+        common: models and images.
+        size: side of what the models see in pixels, or height and width, rounded to whole patches; by default the short
+            side is 480.
         scale: metres in one step of the files' numbers; 0.001 for millimetres.
         variant: the head reads the last block (or --blocks), or four (lin.4), as DINOv2's.
-        protocol: its settings; by default those of the paper, or as close as can be.
+        protocol: the protocol; by default the paper's, or as close as can be.
     """
     from vitreg.cli.evaluate.data import depth_data
     from vitreg.cli.evaluate.run import run_evaluation

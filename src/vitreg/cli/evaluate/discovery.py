@@ -24,6 +24,7 @@ def discovery(
     device: str = "auto",
     dtype: Literal["float32", "bfloat16", "float16"] = "float32",
     batch_size: int = 8,
+    limit: int | None = None,
     json: bool = False,
 ) -> int:
     """Measure CorLoc: in how many images the box that LOST finds is an object's.
@@ -41,13 +42,14 @@ def discovery(
         sweep: any of blocks, facets, normalize, center, bias.
         out: folder for results, and of an earlier run to continue.
         device: cpu, cuda, mps; auto takes a GPU where there is one.
-        dtype: precision of weights and activations.
-        batch_size: pictures at a time, of equal size.
+        dtype: of weights and activations.
+        batch_size: images of equal size at a time.
+        limit: so many images only, from all over the set.
         json: print discovery.json.
     """
     from vitreg.discovery.summary import hits, summarize
     from vitreg.discovery.sweep import find_boxes, settings
-    from vitreg.images import open_box_set
+    from vitreg.images import open_box_set, spaced
     from vitreg.report import sweep_figure
 
     if not models or len(set(models)) < len(models):
@@ -56,7 +58,7 @@ def discovery(
     protocols = swept if DEFAULT in swept else [DEFAULT, *swept]
     out = writable_folder(out)
     boxed = open_box_set(data)
-    labelled = [image for image in boxed.images if len(image.boxes)]
+    labelled = spaced([image for image in boxed.images if len(image.boxes)], limit)
     if not labelled:
         raise ValueError(f"{data} has {len(boxed.images)} pictures and not one box; CorLoc needs boxes")
     positive("--batch-size", batch_size)

@@ -14,8 +14,8 @@ def knn(*, data: str, common: EvaluationOptions, protocol: KNNConfig = KNNConfig
     Args:
         data: labelled pictures: a folder with train/ and val/ and folders for the classes, Parquet, tars; where it is
             not divided, every fifth picture is held out.
-        common: models and pictures.
-        protocol: its settings; by default those of the paper, or as close as can be.
+        common: models and images.
+        protocol: the protocol; by default the paper's, or as close as can be.
     """
     from vitreg.cli.evaluate.data import classification_data
     from vitreg.cli.evaluate.run import run_evaluation

@@ -12,9 +12,9 @@ def linear(*, data: str, common: EvaluationOptions, protocol: LinearConfig = Lin
     Example: vitreg evaluate linear --data imagenet/ --models dinov2_vitb14 dinov2_vitb14_reg
 
     Args:
-        data: labelled pictures, as for `evaluate knn`.
-        common: models and pictures.
-        protocol: its settings; by default those of the paper, or as close as can be.
+        data: labelled pictures, as for evaluate knn.
+        common: models and images.
+        protocol: the protocol; by default the paper's, or as close as can be.
     """
     from vitreg.cli.evaluate.data import classification_data
     from vitreg.cli.evaluate.run import run_evaluation

@@ -12,9 +12,9 @@ def position(*, data: str, common: EvaluationOptions, protocol: PositionConfig =
     Example: vitreg evaluate position --data imagenet/ --models dinov2_vitg14 --train-images 5000 --val-images 1000
 
     Args:
-        data: pictures, as for `evaluate knn`; labels are not needed.
-        common: models and pictures.
-        protocol: its settings; by default those of the paper, or as close as can be.
+        data: pictures, as for evaluate knn; labels are not needed.
+        common: models and images.
+        protocol: the protocol; by default the paper's, or as close as can be.
     """
     from vitreg.cli.evaluate.data import classification_data
     from vitreg.cli.evaluate.run import run_evaluation

@@ -16,7 +16,7 @@ from rich.console import Console
 from rich.table import Table
 
 from vitreg.cli.evaluate.options import EvaluationOptions
-from vitreg.cli.options import Checkpoint, positive, writable_folder
+from vitreg.cli.options import Checkpoint, writable_folder
 from vitreg.cli.output import INTERRUPTED, print_json, progress
 from vitreg.disk import replace_text
 from vitreg.images import (
@@ -39,10 +39,9 @@ def run_evaluation(
     start = time.monotonic()
     out = writable_folder(options.out)
     config = PassConfig(options.patch_images, options.batch_size)
+    train_images, val_images = options.train_images or options.limit, options.val_images or options.limit
     found = [
-        dataclasses.replace(
-            data, train=choose(data.train, options.train_images or options.limit), val=choose(data.val, options.val_images or options.limit)
-        )
+        dataclasses.replace(data, train=choose(data.train, train_images), val=choose(data.val, val_images))
         for data in found
     ]
     models: list[Evaluated] = []

@@ -5,6 +5,7 @@ from __future__ import annotations
 from typing import Literal
 
 from vitreg.cli.evaluate.options import SEGMENTATION_PROBES, EvaluationOptions
+from vitreg.cli.options import Size
 from vitreg.probes.protocols import SegmentationConfig
 
 
@@ -12,7 +13,7 @@ def segmentation(
     *,
     data: str,
     common: EvaluationOptions,
-    size: tuple[int, int] | None = None,
+    size: Size | None = None,
     ignore: int | None = None,
     variant: Literal["linear", "+ms"] = "linear",
     protocol: SegmentationConfig = SegmentationConfig(),
@@ -23,11 +24,12 @@ def segmentation(
 
     Args:
         data: ade20k:PATH, voc2012:PATH, or a folder with train/ and val/, in each images/ and masks/.
-        common: models and pictures.
-        size: height and width that pictures are brought to, rounded to whole patches; by default the short side is 512.
+        common: models and images.
+        size: side of what the models see in pixels, or height and width, rounded to whole patches; by default the short
+            side is 512.
         ignore: number in the masks of a folder that does not count, besides 255.
         variant: linear reads the last block (or --blocks); +ms four, and averages over three sizes of the pictures.
-        protocol: its settings; by default those of the paper, or as close as can be.
+        protocol: the protocol; by default the paper's, or as close as can be.
     """
     from vitreg.cli.evaluate.data import segmentation_data
     from vitreg.cli.evaluate.run import run_evaluation
