@@ -309,6 +309,16 @@ def test_worst_case_fits_in_five_megabytes(tmp_path, open_page):
     check_thinned(path, open_page, kept={23, 38, 39}, least=10)
 
 
+def test_a_hundred_images_fit_too(tmp_path):
+    """Photographs of noise, which no format makes small."""
+    examples = make_examples(count=100, depth=12, grid=(14, 14))
+    path = write_report(make_summary(examples, block=11), examples, tmp_path / "report.html")
+    assert path.stat().st_size <= 5_000_000
+    maps = payload(path)["maps"]
+    assert len(maps["examples"]) == 100
+    assert maps["blocks"] == list(range(12))
+
+
 def test_a_failure_leaves_the_old_report(tmp_path):
     path = tmp_path / "made" / "report.html"
     examples = make_examples()

@@ -16,7 +16,7 @@ MAX_BYTES = 5_000_000
 MAX_EXAMPLE_BYTES = MAX_BYTES * 9 // 10
 # 255 steps over this ratio are 3.6 % apart, so a value decodes to within 1.8 %.
 MAX_RATIO = 1e4
-PHOTO_STEPS = ((448, 85), (336, 75), (256, 65))
+PHOTO_STEPS = ((448, 85), (336, 75), (256, 65), (192, 60), (128, 50))
 
 
 def pack_examples(
