@@ -15,6 +15,7 @@ import torch.nn.functional as F
 import vitreg
 from peers import error, pictures
 from registers.planting import GREEN, MAGENTA, photos, plant, random_vit, with_patches
+from vitreg.report.words import percent
 
 
 def in_a_process(code: str, *arguments) -> str:
@@ -240,6 +241,23 @@ def test_too_few_patches_to_tell_are_refused_with_how_many_would_do(photographs)
         vitreg.add_test_time_registers(vit, images)
 
 
+def test_held_back_images_that_cannot_be_read_are_said(tiny_vit, photographs, tmp_path):
+    """They ended in a division by zero."""
+    (tmp_path / "broken.jpg").write_text("no image")
+    with pytest.raises(ValueError, match="none of the images that are held back"):
+        vitreg.add_test_time_registers(tiny_vit, [*photographs[:4], tmp_path / "broken.jpg", *photographs[4:8]])
+
+
+def test_what_was_there_before_is_of_the_images_that_judge(tiny_vit, photograph_batch):
+    """The share was of the other images, by another threshold."""
+    images = photograph_batch.clone()
+    fixed = vitreg.add_test_time_registers(tiny_vit, images)
+    with torch.inference_mode():
+        judged = vitreg.diagnose(tiny_vit, images[4::5], max_examples=0)
+    share = max(block.outlier_fraction for block in judged.blocks)
+    assert f"({percent(share)} before)" in fixed.config.changes[-1]
+
+
 def test_the_real_vit_is_fixed(tiny_vit, photographs, photograph_batch):
     fixed = vitreg.add_test_time_registers(tiny_vit, photographs)
     assert (7, 417) in fixed.config.register_neurons
@@ -266,8 +284,8 @@ def test_a_model_with_registers_gets_one_more_and_says_so(tiny_vit):
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        (dict(images=pictures(224, batch=5)), "5 images are too few .* give at least 8"),
-        (dict(images=pictures(224, batch=1)), "1 images are too few"),
+        (dict(images=pictures(224, batch=5)), "5 images cannot tell .* give at least 8"),
+        (dict(images=pictures(224, batch=1)), "1 image cannot tell"),
         (dict(images=(p for p in pictures(224, batch=8)[:, None])), "only once, but are needed again"),
         ({}, "images are needed to find the units"),
         (dict(count=0, neurons=[(7, 417)]), "count is 0; add at least 1 register"),

@@ -39,17 +39,26 @@ class HeldBack:
         vit: the original model.
         diagnosis: of the original, which says what an outlier is.
         batches: the images; the first `MOST` are kept.
+
+    Raises:
+        ValueError: there are no images.
+
+    Attributes:
+        original: share of the patches that are outliers in the original, counted as in changed models.
     """
 
     @torch.inference_mode()
     def __init__(
         self, vit: VisionTransformer, diagnosis: Diagnosis, batches: Iterable[tuple[Tensor, list[str]]]
     ) -> None:
-        images = islice((image for batch, _ in batches for image in batch), MOST)
-        self._batches = [torch.stack(chunk) for chunk in _chunks(list(images), 16)]
+        images = list(islice((image for batch, _ in batches for image in batch), MOST))
+        if not images:
+            raise ValueError("none of the images that are held back to judge a fix can be read; give more, or others")
+        self._batches = [torch.stack(chunk) for chunk in _chunks(images, 16)]
         self.num_images = sum(map(len, self._batches))
         self._features = [vit.pool(vit(batch)).float() for batch in self._batches]
         self._limits = torch.tensor([outlier_limit(block) for block in diagnosis.blocks])
+        self.original = self.effect(vit).outliers
 
     @torch.inference_mode()
     def effect(self, vit: VisionTransformer) -> Effect:

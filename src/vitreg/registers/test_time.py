@@ -112,7 +112,7 @@ def _search(
     if diagnosis.num_images < MIN_IMAGES - MIN_IMAGES // HELD_BACK_EVERY:
         num_images = diagnosis.num_images + sum(len(names) for _, names in rest)
         raise ValueError(
-            f"{num_images} images are too few to find the units that write artifacts; give at least {MIN_IMAGES}, "
+            f"{counted(num_images, 'image')} cannot tell which units write artifacts; give at least {MIN_IMAGES}, "
             f"better 100"
         )
     if diagnosis.undecided is not None:
@@ -135,7 +135,7 @@ def _search(
     said = (
         f"They are the first of {num_ranked}, ranked on {diagnosis.num_images} images by what they add to outliers, "
         f"and leave {percent(effect.outliers)} of outliers in {counted(held_back.num_images, 'other')} "
-        f"({percent(max(b.outlier_fraction for b in diagnosis.blocks))} before)."
+        f"({percent(held_back.original)} before)."
     )
     if weight > 1:
         said += (
@@ -155,7 +155,7 @@ def _choose_units(
 ) -> tuple[list[Unit], int]:
     """The units to move, and how many were ranked to choose from."""
     chosen: list[Unit] = []
-    left = held_back.effect(vit).outliers
+    left = held_back.original
     current, num_ranked = vit, 0
     for _ in range(MAX_ROUNDS):
         found = find_register_neurons(current, finding, diagnosis=diagnosis, on_progress=on_progress)
