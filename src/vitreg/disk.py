@@ -55,7 +55,8 @@ def size_in_words(num_bytes: int) -> str:
 def replace_text(path: Path, text: str) -> None:
     """Write a file; as `replacing`."""
     with replacing(path) as temporary:
-        temporary.write_text(text, encoding="utf-8")
+        # Names of files need not be text, and must not cost what was computed.
+        temporary.write_text(text, encoding="utf-8", errors="backslashreplace")
 
 
 @contextlib.contextmanager

@@ -380,3 +380,16 @@ def test_a_full_disk_is_one_sentence_that_says_what_to_do(monkeypatch, tmp_path,
     assert run("models") == 2
     told = f"vitreg: the disk has no room left for {tmp_path / 'models.json'}; make room, or choose another --out\n"
     assert capsys.readouterr().err == told
+
+
+def test_a_file_whose_name_is_no_text_does_not_cost_the_result(photographs, tmp_path, capsys):
+    """The page and the terminal are UTF-8; a name in Latin-1 is not."""
+    folder = tmp_path / "images"
+    folder.mkdir()
+    for number, path in enumerate(photographs[:2]):
+        shutil.copy(path, os.fsencode(folder) + b"/caf\xe9%d.jpg" % number)
+    (folder / os.fsdecode(b"text\xe9.jpg")).write_text("no image")
+    assert run("diagnose", folder, "--model", "vitreg_tiny", "--out", tmp_path / "out") == 0
+    assert "text\\udce9.jpg is not a picture" in capsys.readouterr().out
+    assert "caf\\udce90.jpg" in (tmp_path / "out" / "report.html").read_text()
+    assert json.loads((tmp_path / "out" / "diagnosis.json").read_text())["num_images"] == 2

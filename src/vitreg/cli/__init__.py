@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import difflib
 import importlib
+import io
 import os
 import sys
 import traceback
@@ -49,6 +50,9 @@ def main(argv: list[str] | None = None) -> None:
     """Run a command; errors are one line on stderr and exit status 2 (`--debug` shows where they arose)."""
     args = sys.argv[1:] if argv is None else argv
     debug = "--debug" in args
+    if isinstance(sys.stdout, io.TextIOWrapper):
+        # As on stderr: names of files need not be text.
+        sys.stdout.reconfigure(errors="backslashreplace")
     try:
         status = _run([arg for arg in args if arg != "--debug"])
     except KeyboardInterrupt:
