@@ -393,3 +393,4 @@ def test_a_file_whose_name_is_no_text_does_not_cost_the_result(photographs, tmp_
     assert "text\\udce9.jpg is not a picture" in capsys.readouterr().out
     assert "caf\\udce90.jpg" in (tmp_path / "out" / "report.html").read_text()
     assert json.loads((tmp_path / "out" / "diagnosis.json").read_text())["num_images"] == 2
+    assert run("attention", folder, "--model", "vitreg_tiny", "--queries", "0,0", "--out", tmp_path / "maps") == 0

@@ -40,6 +40,8 @@ class Sheet:
     def text(self, text: str, x: float, y: float, width: float | None = None, **style: Any) -> None:
         """A text at a place; by default what is wider than the rest of the sheet is left out of its middle."""
         style = {"va": "top", "parse_math": False} | style
+        # Names of files need not be text, which fonts insist on.
+        text = text.encode(errors="backslashreplace").decode()
         drawn = self.figure.text(x / self.width, 1 - y / self.height, text, **style)
         if "rotation" not in style:
             self._fit(drawn, self.width - MARGIN - x if width is None else width)
