@@ -248,7 +248,10 @@ def test_import_needs_no_command_line_plotting_or_training_package():
 
 MODEL = "--model --architecture --device --dtype"
 READING = "--limit --strict --batch-size"
-EVALUATION = "--models --out --limit --train-images --val-images --patch-images --device --dtype --batch-size --json"
+EVALUATION = (
+    "--models --out --limit --train-images --val-images --size --quick --patch-images --device --dtype "
+    "--batch-size --json"
+)
 FLAGS = {
     "attention": f"IMAGES {MODEL} --size --block --queries --out --crop --limit --strict --json",
     "compare": f"A B IMAGES --architecture --device --dtype --size --out {READING} --json",
@@ -263,7 +266,7 @@ FLAGS = {
         "--segmentation-variants --depth --depth-size --depth-scale --depth-variants --discovery"
     ),
     "evaluate depth": (
-        f"{EVALUATION} --data --size --scale --variant --blocks --batch-norm --bins --min-depth --max-depth "
+        f"{EVALUATION} --data --scale --variant --blocks --batch-norm --bins --min-depth --max-depth "
         "--eigen-crop --lr --weight-decay --head-batch-size --steps --seed"
     ),
     "evaluate discovery": "--data --models --sweep --out --device --dtype --batch-size --limit --json",
@@ -277,7 +280,7 @@ FLAGS = {
     ),
     "evaluate reconstruction": f"{EVALUATION} --data --block",
     "evaluate segmentation": (
-        f"{EVALUATION} --data --size --ignore --variant --blocks --lr --weight-decay --betas --warmup "
+        f"{EVALUATION} --data --ignore --variant --blocks --lr --weight-decay --betas --warmup "
         "--head-batch-size --steps --seed"
     ),
     "evaluate tokens": (

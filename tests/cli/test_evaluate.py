@@ -10,6 +10,7 @@ import os
 import signal
 import subprocess
 import sys
+import tempfile
 import time
 from pathlib import Path
 
@@ -174,13 +175,13 @@ def only_holes(root: Path) -> list[object]:
     squares(root, train=3, val=2)
     for path in (root / "train/depth").iterdir():
         Image.fromarray(np.zeros((80, 120), np.uint16)).save(path)
-    return ["depth", "--data", root]
+    return ["depth", "--size", 64, "--data", root]
 
 
 def eight_bits(root: Path) -> list[object]:
     squares(root, train=3, val=2)
     Image.new("RGB", (120, 80)).save(root / "train/depth/02.png")
-    return ["depth", "--data", root]
+    return ["depth", "--size", 64, "--data", root]
 
 
 def no_folder(root: Path) -> list[object]:
@@ -244,7 +245,7 @@ def no_such_block(root: Path) -> list[object]:
         (broken_picture, "0.png"),
         (no_text_tower, "text"),
         (wrong_option, "--train-images"),
-        (fewer_pictures_than_classes, "only"),
+        (fewer_pictures_than_classes, "--train-images 1 is fewer than the classes of"),
         (one_picture, "1 pictures, of which none can be held out"),
         (no_such_block, "block 12 does not exist"),
     ],
@@ -284,17 +285,22 @@ def test_a_full_disk_is_one_sentence(folders, tmp_path, capsys, monkeypatch):
     assert run("evaluate", "knn", "--data", folders, "--models", PAIR[0], "--out", tmp_path / "out", "--k", 5) == 0
 
 
-def test_ctrl_c_keeps_what_is_done(folders, tmp_path):
-    """Interrupted in the first model's linear probe; the same command goes on."""
+def test_ctrl_c_keeps_what_is_done_and_shows_it(folders, tmp_path):
+    """Interrupted in the first model's linear probe, after k-NN; the same command goes on."""
     code = (
-        "import signal, sys\n"
+        "import dataclasses, signal, sys\n"
         "signal.signal(signal.SIGINT, signal.default_int_handler)\n"  # a suite in the background inherits it ignored
         "from vitreg import cli\n"
+        "from vitreg.probes.catalogue import PROBES\n"
+        "long = dataclasses.replace(PROBES['linear'].config, epochs=1, epoch_length=100000)\n"
+        "kept = {'knn': PROBES['knn'], 'linear': dataclasses.replace(PROBES['linear'], config=long)}\n"
+        "PROBES.clear()\n"
+        "PROBES.update(kept)\n"
         "cli.main(sys.argv[1:])\n"
     )
     command = [
-        sys.executable, "-c", code, "evaluate", "linear", "--data", str(folders), "--models", *PAIR,
-        "--out", str(tmp_path / "out"), "--epochs", "1", "--epoch-length", "100000",
+        sys.executable, "-c", code, "evaluate", "all", "--data", str(folders), "--models", *PAIR,
+        "--out", str(tmp_path / "out"),
     ]  # fmt: skip
     process = subprocess.Popen(command, stderr=subprocess.PIPE, stdout=subprocess.PIPE, text=True)
     # The state is written every ten seconds.
@@ -302,7 +308,71 @@ def test_ctrl_c_keeps_what_is_done(folders, tmp_path):
         assert process.poll() is None
         time.sleep(0.05)
     process.send_signal(signal.SIGINT)
-    _, error = process.communicate(timeout=60)
+    printed, error = process.communicate(timeout=60)
     assert process.returncode == 130
     assert "the same command continues" in error.splitlines()[-1]
+    assert "what is left takes on this machine about: linear" in error
+    assert "k-NN, 64 px: top-1" in printed
+    assert "The last command was interrupted" in printed
+    (model,) = json.loads((tmp_path / "out" / "evaluation.json").read_text())["models"]
+    assert list(model["probes"]) == ["knn"]
     assert len(list((tmp_path / "out" / "features").iterdir())) == 2
+
+
+def test_a_wrong_model_ends_the_command_before_the_first_pass(folders, tmp_path, capsys):
+    arguments = ("--data", folders, "--models", PAIR[0], "vitreg_tinny", "--out", tmp_path)
+    assert run("evaluate", "knn", *arguments) == 2
+    assert "vitreg_tinny" in capsys.readouterr().err
+    assert not (tmp_path / "features").exists()
+
+
+def test_commands_into_one_folder_add_up(folders, tmp_path, capsys):
+    out = tmp_path / "out"
+    dense = squares(tmp_path / "dense", train=4, val=2)
+    at_64 = ("--size", 64, 96, "--out", out)
+    assert run("evaluate", "segmentation", "--data", dense, "--models", *PAIR, *at_64, "--steps", 5) == 0
+    assert run("evaluate", "knn", "--data", folders, "--models", PAIR[1], "--out", out, "--k", 1) == 0
+    assert run("evaluate", "linear", "--quick", "--data", folders, "--models", *PAIR, "--out", out) == 0
+    summary = json.loads((out / "evaluation.json").read_text())
+    assert [(model["name"], list(model["probes"])) for model in summary["models"]] == [
+        (PAIR[0], ["linear-quick", "segmentation"]),
+        (PAIR[1], ["knn", "linear-quick", "segmentation"]),
+    ]
+    assert summary["models"][1]["probes"]["segmentation"]["scores"][0]["difference"] is not None
+    assert set(summary["data"]) == {"classification", "segmentation"}
+    page = (out / "report.html").read_text()
+    assert page.count('alt="truth of') == 2, "pictures of the earlier command are shown, too"
+    # Of other images: left out, and said.
+    capsys.readouterr()
+    assert run("evaluate", "knn", "--data", folders, "--val-images", 8, "--models", PAIR[1], "--out", out) == 0
+    assert "linear-quick of vitreg_tiny is left out: it is of other images" in capsys.readouterr().out
+    summary = json.loads((out / "evaluation.json").read_text())
+    assert [list(model["probes"]) for model in summary["models"]] == [["segmentation"], ["knn", "segmentation"]]
+
+
+def test_a_second_process_is_kept_out_of_the_folder(folders, tmp_path, capsys):
+    code = (
+        "import pathlib, sys\n"
+        "from vitreg.disk import lock\n"
+        "held = lock(pathlib.Path(sys.argv[1]), 'evaluates into')\n"
+        "print('held', flush=True)\n"
+        "sys.stdin.read()\n"
+    )
+    command = [sys.executable, "-c", code, str(tmp_path)]
+    with subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True) as other:
+        assert other.stdout is not None
+        assert other.stdout.readline() == "held\n"
+        arguments = ("evaluate", "knn", "--data", folders, "--models", PAIR[0], "--out", tmp_path, "--k", 1)
+        assert run(*arguments) == 2
+        assert f"another process writes to {tmp_path}; wait for it, or stop it" in capsys.readouterr().err
+        other.communicate("")
+    assert run(*arguments) == 0
+
+
+def test_the_folder_may_be_on_another_file_system(folders, tmp_path):
+    shm = Path("/dev/shm")
+    if not os.access(shm, os.W_OK) or shm.stat().st_dev == tmp_path.stat().st_dev:
+        pytest.skip("there is no second file system to write to")
+    with tempfile.TemporaryDirectory(dir=shm) as out:
+        assert run("evaluate", "knn", "--data", folders, "--models", PAIR[0], "--out", out, "--k", 1) == 0
+        assert (Path(out) / "report.html").is_file()

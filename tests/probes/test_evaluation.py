@@ -5,7 +5,9 @@ from __future__ import annotations
 import contextlib
 import dataclasses
 import os
+import re
 from collections import Counter
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -16,13 +18,15 @@ from PIL import Image
 from probes.dense import COLUMNS, ROWS, squares
 from probes.labelled import pictures_of
 from probes.small import small_vit
-from vitreg.images import ImageSet, open_depth, open_image_set, open_segmentation
-from vitreg.model import Preprocess
+from vitreg.images import open_depth, open_image_set, open_segmentation
+from vitreg.model import Preprocess, VisionTransformer
+from vitreg.probes import FeatureStore
 from vitreg.probes.catalogue import PROBES
-from vitreg.probes.evaluation import Data, choose, evaluate, hold_out, preprocessing
+from vitreg.probes.evaluation import Data, PassConfig, evaluate, preprocessing
 from vitreg.probes.linear import LinearConfig
 from vitreg.probes.position_fit import PositionConfig
 from vitreg.probes.reconstruction import ReconstructionConfig
+from vitreg.probes.saved import Answer
 from vitreg.probes.score import ProbeResult
 from vitreg.probes.segmentation import SegmentationConfig
 from vitreg.probes.single_token import SingleTokenConfig
@@ -43,6 +47,14 @@ def silent(title):
     yield lambda *_: None
 
 
+def answers(
+    vit: VisionTransformer, data: Data, probes: Mapping[str, Any], out: Path, **options: Any
+) -> dict[str, Answer]:
+    """What probes say of a model, by their names."""
+    found = evaluate(vit, "small", [data], probes, out, stage=silent, **options)
+    return {answer.asked.probe: answer for answer in found}
+
+
 @pytest.fixture(scope="module")
 def classification(test_data):
     return Data("classification", pictures_of(test_data, "train", LABELS, 10), pictures_of(test_data, "val", LABELS, 6))
@@ -56,36 +68,58 @@ def counted():
     return vit, seen
 
 
-def test_every_picture_goes_through_the_model_once(classification, counted, tmp_path):
+def test_every_image_goes_through_the_model_once(classification, counted, tmp_path):
     """Whatever the number of probes: exactly one forward pass per model and data set."""
     vit, seen = counted
     once = len(classification.train) + len(classification.val)
-    found = evaluate(vit, "small", classification, {"knn": SHORT["knn"]}, tmp_path, stage=silent)
-    assert set(found) == {"knn"}
-    assert seen.total() == once
-    found = evaluate(vit, "small", classification, SHORT, tmp_path, stage=silent)
+    found = answers(vit, classification, SHORT, tmp_path)
     assert set(found) == set(SHORT)
     assert seen.total() == once
     assert {path.name.split("-")[2] for path in (tmp_path / "features").iterdir()} == {"training", "validation"}
 
 
+def test_what_has_more_than_is_asked_for_is_not_computed_again(classification, counted, tmp_path):
+    vit, seen = counted
+    first = answers(vit, classification, SHORT, tmp_path)["knn"]
+    once = seen.total()
+    (tmp_path / "answers" / "small-knn.safetensors").unlink()
+    again = answers(vit, classification, {"knn": SHORT["knn"]}, tmp_path)["knn"]
+    assert seen.total() == once
+    np.testing.assert_array_equal(again.result.scores[0].sums, first.result.scores[0].sums)
+
+
+def test_knn_keeps_no_patches_and_no_norms(classification, counted, tmp_path):
+    """130 GB for ImageNet; the linear probe after it reads the same pass, and patch probes make their own."""
+    vit, seen = counted
+    answers(vit, classification, {"knn": SHORT["knn"]}, tmp_path)
+    once = seen.total()
+    (store,) = [FeatureStore.open(path) for path in (tmp_path / "features").glob("*training*")]
+    (shard,) = store.shards
+    assert shard.num_with_patches == 0
+    assert shard.path.stat().st_size < 400 * 2 * 48 * 10
+    answers(vit, classification, {"linear": SHORT["linear"]}, tmp_path)
+    assert seen.total() == once
+    answers(vit, classification, {"position": SHORT["position"]}, tmp_path)
+    assert seen.total() == 2 * once
+
+
 def test_answers_are_kept(classification, tmp_path, monkeypatch):
     vit = small_vit()
     probes = {"knn": SHORT["knn"]}
-    first = evaluate(vit, "small", classification, probes, tmp_path, stage=silent)["knn"]
+    first = answers(vit, classification, probes, tmp_path)["knn"].result
     asked = []
     probe = PROBES["knn"]
     monkeypatch.setitem(
         PROBES, "knn", dataclasses.replace(probe, ask=lambda *args: asked.append(args) or probe.ask(*args))
     )
-    again = evaluate(vit, "small", classification, probes, tmp_path, stage=silent)["knn"]
+    again = answers(vit, classification, probes, tmp_path)["knn"].result
     assert not asked
     assert again.details == first.details
     for one, other in zip(first.scores, again.scores, strict=True):
         np.testing.assert_array_equal(one.sums, other.sums)
     # Other settings are another question, and so are other weights.
-    evaluate(vit, "small", classification, {"knn": dataclasses.replace(SHORT["knn"], k=(3,))}, tmp_path, stage=silent)
-    evaluate(small_vit(1), "small", classification, probes, tmp_path, stage=silent)
+    answers(vit, classification, {"knn": dataclasses.replace(SHORT["knn"], k=(3,))}, tmp_path)
+    answers(small_vit(1), classification, probes, tmp_path)
     assert len(asked) == 2
 
 
@@ -95,25 +129,24 @@ def test_several_sizes_are_passes_of_their_own(counted, tmp_path):
     train, val = open_segmentation(str(squares(tmp_path / "data")))
     data = Data("segmentation", train, val, SIZE)
     config = SegmentationConfig(steps=60)
-    found = evaluate(
-        vit, "small", data, {"segmentation": config, "segmentation-ms": config}, tmp_path / "out", stage=silent
-    )
+    found = answers(vit, data, {"segmentation": config, "segmentation-ms": config}, tmp_path / "out")
     extra = 1 + vit.num_registers
     assert seen == {
         ROWS * COLUMNS + extra: len(train) + len(val),
         **{round(ROWS * s) * round(COLUMNS * s) + extra: len(val) for s in (1.32, 1.73)},
     }
-    assert found["segmentation"].details["sizes"] == [list(SIZE)]
-    assert found["segmentation-ms"].details["sizes"] == [[64, 96], [80, 128], [112, 160]]
-    assert found["segmentation-ms"].details["blocks"] == [0, 1, 2]
-    assert sorted(found["segmentation"].predictions) == [0, 1, 2, 4, 5, 6], "six of seven, evenly spread"
-    assert all(result.scores[0].value > 60 for result in found.values()), "colours are told apart"
+    results = {name: answer.result for name, answer in found.items()}
+    assert results["segmentation"].details["sizes"] == [list(SIZE)]
+    assert results["segmentation-ms"].details["sizes"] == [[64, 96], [80, 128], [112, 160]]
+    assert results["segmentation-ms"].details["blocks"] == [0, 1, 2]
+    assert sorted(found["segmentation"].shown) == [0, 1, 2, 4, 5, 6], "six of seven, evenly spread"
+    assert all(result.scores[0].value > 60 for result in results.values()), "colours are told apart"
 
 
 def asked(data: Data, out: Path, **settings: Any) -> ProbeResult:
     """What the probe of a dense task says of the small model."""
     config = dataclasses.replace(PROBES[data.task].config, steps=5, **settings)
-    return evaluate(small_vit(), "small", data, {data.task: config}, out, stage=silent)[data.task]
+    return answers(small_vit(), data, {data.task: config}, out)[data.task].result
 
 
 def test_another_scale_is_not_answered_with_the_figures_of_the_first(tmp_path):
@@ -160,81 +193,82 @@ def test_replaced_images_are_computed_again(tmp_path):
     assert asked(Data("depth", *open_depth(str(root)), SIZE), out).scores[0].value != first.scores[0].value
 
 
-def test_sizes_are_whole_patches():
+def test_sizes_are_those_of_the_protocol(classification, tmp_path):
+    """A checkpoint of 518 px is asked at 224, as DINOv2 does; one of 64 px stays what it is, and so does zero-shot."""
     vit = small_vit()
-    found = preprocessing(vit, (100.0, 33.0))
-    assert (found.size, found.crop, found.crop_fraction) == ((96, 32), "squash", 1.0)
-    assert preprocessing(vit, (3.0, 3.0)).size == (16, 16)
-    assert isinstance(preprocessing(vit, None), Preprocess)
-    assert preprocessing(vit, None) == vit.preprocess
+    knn, zero_shot = PROBES["knn"], PROBES["zero-shot"]
+    assert preprocessing(vit, knn, classification) == vit.preprocess
+    large = Preprocess(size=(512, 512), crop_fraction=1.0)
+    vit.config = dataclasses.replace(vit.config, preprocess=large)
+    found = preprocessing(vit, knn, classification)
+    assert (found.size, found.crop, found.crop_fraction) == ((224, 224), "center", 0.875)
+    assert preprocessing(vit, zero_shot, classification) == large
+    asked = dataclasses.replace(classification, size=(100, 100))
+    assert [preprocessing(vit, probe, asked).size for probe in (knn, zero_shot)] == [(96, 96)] * 2
+    dense = Data("depth", *open_depth(str(squares(tmp_path, train=2, val=2))))
+    found = preprocessing(vit, PROBES["depth"], dense)
+    assert (found.size, found.crop, found.crop_fraction) == ((480, 720), "squash", 1.0)
+    assert preprocessing(vit, PROBES["depth"], dataclasses.replace(dense, size=(3, 33))).size == (16, 32)
 
 
-def test_chosen_pictures_are_of_each_class_alike(test_data):
+def test_quick_is_never_taken_for_the_protocol(classification, tmp_path):
+    probes = {name: PROBES[name].config for name in ("knn", "linear", "position")}
+    found = answers(small_vit(), classification, probes, tmp_path, quick=True)
+    assert set(found) == {"knn", "linear-quick", "position-quick"}, "k-NN has nothing to cut"
+    assert found["linear-quick"].result.details["num_iterations"] == 200
+    full = {**probes, "linear": SHORT["linear"]}
+    assert set(answers(small_vit(), classification, full, tmp_path)) == set(probes)
+
+
+@pytest.mark.parametrize(("num_train", "steps"), [(40, 200), (400, 800), (1000, None)])
+def test_quick_heads_see_their_epochs_but_fewer_steps(num_train, steps):
+    config = SegmentationConfig()
+    assert PROBES["segmentation"].quick(config, num_train) == dataclasses.replace(config, steps=steps)
+    short = dataclasses.replace(config, steps=50)
+    assert PROBES["segmentation"].quick(short, num_train) == short
+
+
+def test_bytes_and_time_are_said_before(classification, tmp_path):
+    said = []
+    slow = LinearConfig(epochs=10, epoch_length=100000)
+    stop = KeyboardInterrupt
+
+    @contextlib.contextmanager
+    def stage(title):
+        def on_progress(done, total):
+            if title == "small: linear":
+                raise stop
+
+        yield on_progress
+
+    with pytest.raises(stop):
+        list(evaluate(small_vit(), "small", [classification], {"linear": slow}, tmp_path, stage=stage, say=said.append))
+    training, validation, time = said
+    assert re.fullmatch(r"small: features of 30 training images at 64 px take [\d.]+ kB in .*features", training)
+    assert "18 validation images" in validation
+    assert re.fullmatch(r"small: what is left takes on this machine about: linear [\d.]+ (min|h)", time)
+
+
+def test_a_class_folder_that_vanishes_ends_the_pass_which_goes_on_when_it_is_back(test_data, tmp_path):
+    """Left out, its images would be missing from the figures without a word, and from the kept features for ever."""
     images = open_image_set(test_data / "tiny-imagenet-100" / "val.parquet")
-    some = choose(images, 300)
-    assert len(some) == 300
-    assert set(Counter(some.labels).values()) == {3}
-    assert choose(images, None) is images
-    assert choose(images, 10**6) is images
-    one = choose(images, 7)
-    assert len(set(one.labels)) == 7
+    for i in range(12):
+        (tmp_path / "data" / "ab"[i % 2]).mkdir(parents=True, exist_ok=True)
+        images.picture(i).save(tmp_path / "data" / "ab"[i % 2] / f"{i}.png")
+    opened = open_image_set(tmp_path / "data")
+    data, probes = Data("classification", opened, opened), {"knn": SHORT["knn"]}
+    away, vit = tmp_path / "away", small_vit()
 
+    def move_away(*_: object) -> None:
+        if not away.exists():
+            (tmp_path / "data" / "b").rename(away)
 
-class Unequal(ImageSet):
-    """Classes of 1, 2, 3, 50 and 1000 images, mixed."""
-
-    source, classes = "unequal", tuple("abcde")
-
-    def __init__(self) -> None:
-        sizes = (1, 2, 3, 50, 1000)
-        self.labels = np.random.default_rng(0).permutation(np.repeat(np.arange(5), sizes)).tolist()
-
-    def __len__(self) -> int:
-        return 1056
-
-    def picture(self, index: int) -> Image.Image:
-        raise AssertionError
-
-    def name(self, index: int) -> str:
-        return str(index)
-
-
-@pytest.mark.parametrize(
-    ("count", "expected"),
-    [(3, {1}), (5, {1}), (10, {1, 2, 3}), (20, {1, 2, 3, 7}), (156, {1, 2, 3, 50, 100}), (1055, {1, 2, 3, 50, 999})],
-)
-def test_as_many_of_each_class_are_chosen_not_a_share_of_each(count, expected):
-    some = choose(Unequal(), count)
-    counts = Counter(some.labels)
-    assert len(some) == count == len({some.name(i) for i in range(count)})
-    assert set(counts.values()) == expected
-    names = [int(some.name(i)) for i in range(count)]
-    assert names == sorted(names)
-    if count > 100:  # those of a large class are from all over the set
-        large = np.array([n for n, label in zip(names, some.labels, strict=True) if label == 4])
-        assert np.diff(large).max() < 3 * 1056 / len(large) + 10
-
-
-def test_no_class_loses_its_only_image_to_validation():
-    train, val = hold_out(Unequal())
-    assert Counter(train.labels) == {0: 1, 1: 2, 2: 2, 3: 40, 4: 800}
-    assert Counter(val.labels) == {2: 1, 3: 10, 4: 200}
-    assert len({part.name(i) for part in (train, val) for i in range(len(part))}) == 1056
-
-
-def test_every_fifth_is_held_out(test_data):
-    images = open_image_set(test_data / "tiny-imagenet-100" / "val.parquet")
-    train, val = hold_out(images)
-    assert len(val) * 4 == len(train)
-    assert set(Counter(val.labels).values()) == {len(images) // 500}
-    names = {part.name(i) for part in (train, val) for i in range(len(part))}
-    assert len(names) == len(images), "no picture is lost, and none in both"
-
-
-def test_parts_keep_their_targets(tmp_path):
-    train, _ = open_depth(str(squares(tmp_path)))
-    some = choose(train, 5)
-    assert len(some) == 5
-    positions = [next(i for i in range(len(train)) if train.name(i) == some.name(j)) for j in range(5)]
-    for j, i in enumerate(positions):
-        np.testing.assert_array_equal(some.target(j), train.target(i))
+    hook = vit.blocks[0].register_forward_hook(move_away)
+    config = PassConfig(batch_size=1)
+    with pytest.raises(ValueError, match=r"data/b/\d+\.png was there when the pass began and is gone; restore it"):
+        answers(vit, data, probes, tmp_path / "out", config=config)
+    hook.remove()
+    away.rename(tmp_path / "data" / "b")
+    found = answers(vit, data, probes, tmp_path / "out", config=config)["knn"].result
+    assert found.details["num_val"] == 12
+    assert found.details["skipped"] == {"training": 0, "validation": 0}

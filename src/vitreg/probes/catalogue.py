@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any, Literal
 
@@ -12,6 +13,8 @@ import torch
 
 from vitreg.images import DepthSet, ImageSet, SegmentationSet
 from vitreg.model import VisionTransformer
+from vitreg.probes.dense_head import MIN_STEPS
+from vitreg.probes.depth import EPOCHS as DEPTH_EPOCHS
 from vitreg.probes.depth import DepthConfig, depth_blocks, linear_depth
 from vitreg.probes.features import Progress
 from vitreg.probes.knn import KNNConfig, knn
@@ -20,6 +23,7 @@ from vitreg.probes.position import position
 from vitreg.probes.position_fit import PositionConfig
 from vitreg.probes.reconstruction import ReconstructionConfig, reconstruction
 from vitreg.probes.score import ProbeResult
+from vitreg.probes.segmentation import EPOCHS as SEGMENTATION_EPOCHS
 from vitreg.probes.segmentation import SegmentationConfig, linear_segmentation
 from vitreg.probes.single_token import SingleTokenConfig, single_token
 from vitreg.probes.store import FeatureStore
@@ -78,6 +82,10 @@ class Probe:
         trains: whether it needs training pictures.
         enlarged: by how much the validation pictures are enlarged besides, for predictions that are averaged over
             sizes.
+        size: short side in pixels of the protocol, which a model whose own size is smaller does not see; None for each
+            checkpoint's own. DINOv2 evaluates k-NN and linear classifiers at 224 pixels, whatever the size of its last
+            training; 512 is that of the usual crops of ADE20k, 480 NYUv2's own.
+        quick: the settings cut to so many training images.
     """
 
     title: str
@@ -89,6 +97,8 @@ class Probe:
     labels: bool = False
     trains: bool = True
     enlarged: tuple[float, ...] = ()
+    size: int | None = 224
+    quick: Callable[[Any, int], Any] = lambda config, num_train: config
 
 
 def _own_block(config: Any, depth: int) -> tuple[int, ...]:
@@ -137,6 +147,38 @@ def _depth(s: Case, config: DepthConfig, on_progress: Progress) -> ProbeResult:
     return linear_depth(s.train, s.val, (train, val), config, device=s.device, on_progress=on_progress)
 
 
+def _quick_linear(config: LinearConfig, num_train: int) -> LinearConfig:
+    """A hundred epochs."""
+    iterations = max(_QUICK_STEPS, 100 * num_train // config.head_batch_size)
+    return dataclasses.replace(config, epochs=1, epoch_length=min(iterations, config.num_iterations))
+
+
+def _quick_tokens(config: SingleTokenConfig, num_train: int) -> SingleTokenConfig:
+    """Two draws, every fifth C."""
+    logistic = dataclasses.replace(config.logistic, C=config.logistic.C[::5])
+    return dataclasses.replace(config, draws=min(2, config.draws), logistic=logistic)
+
+
+def _quick_position(config: PositionConfig, num_train: int) -> PositionConfig:
+    return dataclasses.replace(config, epochs=min(5, config.epochs))
+
+
+def _quick_head(epochs: int, config: Any, num_train: int) -> Any:
+    """The protocol's epochs, but fewer steps at least."""
+    steps = max(_QUICK_STEPS, epochs * num_train // config.head_batch_size)
+    return config if steps >= (config.steps or MIN_STEPS) else dataclasses.replace(config, steps=steps)
+
+
+_QUICK_STEPS = 200
+
+QUICK = "-quick"
+"""Behind the name of a probe that was asked with a protocol cut to the data."""
+
+_DENSE: dict[str, dict[str, Any]] = {
+    "segmentation": {"size": 512, "quick": partial(_quick_head, SEGMENTATION_EPOCHS)},
+    "depth": {"size": 480, "quick": partial(_quick_head, DEPTH_EPOCHS)},
+}
+
 PROBES: dict[str, Probe] = {
     "knn": Probe(
         "k-NN", "classification", KNNConfig(), _last_block, False,
@@ -148,19 +190,21 @@ PROBES: dict[str, Probe] = {
         lambda s, config, progress: linear(
             s.train, s.val, config, device=s.device, state=s.state, on_progress=progress
         ),
-        labels=True,
+        labels=True, quick=_quick_linear,
     ),
     "zero-shot": Probe(
-        "zero-shot", "classification", ZeroShotConfig(), _last_block, False, _zero_shot, labels=True, trains=False
+        "zero-shot", "classification", ZeroShotConfig(), _last_block, False, _zero_shot, labels=True, trains=False,
+        size=None, quick=lambda config, _: dataclasses.replace(config, templates="simple"),
     ),
     "tokens": Probe(
         "one token", "classification", SingleTokenConfig(), _own_block, True,
         lambda s, config, progress: single_token(s.train, s.val, config, device=s.device, on_progress=progress),
-        labels=True,
+        labels=True, quick=_quick_tokens,
     ),
     "position": Probe(
         "position", "classification", PositionConfig(), _own_block, True,
         lambda s, config, progress: position(s.train, s.val, config, device=s.device, on_progress=progress),
+        quick=_quick_position,
     ),
     "reconstruction": Probe(
         "reconstruction", "classification", ReconstructionConfig(), _own_block, True,
@@ -168,14 +212,17 @@ PROBES: dict[str, Probe] = {
             s.train, s.val, s.train_images, s.val_images, config, device=s.device, on_progress=progress
         ),
     ),
-    "segmentation": Probe("segmentation", "segmentation", SegmentationConfig(), _blocks, True, _segmentation),
+    "segmentation": Probe(
+        "segmentation", "segmentation", SegmentationConfig(), _blocks, True, _segmentation, **_DENSE["segmentation"]
+    ),
     "segmentation-ms": Probe(
         "segmentation, +ms", "segmentation", SegmentationConfig(), _last_four_blocks, True, _segmentation_ms,
-        enlarged=(1.32, 1.73),
+        enlarged=(1.32, 1.73), **_DENSE["segmentation"],
     ),
-    "depth": Probe("depth, lin.1", "depth", DepthConfig(), _blocks, True, _depth),
+    "depth": Probe("depth, lin.1", "depth", DepthConfig(), _blocks, True, _depth, **_DENSE["depth"]),
     "depth-lin4": Probe(
-        "depth, lin.4", "depth", DepthConfig(), lambda _, depth: depth_blocks(depth, "lin.4"), True, _depth_lin4
+        "depth, lin.4", "depth", DepthConfig(), lambda _, depth: depth_blocks(depth, "lin.4"), True, _depth_lin4,
+        **_DENSE["depth"],
     ),
 }  # fmt: skip
 """By the names that `vitreg evaluate` takes, in the order of a table's columns."""

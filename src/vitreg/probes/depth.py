@@ -22,7 +22,7 @@ from vitreg.probes.protocols import DepthConfig
 from vitreg.probes.score import NUM_SHOWN, ProbeResult, Score
 from vitreg.probes.store import FeatureStore
 
-EPOCHS, MIN_STEPS = 25, 2000
+EPOCHS = 25
 _WARMUP, _CLIP = 1 / 3, 35.0
 _MEAN_ONLY_STEPS = 100
 _BASE = 0.1
@@ -106,7 +106,7 @@ def fit_depth(
             f"a step of its files is taken for {targets.scale} m: check the scale"
         )
     plan = Plan(
-        num_steps(config.steps, len(features), config.head_batch_size, EPOCHS, MIN_STEPS),
+        num_steps(config.steps, len(features), config.head_batch_size, EPOCHS),
         config.head_batch_size, config.seed, device, _CLIP,
     )  # fmt: skip
     head = LinearHead(features.channels, config.bins, batch_norm=config.batch_norm, seed=config.seed).to(device)

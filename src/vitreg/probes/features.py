@@ -109,6 +109,7 @@ class _Pass:
         count = self._config.patches
         self._with_patches = None if count is None else frozenset(evenly(len(images), count).tolist())
         self._done = 0
+        self._absent = frozenset(n for n in range(len(images)) if not os.path.exists(images.file(n)))
 
     def run(self) -> None:
         """Compute and write them, in order; batches end where a shard does, so that they are the same after a kill."""
@@ -117,9 +118,11 @@ class _Pass:
         for shard in range(self._manifest.num_shards):
             if shard_path(self._folder, shard).exists():
                 open_shard(self._folder, shard, self._manifest.id)
-                self._advance(min(size, total - shard * size))
+                self._done += min(size, total - shard * size)
             else:
                 missing.append(shard)
+        if self._done:
+            self._advance(0)
         numbers = (number for shard in missing for number in range(shard * size, min((shard + 1) * size, total)))
         pictures = map_ahead(self._read, numbers, ahead=_BATCHES_AHEAD * self._batch_size)
         training = self._vit.training
@@ -151,6 +154,7 @@ class _Pass:
         batch: list[tuple[int, Tensor]] = []
         for number, pixels in pictures:
             if isinstance(pixels, ImageError):
+                self._check_there(number)
                 skipped.append(Skipped(number, self._images.name(number), str(pixels)))
                 self._advance(1)
                 continue
@@ -162,6 +166,11 @@ class _Pass:
         if batch:
             yield batch
             self._advance(len(batch))
+
+    def _check_there(self, number: int) -> None:
+        """Damaged images are left out; one that is lost on the way ends the pass, which goes on when it is back."""
+        if number not in self._absent and not os.path.exists(file := self._images.file(number)):
+            raise ValueError(f"{file} was there when the pass began and is gone; restore it and run the pass again")
 
     @torch.inference_mode()
     def _features(self, pixels: UInt8[Tensor, "B 3 H W"], numbers: Sequence[int]) -> dict[str, Tensor]:

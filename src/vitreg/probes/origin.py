@@ -146,6 +146,11 @@ class Origin:
             FeaturesConfig(**_tuples(values["config"])),
         )
 
+    def covers(self, other: Origin) -> bool:
+        """Whether features of this are, or hold, those of the other."""
+        same = (self.model.digest, self.preprocess, self.data.digest)
+        return same == (other.model.digest, other.preprocess, other.data.digest) and self.config.covers(other.config)
+
     def digest(self) -> str:
         """A name for it, which every shard carries."""
         identity = (self.model.digest, self.preprocess, self.data.digest, self.config)

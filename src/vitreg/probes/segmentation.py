@@ -21,7 +21,7 @@ from vitreg.probes.protocols import SegmentationConfig
 from vitreg.probes.score import NUM_SHOWN, ProbeResult, Score
 from vitreg.probes.store import FeatureStore
 
-EPOCHS, MIN_STEPS = 32, 2000
+EPOCHS = 32
 _MASKS_AHEAD = 8
 
 
@@ -77,7 +77,7 @@ def fit_segmentation(
         raise ValueError(
             f"{targets.source} has pixels of {(seen > 0).sum()} class; a head needs at least 2 to train on"
         )
-    steps = num_steps(config.steps, len(features), config.head_batch_size, EPOCHS, MIN_STEPS)
+    steps = num_steps(config.steps, len(features), config.head_batch_size, EPOCHS)
     head = LinearHead(features.channels, len(names), batch_norm=True, seed=config.seed).to(device)
     optimizer = torch.optim.AdamW(head.parameters(), lr=config.lr, betas=config.betas, weight_decay=config.weight_decay)
     schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda step: _rate(step, steps, config.warmup))

@@ -8,8 +8,9 @@ from dataclasses import dataclass
 from importlib import metadata
 from typing import Any
 
-from vitreg.probes.catalogue import TITLES
-from vitreg.probes.score import ProbeResult, Score
+from vitreg.probes.catalogue import QUICK, TITLES
+from vitreg.probes.saved import Answer, Asked
+from vitreg.probes.score import Score
 
 
 @dataclass(frozen=True)
@@ -17,46 +18,78 @@ class Evaluated:
     """A model and what the probes say of it.
 
     Attributes:
-        name: of the model, as it was asked for.
-        num_registers: its registers, those of a fix included.
-        results: by probe.
+        name: of the model, for tables.
+        answers: by probe; at least one.
     """
 
     name: str
-    num_registers: int
-    results: Mapping[str, ProbeResult]
+    answers: Mapping[str, Answer]
+
+    @property
+    def model(self) -> Asked:
+        """What is known of the model."""
+        return next(iter(self.answers.values())).asked
 
 
-def summarize(models: Sequence[Evaluated], data: Mapping[str, Mapping[str, Any]]) -> dict[str, Any]:
+def summarize(models: Sequence[Evaluated], notes: Sequence[str] = ()) -> dict[str, Any]:
     """The evaluation in JSON types, format `vitreg-evaluation/1`; docs/probes.md describes the keys.
 
-    A model with registers is compared with the nearest one before it that has fewer, which makes the pairs of the
-    paper's tables. Intervals are 95 % bootstrap intervals over the validation pictures, those of differences paired.
+    A model with registers is compared with the nearest one before it that has fewer and is otherwise alike, which makes
+    the pairs of the paper's tables. Intervals are 95 % bootstrap intervals over the validation pictures, those of
+    differences paired.
 
     Args:
         models: in the order of the table.
-        data: what is known of each task's pictures.
+        notes: what else is to be said.
     """
-    pairs = pair_up([model.num_registers for model in models])
+    pairs = pair_up([model.model for model in models])
     rows = [
         {
             "name": model.name,
-            "num_registers": model.num_registers,
+            "source": model.model.model,
+            "weights": model.model.weights,
+            "num_registers": model.model.num_registers,
             "compared_with": None if pair is None else models[pair].name,
             "probes": {
-                probe: _probe(probe, result, None if pair is None else models[pair].results.get(probe))
-                for probe, result in model.results.items()
+                probe: _probe(model.answers[probe], None if pair is None else models[pair].answers.get(probe))
+                for probe in sorted(model.answers, key=_column)
             },
         }
         for model, pair in zip(models, pairs, strict=True)
     ]
+    asked = [answer.asked for model in models for answer in model.answers.values()]
     return {
         "format": "vitreg-evaluation/1",
         "version": metadata.version("vitreg"),
         "verdict": [sentence for row in rows if row["compared_with"] for sentence in _verdict(row)],
-        "data": {task: dict(known) for task, known in data.items()},
+        "notes": [*notes, *_skipped(models)],
+        "data": {one.task: {"source": one.images, "num_train": one.num_train, "num_val": one.num_val} for one in asked},
         "models": rows,
     }
+
+
+def title_of(probe: str) -> str:
+    """What to call a probe in tables."""
+    protocol = probe.removesuffix(QUICK)
+    return TITLES[protocol] + ", quick" * (protocol != probe)
+
+
+def _column(probe: str) -> tuple[int, bool]:
+    """In the order of the catalogue, quick answers behind those by the protocol."""
+    protocol = probe.removesuffix(QUICK)
+    return list(TITLES).index(protocol), protocol != probe
+
+
+def _skipped(models: Sequence[Evaluated]) -> list[str]:
+    """What is left out of figures because it cannot be read."""
+    found: dict[str, None] = {}
+    for model in models:
+        for answer in model.answers.values():
+            for part, number in answer.result.details.get("skipped", {}).items():
+                if number:
+                    are = "image of" if number == 1 else "images of"
+                    found[f"{number} {part} {are} {answer.asked.images} cannot be read and count for nothing."] = None
+    return list(found)
 
 
 def _verdict(row: dict[str, Any]) -> list[str]:
@@ -91,17 +124,33 @@ def _verdict(row: dict[str, Any]) -> list[str]:
     return sentences
 
 
-def pair_up(num_registers: Sequence[int]) -> list[int | None]:
-    """For every model the nearest one before it that has fewer registers."""
+def pair_up(models: Sequence[Asked]) -> list[int | None]:
+    """For every model the nearest one before it that has fewer registers and the same blocks, channels and patches."""
     return [
-        next((i for i in reversed(range(row)) if num_registers[i] < own), None) for row, own in enumerate(num_registers)
+        next(
+            (
+                i
+                for i in reversed(range(row))
+                if models[i].num_registers < own.num_registers and models[i].architecture == own.architecture
+            ),
+            None,
+        )
+        for row, own in enumerate(models)
     ]
 
 
-def _probe(name: str, result: ProbeResult, other: ProbeResult | None) -> dict[str, Any]:
-    theirs = {} if other is None else {(score.name, score.subject): score for score in other.scores}
-    scores = [_score(score, theirs.get((score.name, score.subject))) for score in result.scores]
-    return {"title": TITLES[name], "scores": scores, "details": result.details}
+def _probe(answer: Answer, other: Answer | None) -> dict[str, Any]:
+    asked = answer.asked
+    comparable = other.result.scores if other is not None and other.asked.size == asked.size else ()
+    theirs = {(score.name, score.subject): score for score in comparable}
+    return {
+        "title": title_of(asked.probe),
+        "quick": asked.is_quick,
+        "size": asked.size,
+        "settings": asked.settings,
+        "scores": [_score(score, theirs.get((score.name, score.subject))) for score in answer.result.scores],
+        "details": answer.result.details,
+    }
 
 
 def _score(score: Score, other: Score | None) -> dict[str, Any]:

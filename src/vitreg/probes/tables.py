@@ -7,21 +7,23 @@ import io
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
+from vitreg.probes.saved import size_in_pixels
+
 LEGEND = (
     "In brackets: 95 % bootstrap interval over the validation pictures and over random choices. ▲ better, ▼ worse than "
-    "the model above with fewer registers, by more than the paired interval of the difference. Rows whose patches are "
-    "not the same in both models have no mark, nor have those of a single random choice. ± is the deviation over such "
-    "choices."
+    "the model above of its architecture with fewer registers, by more than the paired interval of the difference. "
+    "Without a mark are rows whose patches or sizes are not the same in both models, and those of a single random "
+    "choice. ± is the deviation over such choices."
 )
 _COLUMNS = (
-    "model", "num_registers", "compared_with", "probe", "figure", "of", "unit", "value", "low", "high", "deviation",
-    "difference", "difference_low", "difference_high", "significant", "missing",
+    "model", "num_registers", "compared_with", "probe", "quick", "height", "width", "figure", "of", "unit", "value",
+    "low", "high", "deviation", "difference", "difference_low", "difference_high", "significant", "missing",
 )  # fmt: skip
 
 
 def markdown(summary: Mapping[str, Any]) -> str:
     """The table of all probes, and one for every probe that has several figures."""
-    parts = [_grid(*headline_table(summary))]
+    parts = [_grid(*headline_table(summary)), *summary["notes"]]
     parts += [f"## {title}\n\n{_grid(header, rows)}{_notes(notes)}" for title, header, rows, notes in tables(summary)]
     return "\n\n".join([*parts, LEGEND]) + "\n"
 
@@ -30,22 +32,25 @@ def headline_table(summary: Mapping[str, Any]) -> tuple[list[str], list[list[str
     """Header and rows: models by probes, of each probe its first figure; the layout of the paper's table 2."""
     probes = _probes(summary)
     header = ["model"]
+    rows = [[model["name"]] for model in summary["models"]]
     for probe, title in probes.items():
-        first = next(model["probes"][probe]["scores"][0] for model in summary["models"] if probe in model["probes"])
-        header.append(", ".join(filter(None, (f"{title}: {_figure(first)}", first["subject"]))))
-    rows = [
-        [model["name"], *(cell(model["probes"][p]["scores"][0]) if p in model["probes"] else "–" for p in probes)]
-        for model in summary["models"]
-    ]
+        answers = [model["probes"].get(probe) for model in summary["models"]]
+        sizes = ["" if answer is None else size_in_pixels(answer["size"]) for answer in answers]
+        first = next(answer["scores"][0] for answer in answers if answer)
+        common = "" if len({*filter(None, sizes)}) > 1 else max(sizes)
+        figure = ", ".join(filter(None, (_figure(first), first["subject"])))
+        header.append(f"{title}{common and ', ' + common}: {figure}")
+        for row, answer, size in zip(rows, answers, sizes, strict=True):
+            at = "" if common or not size else f" at {size}"
+            row.append("–" if answer is None else cell(answer["scores"][0]) + at)
     return header, rows
 
 
 def tables(summary: Mapping[str, Any]) -> Iterator[tuple[str, list[str], list[list[str]], list[str]]]:
     """Title, header, rows and what is missing, for every probe with several figures: models and subjects by figures."""
     for probe, title in _probes(summary).items():
-        answers = {
-            model["name"]: model["probes"][probe]["scores"] for model in summary["models"] if probe in model["probes"]
-        }
+        asked = {model["name"]: model["probes"][probe] for model in summary["models"] if probe in model["probes"]}
+        answers = {name: answer["scores"] for name, answer in asked.items()}
         if all(len(scores) == 1 for scores in answers.values()):
             continue
         figures = list(dict.fromkeys(_figure(score) for scores in answers.values() for score in scores))
@@ -56,9 +61,11 @@ def tables(summary: Mapping[str, Any]) -> Iterator[tuple[str, list[str], list[li
             for subject in dict.fromkeys(score["subject"] for score in scores):
                 found = {_figure(score): score for score in scores if score["subject"] == subject}
                 cells = [cell(found[figure]) if figure in found else "–" for figure in figures]
-                rows.append([model, *([subject] if named else []), *cells])
+                rows.append(
+                    [model, size_in_pixels(asked[model]["size"]) or "own", *([subject] if named else []), *cells]
+                )
                 notes |= dict.fromkeys(f"{model}, {subject}: {s['missing']}" for s in found.values() if s["missing"])
-        yield title, ["model", *(["of"] if named else []), *figures], rows, list(notes)
+        yield title, ["model", "size", *(["of"] if named else []), *figures], rows, list(notes)
 
 
 def cell(score: Mapping[str, Any]) -> str:
@@ -81,7 +88,8 @@ def write_csv(summary: Mapping[str, Any]) -> str:
             for score in answer["scores"]:
                 difference = score["difference"] or {"value": None, "interval": (None, None), "significant": None}
                 writer.writerow([
-                    model["name"], model["num_registers"], model["compared_with"], probe, score["name"],
+                    model["name"], model["num_registers"], model["compared_with"], probe, answer["quick"],
+                    *(answer["size"] or (None, None)), score["name"],
                     score["subject"], score["unit"], score["value"], *score["interval"], score["deviation"],
                     difference["value"], *difference["interval"], difference["significant"], score["missing"],
                 ])  # fmt: skip

@@ -47,13 +47,13 @@ class DensePicture:
         name: of the photograph.
         photo: it.
         truth: class numbers (255 does not count), or metres (0 is a hole).
-        predictions: of each model, in the page's order.
+        predictions: of models, by name.
     """
 
     name: str
     photo: UInt8[np.ndarray, "H W 3"]
     truth: Shaped[np.ndarray, "H W"]
-    predictions: tuple[Shaped[np.ndarray, "h w"], ...]
+    predictions: Mapping[str, Shaped[np.ndarray, "h w"]]
 
 
 def write_evaluation(
@@ -80,7 +80,9 @@ def write_evaluation(
     Returns:
         `path`.
     """
-    present = sorted({c for p in masks for m in (p.truth, *p.predictions) for c in np.unique(m).tolist() if c != 255})
+    present = sorted(
+        {c for p in masks for m in (p.truth, *p.predictions.values()) for c in np.unique(m).tolist() if c != 255}
+    )
     colours = class_colours(max(present, default=0) + 1)
     return write_still_page(
         "evaluation",
@@ -88,7 +90,6 @@ def write_evaluation(
         s=summary,
         tables=tables,
         legend=legend,
-        models=[model["name"] for model in summary["models"]],
         masks=[_mask_card(picture, colours) for picture in masks],
         classes=[(class_names[c] if c < len(class_names) else str(c), _css(colours[c])) for c in present],
         depths=[_depth_card(picture) for picture in depths],
@@ -115,7 +116,7 @@ def _mask_card(picture: DensePicture, colours: UInt8[np.ndarray, "C 3"]) -> dict
         "name": picture.name,
         "photo": photo_url(picture.photo, _SIDE, 80),
         "truth": _url(_painted(picture.truth, colours)),
-        "predictions": [_url(_painted(prediction, colours)) for prediction in picture.predictions],
+        "predictions": {name: _url(_painted(prediction, colours)) for name, prediction in picture.predictions.items()},
     }
 
 
@@ -128,14 +129,16 @@ def _painted(mask: Integer[np.ndarray, "H W"], colours: UInt8[np.ndarray, "C 3"]
 
 def _depth_card(picture: DensePicture) -> dict[str, Any]:
     valid = picture.truth[picture.truth > 0]
-    maps = [valid, *(prediction.ravel() for prediction in picture.predictions)]
+    maps = [valid, *(prediction.ravel() for prediction in picture.predictions.values())]
     low = min(float(m.min()) for m in maps if m.size)
     high = max(float(np.quantile(m, 0.99)) for m in maps if m.size)
     return {
         "name": picture.name,
         "photo": photo_url(picture.photo, _SIDE, 80),
         "truth": _url(_depth_painted(picture.truth, low, high)),
-        "predictions": [_url(_depth_painted(prediction, low, high)) for prediction in picture.predictions],
+        "predictions": {
+            name: _url(_depth_painted(prediction, low, high)) for name, prediction in picture.predictions.items()
+        },
         "ticks": [f"{number(low + (high - low) * share)} m" for share in (0, 0.5, 1)],
     }
 

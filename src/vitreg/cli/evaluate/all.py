@@ -37,11 +37,11 @@ def all(
         data: pictures, as for evaluate knn; without labels only position and reconstruction are asked.
         class_names: as for evaluate zero-shot.
         segmentation: as --data of evaluate segmentation.
-        segmentation_size: as its --size.
+        segmentation_size: as --size, which is for all, but for segmentation only.
         segmentation_ignore: as its --ignore.
         segmentation_variants: as its --variant; several make a column each.
         depth: as --data of evaluate depth.
-        depth_size: as its --size.
+        depth_size: as --size, but for depth only.
         depth_scale: as its --scale.
         depth_variants: as its --variant.
         discovery: as --data of evaluate discovery.
@@ -52,8 +52,8 @@ def all(
 
     found = [
         *([classification_data(data, class_names)] if data else []),
-        *([segmentation_data(segmentation, segmentation_size, segmentation_ignore)] if segmentation else []),
-        *([depth_data(depth, depth_size, depth_scale)] if depth else []),
+        *([segmentation_data(segmentation, segmentation_ignore, segmentation_size)] if segmentation else []),
+        *([depth_data(depth, depth_scale, depth_size)] if depth else []),
     ]
     if not found and not discovery:
         raise ValueError("there is nothing to evaluate on; give --data, --segmentation, --depth or --discovery")

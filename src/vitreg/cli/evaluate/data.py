@@ -5,16 +5,9 @@ from __future__ import annotations
 from pathlib import Path
 
 from vitreg.cli.options import Size, sides
-from vitreg.images import (
-    image_size,
-    open_depth,
-    open_segmentation,
-    open_split,
-)
-from vitreg.probes.evaluation import Data, hold_out
-
-_SHORT_SIDE = {"segmentation": 512, "depth": 480}
-"""Of pictures, in pixels, where no size is given: that of the usual crops of ADE20k, and NYUv2's own."""
+from vitreg.images import open_depth, open_segmentation, open_split
+from vitreg.probes.choosing import hold_out
+from vitreg.probes.evaluation import Data
 
 
 def classification_data(data: str, class_names: Path | None = None) -> Data:
@@ -30,17 +23,9 @@ def classification_data(data: str, class_names: Path | None = None) -> Data:
     return Data("classification", train, val, class_names=names)
 
 
-def segmentation_data(source: str, size: Size | None, ignore: int | None) -> Data:
-    train, val = open_segmentation(source, ignore=ignore)
-    return Data("segmentation", train, val, sides(size) if size else _size(train.name(0), _SHORT_SIDE["segmentation"]))
+def segmentation_data(source: str, ignore: int | None, size: Size | None = None) -> Data:
+    return Data("segmentation", *open_segmentation(source, ignore=ignore), sides(size) if size else None)
 
 
-def depth_data(source: str, size: Size | None, scale: float) -> Data:
-    train, val = open_depth(source, scale=scale)
-    return Data("depth", train, val, sides(size) if size else _size(train.name(0), _SHORT_SIDE["depth"]))
-
-
-def _size(picture: str, short_side: int) -> tuple[int, int]:
-    height, width = image_size(picture)
-    scale = short_side / min(height, width)
-    return round(height * scale), round(width * scale)
+def depth_data(source: str, scale: float, size: Size | None = None) -> Data:
+    return Data("depth", *open_depth(source, scale=scale), sides(size) if size else None)

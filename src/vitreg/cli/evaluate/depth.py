@@ -5,7 +5,6 @@ from __future__ import annotations
 from typing import Literal
 
 from vitreg.cli.evaluate.options import DEPTH_PROBES, EvaluationOptions
-from vitreg.cli.options import Size
 from vitreg.probes.protocols import DepthConfig
 
 
@@ -13,7 +12,6 @@ def depth(
     *,
     data: str,
     common: EvaluationOptions,
-    size: Size | None = None,
     scale: float = 0.001,
     variant: Literal["lin.1", "lin.4"] = "lin.1",
     protocol: DepthConfig = DepthConfig(),
@@ -25,8 +23,6 @@ def depth(
     Args:
         data: nyu:PATH, or a folder with train/ and val/, in each images/ and depth/ (16-bit PNG, 0 where unknown).
         common: models and images.
-        size: side of what the models see in pixels, or height and width, rounded to whole patches; by default the short
-            side is 480.
         scale: metres in one step of the files' numbers; 0.001 for millimetres.
         variant: the head reads the last block (or --blocks), or four (lin.4), as DINOv2's.
         protocol: the protocol; by default the paper's, or as close as can be.
@@ -34,4 +30,4 @@ def depth(
     from vitreg.cli.evaluate.data import depth_data
     from vitreg.cli.evaluate.run import run_evaluation
 
-    return run_evaluation(common, [depth_data(data, size, scale)], {DEPTH_PROBES[variant]: protocol})
+    return run_evaluation(common, [depth_data(data, scale)], {DEPTH_PROBES[variant]: protocol})

@@ -6,7 +6,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
 
-from vitreg.cli.options import positive
+from vitreg.cli.options import Size, positive, sides
 
 SEGMENTATION_PROBES = {"linear": "segmentation", "+ms": "segmentation-ms"}
 DEPTH_PROBES = {"lin.1": "depth", "lin.4": "depth-lin4"}
@@ -23,6 +23,9 @@ class EvaluationOptions:
         limit: so many training images and so many validation images only, from all over the files and classes.
         train_images: so many training images.
         val_images: so many validation images.
+        size: side of what the models see in pixels, or height and width, rounded to whole patches; by default the
+            protocol's: 224, 512 and 480 for the short side of segmentation and depth, zero-shot the checkpoint's own.
+        quick: cut the protocols to the data at hand (fewer steps, draws and sentences); such figures are called quick.
         patch_images: keep the patch tokens of so many images (5 GB for a ViT-L/14); segmentation and depth keep all.
         device: cpu, cuda, mps; auto takes a GPU where there is one.
         dtype: of weights and activations.
@@ -35,6 +38,8 @@ class EvaluationOptions:
     limit: int | None = None
     train_images: int | None = None
     val_images: int | None = None
+    size: Size | None = None
+    quick: bool = False
     patch_images: int = 10000
     device: str = "auto"
     dtype: Literal["float32", "bfloat16", "float16"] = "float32"
@@ -47,3 +52,5 @@ class EvaluationOptions:
         for flag in ("limit", "train_images", "val_images", "patch_images", "batch_size"):
             if (value := getattr(self, flag)) is not None:
                 positive(f"--{flag.replace('_', '-')}", value)
+        if self.size is not None:
+            sides(self.size)

@@ -5,7 +5,6 @@ from __future__ import annotations
 from typing import Literal
 
 from vitreg.cli.evaluate.options import SEGMENTATION_PROBES, EvaluationOptions
-from vitreg.cli.options import Size
 from vitreg.probes.protocols import SegmentationConfig
 
 
@@ -13,7 +12,6 @@ def segmentation(
     *,
     data: str,
     common: EvaluationOptions,
-    size: Size | None = None,
     ignore: int | None = None,
     variant: Literal["linear", "+ms"] = "linear",
     protocol: SegmentationConfig = SegmentationConfig(),
@@ -25,8 +23,6 @@ def segmentation(
     Args:
         data: ade20k:PATH, voc2012:PATH, or a folder with train/ and val/, in each images/ and masks/.
         common: models and images.
-        size: side of what the models see in pixels, or height and width, rounded to whole patches; by default the short
-            side is 512.
         ignore: number in the masks of a folder that does not count, besides 255.
         variant: linear reads the last block (or --blocks); +ms four, and averages over three sizes of the pictures.
         protocol: the protocol; by default the paper's, or as close as can be.
@@ -34,4 +30,4 @@ def segmentation(
     from vitreg.cli.evaluate.data import segmentation_data
     from vitreg.cli.evaluate.run import run_evaluation
 
-    return run_evaluation(common, [segmentation_data(data, size, ignore)], {SEGMENTATION_PROBES[variant]: protocol})
+    return run_evaluation(common, [segmentation_data(data, ignore)], {SEGMENTATION_PROBES[variant]: protocol})

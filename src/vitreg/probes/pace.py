@@ -1,0 +1,92 @@
+"""How long work takes, told from its first steps."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable
+
+from vitreg.probes.features import Progress
+from vitreg.probes.score import ProbeResult
+
+_SECONDS = 2.0
+_SLOW = 4 * _SECONDS
+_WORTH_TELLING = 20.0
+
+
+class _Enough(Exception):
+    """Ends work that was begun to see how long it takes."""
+
+    def __init__(self, seconds: float) -> None:
+        self.seconds = seconds
+
+
+class _Pace:
+    """The rate of work, from its reports."""
+
+    def __init__(self) -> None:
+        self._start = time.monotonic()
+        self._first: tuple[int, float] | None = None
+
+    @property
+    def elapsed(self) -> float:
+        return time.monotonic() - self._start
+
+    def left(self, done: int, total: int) -> float | None:
+        """Seconds until all is done; None until there is enough to tell.
+
+        Until the first report work is set up, and what an earlier run did is counted.
+        """
+        now = self.elapsed
+        if self._first is None:
+            self._first = done, now
+            return (total - done) * now / done if now >= _SLOW else None
+        first, at = self._first
+        if now < _SECONDS or done == first:
+            return None
+        return (total - done) * (now - at) / (done - first)
+
+
+def first_steps(ask: Callable[[Progress], ProbeResult], on_progress: Progress) -> tuple[ProbeResult | None, float]:
+    """Ask a probe for two seconds, or two steps where these take longer.
+
+    Args:
+        ask: asks it, and calls what it is given with what is done.
+        on_progress: called with the same.
+
+    Returns:
+        Its answer, if that was enough, else None and how many seconds it will take from the start.
+    """
+    pace = _Pace()
+
+    def watch(done: int, total: int) -> None:
+        on_progress(done, total)
+        left = pace.left(done, total)
+        if left is not None and done < total:
+            raise _Enough(pace.elapsed + left)
+
+    try:
+        return ask(watch), pace.elapsed
+    except _Enough as enough:
+        return None, enough.seconds
+
+
+def telling_how_long(tell: Callable[[str], None], on_progress: Progress) -> Progress:
+    """Reports of progress that also tell, once and where it is worth it, how long the rest will take."""
+    pace, told = _Pace(), False
+
+    def watch(done: int, total: int) -> None:
+        nonlocal told
+        on_progress(done, total)
+        if not told and (left := pace.left(done, total)) is not None:
+            told = True
+            if left >= _WORTH_TELLING:
+                tell(in_words(left))
+
+    return watch
+
+
+def in_words(seconds: float) -> str:
+    """`40 s`, `12 min`, `3.4 h`."""
+    if seconds < 100:
+        return f"{max(1, round(seconds))} s"
+    return f"{seconds / 60:.0f} min" if seconds < 6000 else f"{seconds / 3600:.1f} h"
