@@ -38,7 +38,7 @@ function drawPosition() {
   if (!canvas) return;
   const cells = S.position_frequency.flat(), most = Math.max(...cells);
   paint(canvas, (i) => colourAt("magma", (255 * cells[i]) / (most || 1)));
-  scaleBar(byId("position-scale"), "", "magma", [0, most / 2, most].map(tickPercent));
+  scaleBar(byId("position-scale"), "", "magma", [0, most / 2, most].map(percent));
   const best = cells.indexOf(most);
   const say = (i) => { byId("position-says").textContent = `${patchName(i)}: ${percent(cells[i])} of images.`; };
   say(best);

@@ -143,7 +143,7 @@ function drawImages() {
   scaleBar(byId("norm-scale"), `Patch norm, block ${kept}${threshold === null ? "" : `; outlier ≥ ${number(threshold)}`}`, "viridis", [low, Math.sqrt(low * high), high].map(number), mark);
   if (M.queries.length) {
     const most = M.attention_range[state.query][slot][1];
-    scaleBar(byId("attention-scale"), "", "magma", [0, most / 4, most].map(tickPercent));
+    scaleBar(byId("attention-scale"), "", "magma", [0, most / 4, most].map(percent));
   }
   byId("thinned").textContent = kept === state.block ? "" : `To keep this file small it holds the maps of some blocks only; these are of block ${kept}, the nearest.`;
   examples.forEach(draw.image);
