@@ -92,6 +92,14 @@ def test_attention_arrays_add_up(checkpoints, tiny_vit, photographs, tmp_path, c
     np.testing.assert_allclose(np.load(maps[0]["array"]), expected, atol=1e-5)
 
 
+@pytest.mark.parametrize(
+    ("command", "told"), [("diagnose", "1 image in"), ("attention", "1 map in"), ("discover", "in 1 image;")]
+)
+def test_1_images(command, told, checkpoints, photographs, tmp_path, capsys):
+    assert run(command, photographs[0], "--model", TINY, "--out", tmp_path) == 0
+    assert told in capsys.readouterr().out
+
+
 def test_attention_of_the_whole_picture_keeps_its_aspect(checkpoints, photographs, tmp_path, capsys):
     Image.open(photographs[0]).resize((600, 300)).save(tmp_path / "wide.png")
     args = ("--model", TINY, "--crop", "none", "--out", tmp_path / "maps", "--json")

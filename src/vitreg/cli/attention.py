@@ -49,6 +49,7 @@ def attention(
         json: print what was written as JSON.
     """
     from vitreg.images import ImageStream, find_images, spaced
+    from vitreg.report.words import counted
 
     out = writable_folder(out)
     # What follows --queries up to the next flag is taken for a query, images too.
@@ -77,7 +78,7 @@ def attention(
         print_json({"maps": written, "skipped": skipped, "interrupted": interrupted})
     else:
         print_skipped([skip["reason"] for skip in skipped])
-        print(f"{len(written)} maps in {out}")
+        print(f"{counted(len(written), 'map')} in {out}")
     return INTERRUPTED if interrupted else 0
 
 

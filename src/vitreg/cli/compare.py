@@ -92,7 +92,9 @@ def compare_models(
 
 
 def _print_comparison(comparison: Comparison, report: Path) -> None:
+    from vitreg.report.words import counted
+
     for sentence in comparison.verdict:
         print(sentence)
     print_skipped([skip.reason for skip in comparison.before.skipped])
-    print(f"{comparison.before.num_images} images in {comparison.seconds:.1f} s; the report is {report}")
+    print(f"{counted(comparison.before.num_images, 'image')} in {comparison.seconds:.1f} s; the report is {report}")

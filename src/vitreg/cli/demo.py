@@ -48,6 +48,7 @@ def demo(out: Path = Path("vitreg-out/demo"), json: bool = False) -> int:
         json: print demo.json.
     """
     from vitreg.report import side_by_side_figure, write_side_by_side
+    from vitreg.report.words import counted
 
     start = time.perf_counter()
     out = writable_folder(out)
@@ -63,7 +64,7 @@ def demo(out: Path = Path("vitreg-out/demo"), json: bool = False) -> int:
         return 0
     for sentence in summary["verdict"]:
         print(sentence)
-    print(f"{len(photographs)} photographs in {summary['seconds']} s; the report is {report}")
+    print(f"{counted(len(photographs), 'photograph')} in {summary['seconds']} s; the report is {report}")
     return 0
 
 

@@ -69,7 +69,9 @@ def _print_diagnosis(diagnosis: Diagnosis, report: Path, *, as_json: bool) -> No
     if as_json:
         print_json({**diagnosis.to_dict(), "report": str(report)})
         return
+    from vitreg.report.words import counted
+
     for sentence in diagnosis.verdict:
         print(sentence)
     print_skipped([skip.reason for skip in diagnosis.skipped])
-    print(f"{diagnosis.num_images} images in {diagnosis.seconds:.1f} s; the report is {report}")
+    print(f"{counted(diagnosis.num_images, 'image')} in {diagnosis.seconds:.1f} s; the report is {report}")

@@ -50,6 +50,7 @@ def discover(
     """
     from vitreg.discovery.discover import detect, native_stream
     from vitreg.images import find_images, spaced
+    from vitreg.report.words import counted
 
     out = writable_folder(out)
     paths = spaced(find_images(images), reading.limit)
@@ -95,7 +96,7 @@ def discover(
     else:
         print_skipped([skip["reason"] for skip in skipped])
         num = sum(len(picture["objects"]) for picture in found["pictures"])
-        print(f"{num} objects in {len(pictures)} pictures; see {out}")
+        print(f"{counted(num, 'object')} in {counted(len(pictures), 'image')}; see {out}")
     return INTERRUPTED if interrupted else 0
 
 
