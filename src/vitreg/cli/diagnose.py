@@ -66,6 +66,8 @@ def _integer(flag: str, text: str) -> int:
 
 
 def _print_diagnosis(diagnosis: Diagnosis, report: Path, *, as_json: bool) -> None:
+    from vitreg.report.words import counted
+
     if as_json:
         print_json({**diagnosis.to_dict(), "report": str(report)})
         return
