@@ -225,8 +225,11 @@ def test_the_command_to_make_it_again_can_be_copied(tmp_path, open_page):
     summary = make_summary(examples) | {"command": command}
     page = open_page(write_report(summary, examples, tmp_path / "report.html"), width=390)
     assert page.locator(".command").text_content() == command
+    words = page.locator(".command span").all()
+    assert words[4].text_content() == "--model"
+    assert words[4].bounding_box()["height"] < 1.5 * words[0].bounding_box()["height"], "on one line"
     page.locator(".command").click()
-    assert page.evaluate("getSelection().toString().trim()") == command
+    assert page.evaluate("getSelection().toString().trim()") == command, "what is copied"
     assert page.evaluate("document.documentElement.scrollWidth") <= 390
     assert page.evaluate("window.hacked") is None
 

@@ -28,8 +28,8 @@ def write(path, names=NAMES, class_names=("road", "sky"), source="/a/very/long/p
         path,
         tables=[table],
         legend="\u25b2 better",
-        masks=[DensePicture(EVIL, photo, classes, (classes,) * len(names))],
-        depths=[DensePicture(EVIL, photo, meters, (meters,) * len(names))],
+        masks=[DensePicture(EVIL, photo, classes, dict.fromkeys(names, classes))],
+        depths=[DensePicture(EVIL, photo, meters, dict.fromkeys(names, meters))],
         class_names=class_names,
     )
 
