@@ -71,6 +71,13 @@ def test_of_equal_neighbours_the_first_count(monkeypatch):
     assert nearest(x, x[:1], 30)[1][0, -1] == pytest.approx(-math.sqrt(0.5))
 
 
+def test_the_two_zeros_are_equal_neighbours():
+    x = torch.tensor([[0.0, 1.0], [0.0, -1.0], [0.0, 0.0], [0.0, -1.0]])
+    rows, similarity = nearest(x, torch.tensor([[1.0, 0.0], [-1.0, 0.0]]), 4)
+    assert rows.tolist() == [[0, 1, 2, 3]] * 2
+    assert not similarity.any()
+
+
 def test_more_neighbours_than_pictures_leave_an_empty_place(stores):
     scores = knn(*stores).scores
     assert [bool(score.missing) for score in scores] == [False, False, False, True]

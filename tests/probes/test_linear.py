@@ -80,6 +80,13 @@ def test_heads_train_as_with_torch():
     assert torch.equal(right, torch.stack([found.argmax(1) == labels for found in logits]))
 
 
+def test_a_head_that_has_diverged_is_never_right():
+    labels = torch.zeros(20, dtype=torch.long)
+    heads = Heads(torch.randn(20, 4), [slice(4)], labels, 2, LinearConfig(learning_rates=(0.1, 0.2)), "cpu")
+    heads.tensors["weight.0"][2:] = torch.nan
+    assert not heads.right(torch.randn(20, 4), labels)[1].any()
+
+
 def test_weights_start_as_in_the_protocol():
     heads = Heads(torch.randn(10, 400), [slice(400)], torch.arange(10) % 5, 5, LinearConfig(), "cpu")
     assert heads.tensors["weight.0"].shape == (13 * 5, 400)

@@ -164,6 +164,19 @@ def test_logits_of_a_whole_image_in_all_sizes_are_never_held(sets, features, tmp
     assert max(maps.numel() for maps in made) == 3 * 120 * 7
 
 
+def test_a_head_that_has_diverged_has_no_figures(sets, features):
+    """The largest of logits that are no numbers would be the first class."""
+    with pytest.raises(ValueError, match="the head is not finite after 5 steps; train it with a lower lr"):
+        fit_segmentation(features[0], sets[0], dataclasses.replace(SHORT, steps=5, lr=1e37))
+
+
+def test_masks_without_a_pixel_that_counts_have_no_figures(sets, features, monkeypatch):
+    segmenter = fit_segmentation(features[0], sets[0], dataclasses.replace(SHORT, steps=5))
+    monkeypatch.setattr(type(sets[1]), "target", lambda *_: np.full((80, 120), IGNORED, np.uint8))
+    with pytest.raises(ValueError, match="has no pixel that counts"):
+        segmenter.evaluate([features[1]], sets[1])
+
+
 def test_patches_in_any_order_are_those_of_the_store(sets, features, tmp_path):
     train, _ = features
     read = DenseFeatures(train, (0, -1), with_cls=True)

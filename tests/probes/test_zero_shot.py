@@ -145,6 +145,10 @@ def test_refusals(test_data, tmp_path):
         zero_shot(store, small_vit(seed=1), text)
     with pytest.raises(ValueError, match="small embeds pictures in 48 dimensions and the text tower sentences in 8"):
         zero_shot(store, vit, text)
+    embeddings = _Constant(48)
+    embeddings.encode = lambda sentences: torch.full((len(sentences), 48), torch.nan)
+    with pytest.raises(ValueError, match="the embedding of a class is not finite"):
+        zero_shot(store, vit, embeddings)
     for templates, sentence in (("best", "choose openai or simple"), (("a photo",), "must have {}"), ((), "must have")):
         with pytest.raises(ValueError, match=sentence):
             zero_shot(store, vit, text, config=ZeroShotConfig(templates))

@@ -114,6 +114,9 @@ def train_head(
         schedule: of its learning rate, a step each.
         plan: how long.
         on_progress: called with steps done and their total.
+
+    Raises:
+        ValueError: it has diverged: the largest of logits that are no numbers would be some class all the same.
     """
     upsampling = Upsampling(features.grid, targets.shape[1:], plan.device)
 
@@ -140,6 +143,8 @@ def train_head(
             schedule.step()
             if on_progress is not None:
                 on_progress(step + 1, plan.steps)
+    if not all(parameter.isfinite().all() for parameter in head.parameters()):
+        raise ValueError(f"the head is not finite after {plan.steps} steps; train it with a lower lr")
     head.eval()
 
 

@@ -92,7 +92,8 @@ def nearest(
     """
     best = torch.empty(len(queries), 0, dtype=torch.int64, device=keys.device)
     for first in range(0, len(keys), _KEYS):
-        similarity = queries @ keys[first : first + _KEYS].T
+        # Of the two zeros, which are equal, only one is left by adding the other.
+        similarity = (queries @ keys[first : first + _KEYS].T).add_(0.0)
         # One integer that sorts by similarity, then by row: the top k of equal floats would be any of them.
         rows = torch.arange(first, first + similarity.shape[1], device=keys.device)
         ranked = (_mirrored(similarity.view(torch.int32)).long() << 32) + (_LAST_ROW - rows)

@@ -81,9 +81,9 @@ class Heads:
         found: list[Tensor] = []
         for number, columns in enumerate(self._inputs):
             weight, bias, _, _ = self._of(number)
-            chunks = [
-                self._logits(x[:, columns].to(weight.device), weight, bias).argmax(2) for x in features.split(_ROWS)
-            ]
+            logits = (self._logits(x[:, columns].to(weight.device), weight, bias) for x in features.split(_ROWS))
+            # A head that has diverged answers nothing; the largest of its logits would be the first class.
+            chunks = [each.argmax(2).masked_fill(each.isnan().any(2), -1) for each in logits]
             found.append(torch.cat(chunks).T.cpu() == labels)
         return torch.cat(found)
 

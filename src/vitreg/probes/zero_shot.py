@@ -15,6 +15,7 @@ from jaxtyping import Float
 from torch import Tensor
 
 from vitreg.model import VisionTransformer
+from vitreg.probes.classes import check_finite
 from vitreg.probes.features import Progress
 from vitreg.probes.origin import StoredModel
 from vitreg.probes.protocols import ZeroShotConfig
@@ -61,6 +62,8 @@ def zero_shot(
             f"{val.model.name} embeds pictures in {pictures.shape[1]} dimensions and the text tower sentences in "
             f"{classes.shape[1]}; give the text tower of the same model"
         )
+    check_finite(pictures, f"an embedding of {val.path}")
+    check_finite(classes, "the embedding of a class")
     best = (pictures @ classes.T).topk(min(5, len(names))).indices
     right = best == labels.unsqueeze(1)
     scores = [Score.mean("zero-shot top-1", right[:, 0].numpy(), unit="%")]
