@@ -357,6 +357,22 @@ def test_a_broken_picture_is_counted_and_listed(folders, tmp_path):
     assert str(broken) in (tmp_path / "run" / "skipped.txt").read_text()
 
 
+def test_a_class_folder_that_vanishes_during_a_run_costs_its_pictures_only(folders, tmp_path, monkeypatch):
+    advance = Learner.advance
+
+    def vanishing(self, batches):
+        if self.step == 2:
+            shutil.rmtree(folders / "train" / "class1")
+        return advance(self, batches)
+
+    monkeypatch.setattr(Learner, "advance", vanishing)
+    assert go(small_config(12), folders, tmp_path / "run")
+    assert len(log(tmp_path / "run")) == 12
+    missing = (tmp_path / "run" / "skipped.txt").read_text().splitlines()
+    assert log(tmp_path / "run")[-1]["skipped"] == len(missing) > 5
+    assert all(str(folders / "train" / "class1") in sentence for sentence in missing)
+
+
 def test_held_out_pictures_that_cannot_be_read_are_told_before_any_step(folders, tmp_path):
     for path in (folders / "val").rglob("*.jpg"):
         path.unlink()

@@ -50,9 +50,8 @@ class Learner:
         add_stochastic_depth(self.method.vit, config.drop_path, processes)
         self.method.vit.gradient_checkpointing = config.gradient_checkpointing
         self.method.to(processes.device).train()
-        if config.compile:
-            for block in self.method.vit.blocks:
-                block.compile()
+        for block in _blocks(self.method) if config.compile else ():
+            block.compile()
         self.model = distribute(self.method, processes, config.sharding, config.half)
         self.optimizer = build_optimizer(self.method, config.optimizer)
         self.average = Average(self.method.vit, config.ema_decay) if config.ema_decay else None
@@ -121,7 +120,12 @@ class Learner:
 @torch.no_grad()
 def _start_layer_scale(method: nn.Module, value: float) -> None:
     """In a teacher, too, which is to start as the student does."""
-    for block in (module for module in method.modules() if isinstance(module, Block)):
+    for block in _blocks(method):
         for scale in (block.scale1, block.scale2):
             if scale is not None:
                 scale.fill_(value)
+
+
+def _blocks(method: nn.Module) -> list[Block]:
+    """A teacher's, too."""
+    return [module for module in method.modules() if isinstance(module, Block)]
