@@ -101,11 +101,6 @@ class Processes:
                 gathered[name] = everything.cpu()
         return gathered
 
-    def barrier(self) -> None:
-        """Wait for the others."""
-        if self.world > 1:
-            dist.barrier()
-
     def on_first(self, work: Callable[[], Any]) -> Any:
         """Do something on the first process only; all return its result, and all fail where it fails.
 
