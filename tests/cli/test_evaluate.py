@@ -10,6 +10,7 @@ import os
 import signal
 import subprocess
 import sys
+import tarfile
 import tempfile
 import time
 from pathlib import Path
@@ -231,9 +232,39 @@ def no_such_block(root: Path) -> list[object]:
     return ["position", "--data", two_classes(root), "--block", 12]
 
 
+def parquet_cut_in_the_middle(root: Path) -> list[object]:
+    pyarrow = pytest.importorskip("pyarrow")
+    parquet = pytest.importorskip("pyarrow.parquet")
+    data = [next(two_classes(root).rglob("*.png")).read_bytes()] * 40
+    file = root / "all.parquet"
+    parquet.write_table(pyarrow.table({"image": data, "label": [0, 1] * 20}), file)
+    file.write_bytes(file.read_bytes()[: file.stat().st_size // 2])
+    return ["knn", "--data", file]
+
+
+def captions_in_latin_1(root: Path) -> list[object]:
+    two_classes(root)
+    (root / "captions.csv").write_text("image,caption\ntrain/a/0.png,un café\n", encoding="latin-1")
+    return ["reconstruction", "--data", root / "captions.csv"]
+
+
+def tar_of_an_absurd_size(root: Path) -> list[object]:
+    image, file = next(two_classes(root).rglob("*.png")), root / "all.tar"
+    with tarfile.open(file, "w") as tar:
+        tar.add(image, "a.png")
+    header = bytearray(file.read_bytes()[:512])
+    header[124:136], header[148:156] = b"\x80" + b"\xff" * 11, b" " * 8
+    header[148:156] = b"%06o\0 " % sum(header)
+    file.write_bytes(header + file.read_bytes()[512:])
+    return ["knn", "--data", file]
+
+
 @pytest.mark.parametrize(
     ("prepare", "message"),
     [
+        (parquet_cut_in_the_middle, "all.parquet cannot be read as Parquet"),
+        (captions_in_latin_1, "captions.csv is not in UTF-8"),
+        (tar_of_an_absurd_size, "all.tar is damaged or cut short"),
         (one_class, "two at least"),
         (class_missing, "val lacks c"),
         (mask_of_another_size, "01.png"),
