@@ -65,8 +65,10 @@ def test_attention_figure_keeps_the_aspect_of_the_photograph(tmp_path, read_png,
     assert (np.ptp(rows) + 1) / (np.ptp(columns) + 1) == pytest.approx(height / width, rel=0.02)
 
 
-@pytest.mark.parametrize("heads", [1, 3, 6, 12, 16])
-@pytest.mark.parametrize(("height", "width"), [(64, 64), (64, 96), (96, 64), (32, 320), (320, 32)])
+@pytest.mark.parametrize(
+    ("heads", "height", "width"),
+    [(1, 64, 64), (12, 64, 64), (3, 64, 96), (16, 96, 64), (1, 32, 320), (12, 32, 320), (3, 320, 32), (16, 320, 32)],
+)
 def test_attention_figures_of_any_shape_are_not_cut(tmp_path, drawn, heads, height, width):
     """A title went out of the picture, and so did the color bar of a panorama, whose numbers lay on each other."""
     attention = np.random.default_rng(0).uniform(0, 0.1, (heads, height // 16, width // 16))
