@@ -71,7 +71,6 @@ def _print_diagnosis(diagnosis: Diagnosis, report: Path, *, as_json: bool) -> No
     if as_json:
         print_json({**diagnosis.to_dict(), "report": str(report)})
         return
-    from vitreg.report.words import counted
 
     for sentence in diagnosis.verdict:
         print(sentence)
