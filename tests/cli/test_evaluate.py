@@ -53,6 +53,7 @@ def folders(test_data, tmp_path_factory) -> Path:
     root = tmp_path_factory.mktemp("folders")
     for part, number in (("train", 12), ("val", 5)):
         images = open_image_set(test_data / "tiny-imagenet-100" / f"{part}.parquet")
+        assert images.labels is not None
         for label in (3, 7, 20, 50):
             (root / part / f"class {label}").mkdir(parents=True)
             for index in [i for i, found in enumerate(images.labels) if found == label][:number]:

@@ -307,9 +307,10 @@ def preprocessing(vit: VisionTransformer, probe: Probe, data: Data, scale: float
         if data.size is None and probe.size is not None:
             scale *= probe.size / min(height, width)
         return dense_preprocess(own, *_whole_patches(vit, (height, width), scale))
-    if data.size is None and (probe.size is None or probe.size >= min(own.size)):
+    side = min(own.size) if probe.size is None else probe.size
+    if data.size is None and side >= min(own.size):
         return own
-    size = _whole_patches(vit, data.size or (probe.size, probe.size))
+    size = _whole_patches(vit, data.size or (side, side))
     return own if size == own.size else dataclasses.replace(own, size=size, crop="center", crop_fraction=_CROP)
 
 
