@@ -12,7 +12,7 @@ import torch
 from safetensors.torch import save_file
 
 import vitreg
-from vitreg.disk import lock, replace_text, replacing, replacing_files
+from vitreg.disk import _PARTIAL, lock, replace_text, replacing, replacing_files
 
 
 def test_a_reader_sees_the_old_file_until_the_new_one_is_whole(tmp_path):
@@ -20,6 +20,7 @@ def test_a_reader_sees_the_old_file_until_the_new_one_is_whole(tmp_path):
     replace_text(path, "old")
     with replacing(path) as temporary:
         assert temporary.suffix == ".txt"
+        assert _PARTIAL.fullmatch(temporary.name), "which `lock` removes after a kill"
         temporary.write_text("ne")
         assert path.read_text() == "old"
         temporary.write_text("new")
@@ -81,10 +82,17 @@ def test_a_full_disk_is_one_sentence(tmp_path, kind):
 
 
 def test_a_lock_removes_what_a_killed_process_left(tmp_path):
-    (tmp_path / f".shard-0.{2**22 + 1}.partial.safetensors").write_bytes(b"half")
-    (tmp_path / "whole").write_text("")
+    (tmp_path / ".shard-0.vitreg-4711.partial.safetensors").write_bytes(b"half")
+    (tmp_path / ".record.vitreg-4711.partial").write_bytes(b"half")
+    for kept in ("whole", ".film.720.partial.mp4", ".film.partial"):
+        (tmp_path / kept).write_text("of others")
     held = lock(tmp_path, "works in")
-    assert sorted(path.name for path in tmp_path.iterdir()) == [".lock", "whole"]
+    assert sorted(path.name for path in tmp_path.iterdir()) == [
+        ".film.720.partial.mp4",
+        ".film.partial",
+        ".lock",
+        "whole",
+    ]
     assert held is not None
     held.close()
 

@@ -15,6 +15,9 @@ from typing import TextIO
 from safetensors import SafetensorError
 
 
+_PARTIAL = re.compile(r"\..+\.vitreg-\d+\.partial(\.[^.]+)?")
+
+
 @contextlib.contextmanager
 def writing(folder: Path) -> Iterator[None]:
     """Turns a failure to write into a sentence."""
@@ -69,7 +72,7 @@ def replacing(path: Path) -> Iterator[Path]:
         ValueError: it cannot be written.
     """
     # Not one name for all: two processes that write the same file would write into each other's.
-    temporary = path.with_name(f".{path.stem}.{os.getpid()}.partial{path.suffix}")
+    temporary = path.with_name(f".{path.stem}.vitreg-{os.getpid()}.partial{path.suffix}")
     with writing(path.parent):
         path.parent.mkdir(parents=True, exist_ok=True)
         try:
@@ -144,7 +147,8 @@ def lock(folder: Path, doing: str) -> TextIO | None:
         if error.errno in (errno.EACCES, errno.EAGAIN):
             file.close()
             raise ValueError(f"another process {doing} {folder}; wait for it, or stop it") from None
+    # A folder of the user's may hold the partial downloads of others.
     for left in folder.glob(".*.partial*"):
-        if left.is_file():
+        if _PARTIAL.fullmatch(left.name) and left.is_file():
             left.unlink()
     return file

@@ -320,7 +320,7 @@ def test_killed_at_random_moments_is_bit_for_bit_as_never_killed(test_data, tmp_
     before = {file.name: file.stat().st_mtime_ns for file in killed.glob("shard-*")}
     assert 17 <= len(before) < 25
     # What a kill in the middle of a file leaves is not one.
-    (killed / ".shard-00024.safetensors.partial").write_bytes(b"half")
+    (killed / ".shard-00024.vitreg-4711.partial.safetensors").write_bytes(b"half")
     finish_pass(test_data, killed)
     assert before.items() <= {file.name: file.stat().st_mtime_ns for file in killed.glob("shard-*")}.items()
     files = sorted(file.name for file in whole.iterdir())
