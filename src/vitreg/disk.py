@@ -14,7 +14,6 @@ from typing import TextIO
 
 from safetensors import SafetensorError
 
-
 _PARTIAL = re.compile(r"\..+\.vitreg-\d+\.partial(\.[^.]+)?")
 
 
