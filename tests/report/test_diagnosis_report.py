@@ -204,7 +204,7 @@ def test_a_number_and_its_unit_were_on_two_lines(tmp_path, open_page, width):
 
 def test_an_axis_ended_in_the_name_of_a_line(tmp_path, open_page):
     """ "11" stood over "patches"."""
-    examples = make_examples(depth=12)
+    examples = make_examples(depth=12, grid=(14, 14))
     page = open_page(write_report(make_summary(examples, block=11), examples, tmp_path / "report.html"))
     names, others = (
         [text.bounding_box() for text in page.locator(f"#shares text{which}").all()]
@@ -214,7 +214,7 @@ def test_an_axis_ended_in_the_name_of_a_line(tmp_path, open_page):
     assert len(others) > 12
     for name, other in itertools.product(names, others):
         # Boxes hold the rim around letters, too.
-        beside = name["x"] + 2 >= other["x"] + other["width"] - 2
+        beside = name["x"] >= other["x"] + other["width"] + 4
         above = name["y"] + name["height"] - 3 <= other["y"] + 3
         assert beside or above
 
