@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import errno
+import html
 import json
 import os
 import re
+import shlex
 import shutil
 import signal
 import subprocess
@@ -145,6 +147,31 @@ def test_two_processes_do_not_mix_in_one_folder(checkpoints, photographs, tmp_pa
         assert f"another process writes to {tmp_path}; wait for it, or stop it" in capsys.readouterr().err
         other.stdin.close()
     assert run(*arguments) == 0
+
+
+@pytest.mark.parametrize(
+    "words",
+    [
+        "diagnose 'my photos' --model vitreg_tiny --out out",
+        "compare vitreg_tiny vitreg_tiny_reg4 'my photos' --out out",
+        "evaluate position --data 'my photos' --models vitreg_tiny --epochs 1 --out out",
+        "demo --out out",
+    ],
+)
+def test_to_make_it_again_in_the_footer_is_a_command_that_runs(words, photographs, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "my photos").mkdir()
+    for path in photographs[:20]:
+        Image.open(path).resize((64, 64)).save(tmp_path / "my photos" / f"{path.stem}.png")
+    assert run(*shlex.split(words)) == 0
+    page = Path("out/report.html")
+    shown = re.search(r"To make it again.*?<pre[^>]*>(.*?)</pre>", page.read_text(), re.DOTALL)
+    assert shown is not None
+    line = html.unescape(shown[1])
+    assert line == f"vitreg {words}"
+    page.unlink()
+    assert run(*shlex.split(line)[1:]) == 0
+    assert page.is_file()
 
 
 def test_models(capsys):

@@ -107,13 +107,17 @@ class Comparison:
             "after": after,
         }
 
-    def save(self, folder: str | os.PathLike[str]) -> Path:
+    def save(self, folder: str | os.PathLike[str], *, command: str | None = None) -> Path:
         """Write `report.html` and `comparison.json` into a folder, which is made; returns the report's path.
+
+        Args:
+            folder: where they go.
+            command: makes the report again, as the page then says.
 
         Raises:
             ValueError: the folder cannot be written.
         """
-        summary = self.to_dict()
+        summary = self.to_dict() | ({"command": command} if command else {})
 
         def write(path: Path) -> Path:
             return write_comparison(summary, self.before.examples, self.after.examples, path)

@@ -154,13 +154,17 @@ class Diagnosis:
             "seconds": self.seconds,
         }
 
-    def save(self, folder: str | os.PathLike[str]) -> Path:
+    def save(self, folder: str | os.PathLike[str], *, command: str | None = None) -> Path:
         """Write `report.html` and `diagnosis.json` into a folder, which is made; returns the report's path.
+
+        Args:
+            folder: where they go.
+            command: makes the report again, as the page then says.
 
         Raises:
             ValueError: the folder cannot be written.
         """
-        summary = self.to_dict()
+        summary = self.to_dict() | ({"command": command} if command else {})
         return save_report(folder, lambda path: write_report(summary, self.examples, path), summary, "diagnosis.json")
 
 

@@ -11,7 +11,7 @@ import traceback
 from collections.abc import Callable
 
 import vitreg
-from vitreg.cli.output import INTERRUPTED, first_line
+from vitreg.cli.output import INTERRUPTED, first_line, remember
 
 # The words of a command are its module and its function; help shows what its docstring says first.
 COMMANDS = {
@@ -50,6 +50,7 @@ def main(argv: list[str] | None = None) -> None:
     """Run a command; errors are one line on stderr and exit status 2 (`--debug` shows where they arose)."""
     args = sys.argv[1:] if argv is None else argv
     debug = "--debug" in args
+    remember(args)
     if isinstance(sys.stdout, io.TextIOWrapper):
         # As on stderr: names of files need not be text.
         sys.stdout.reconfigure(errors="backslashreplace")

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Annotated, Literal
 from tyro.conf import Positional, arg
 
 from vitreg.cli.options import Batching, Images, ModelOptions, Size, writable_folder
-from vitreg.cli.output import INTERRUPTED, print_json, print_skipped, progress
+from vitreg.cli.output import INTERRUPTED, command_line, print_json, print_skipped, progress
 
 if TYPE_CHECKING:
     from vitreg import Comparison, VisionTransformer
@@ -81,11 +81,11 @@ def compare_models(
             keep_partial=True,
             on_progress=on_progress,
         )
-    path = comparison.save(out)
+    path = comparison.save(out, command=command_line())
     summary = comparison.to_dict()
     comparison_figure(summary, comparison.before.examples, comparison.after.examples, out / "comparison.png")
     if json:
-        print_json({**(result or {}), **summary, "report": str(path)})
+        print_json({**(result or {}), **summary, "command": command_line(), "report": str(path)})
     else:
         _print_comparison(comparison, path)
     return INTERRUPTED if comparison.before.interrupted else 0

@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from vitreg.cli.options import Checkpoint, writable_folder
-from vitreg.cli.output import print_json, status
+from vitreg.cli.output import command_line, print_json, status
 from vitreg.disk import replace_text
 
 if TYPE_CHECKING:
@@ -56,6 +56,7 @@ def demo(out: Path = Path("vitreg-out/demo"), json: bool = False) -> int:
     with status("looking at photographs"):
         summary, photographs = _look(plain, trained)
     summary["seconds"] = round(time.perf_counter() - start, 1)
+    summary["command"] = command_line()
     report = write_side_by_side(summary, photographs, out / "report.html")
     side_by_side_figure(summary, photographs, out / "demo.png")
     replace_text(out / "demo.json", jsonlib.dumps(summary, indent=1))

@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from vitreg.cli.options import Batching, Images, ModelOptions, writable_folder
-from vitreg.cli.output import INTERRUPTED, print_json, print_skipped, progress
+from vitreg.cli.output import INTERRUPTED, command_line, print_json, print_skipped, progress
 
 if TYPE_CHECKING:
     from vitreg import Diagnosis
@@ -53,7 +53,7 @@ def diagnose(
             keep_partial=True,
             on_progress=on_progress,
         )
-    report = diagnosis.save(out)
+    report = diagnosis.save(out, command=command_line())
     _print_diagnosis(diagnosis, report, as_json=json)
     return INTERRUPTED if diagnosis.interrupted else 0
 
@@ -69,7 +69,7 @@ def _print_diagnosis(diagnosis: Diagnosis, report: Path, *, as_json: bool) -> No
     from vitreg.report.words import counted
 
     if as_json:
-        print_json({**diagnosis.to_dict(), "report": str(report)})
+        print_json({**diagnosis.to_dict(), "command": command_line(), "report": str(report)})
         return
 
     for sentence in diagnosis.verdict:

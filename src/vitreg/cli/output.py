@@ -5,10 +5,35 @@ from __future__ import annotations
 import contextlib
 import errno
 import json
+import shlex
+import sys
+import time
 from collections.abc import Callable, Iterator
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from rich.console import Console
 
 INTERRUPTED = 130
 """Exit status after Ctrl-C."""
+
+INTERVAL = 60.0
+"""Seconds between the lines that a command prints where no terminal shows a bar."""
+
+Progress = Callable[..., None]
+"""Told how far a command is: done, of how many or None, and a few words on it if there are any."""
+
+_typed: list[str] = []
+
+
+def remember(args: list[str]) -> None:
+    """Keep what was typed after `vitreg`, for the reports."""
+    _typed[:] = args
+
+
+def command_line() -> str | None:
+    """What was typed, as it can be typed again."""
+    return shlex.join(["vitreg", *_typed]) if _typed else None
 
 
 def first_line(error: BaseException) -> str:
@@ -53,13 +78,49 @@ def status(text: str) -> Iterator[None]:
 
 
 @contextlib.contextmanager
-def progress(text: str) -> Iterator[Callable[[int, int | None], None]]:
-    """A bar on stderr, fed with (done, total); silent when it is no terminal."""
+def progress(text: str, *, interval: float | None = None, console: Console | None = None) -> Iterator[Progress]:
+    """A bar on stderr; where that is no terminal, a line every so many seconds, by default `INTERVAL`."""
     from rich.console import Console
-    from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
-    console = Console(stderr=True)
-    columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())
-    with Progress(*columns, console=console, disable=not console.is_terminal, transient=True) as progress:
-        task = progress.add_task(text, total=None)
-        yield lambda done, total: progress.update(task, completed=done, total=total)
+    console = console or Console(stderr=True)
+    if not console.is_terminal:
+        yield _lines(text, INTERVAL if interval is None else interval)
+        return
+    from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
+    from rich.table import Column
+
+    words = TextColumn("{task.description}", table_column=Column(no_wrap=True, overflow="ellipsis", max_width=44))
+    columns = (words, BarColumn(bar_width=10), MofNCompleteColumn(), TimeRemainingColumn())
+    with Progress(*columns, console=console, transient=True) as bar:
+        task = bar.add_task(text, total=None)
+
+        def advance(done: int, total: int | None, note: str = "") -> None:
+            bar.update(task, completed=done, total=total, description=f"{text}: {note}" if note else text)
+
+        yield advance
+
+
+def _lines(text: str, interval: float) -> Progress:
+    since, before = time.monotonic(), None
+
+    def advance(done: int, total: int | None, note: str = "") -> None:
+        nonlocal since, before
+        # What a command finds done already says nothing about its speed.
+        before, now = done if before is None else before, time.monotonic()
+        if now - since < interval:
+            return
+        told = [f"{text}: {done:,}" if total is None else f"{text}: {done:,} of {total:,}"]
+        if (rate := (done - before) / (now - since)) > 0:
+            told += [f"{rate:.3g} per second"]
+            told += [] if total is None else [f"{_duration((total - done) / rate)} left"]
+        print(", ".join([*told, note] if note else told), file=sys.stderr, flush=True)
+        since, before = now, done
+
+    return advance
+
+
+def _duration(seconds: float) -> str:
+    minutes = round(seconds / 60)
+    if minutes < 2:
+        return f"{seconds:.0f} s"
+    return f"{minutes} min" if minutes < 120 else f"{minutes // 60} h {minutes % 60:02} min"

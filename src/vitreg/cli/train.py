@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import os
+import sys
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -11,7 +12,7 @@ from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 from tyro.conf import Positional, arg
 
-from vitreg.cli.output import INTERRUPTED, print_json
+from vitreg.cli.output import INTERRUPTED, print_json, progress
 
 if TYPE_CHECKING:
     from vitreg.training import TrainingConfig
@@ -167,32 +168,18 @@ def _check_resumed(folder: RunFolder, recipe: str | None, changed: list[str]) ->
 
 @contextmanager
 def _telling(folder: RunFolder, *, quiet: bool) -> Iterator[Callable[[dict[str, Any]], None]]:
-    """Shows a run's entries: a bar on a terminal, and a line for each diagnosis."""
-    from rich.console import Console
-    from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
-
-    console = Console(stderr=True)
-    columns = (
-        TextColumn("training"),
-        BarColumn(),
-        MofNCompleteColumn(),
-        TimeRemainingColumn(),
-        TextColumn("{task.description}"),
-    )
-    with Progress(*columns, console=console, disable=not console.is_terminal) as progress:
-        task = progress.add_task("", total=None)
+    """Shows how far a run is, and a line for each diagnosis."""
+    with progress("training") as advance:
 
         def tell(entry: dict[str, Any]) -> None:
             if "blocks" in entry:
                 if not quiet:
-                    progress.console.print(_sentence(entry), highlight=False, soft_wrap=True)
+                    print(_sentence(entry), file=sys.stderr)
                 return
-            speed = f"loss {entry['loss']:.4g}   {entry['images_per_second']:.4g} images/s"
-            speed += f"   {entry['matrix_rate_share']:.0%} of the matrix rate"
+            speed = f"loss {entry['loss']:.4g}, {entry['images_per_second']:.4g} images/s"
             if entry["skipped"]:
-                speed += f"   {entry['skipped']} pictures skipped"
-            total = folder.describe()["num_steps"]
-            progress.update(task, completed=entry["step"], total=total, description=speed)
+                speed += f", {entry['skipped']} skipped"
+            advance(entry["step"], folder.describe()["num_steps"], speed)
 
         yield tell
 

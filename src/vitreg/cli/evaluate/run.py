@@ -6,7 +6,6 @@ import contextlib
 import dataclasses
 import hashlib
 import json as jsonlib
-import shlex
 import sys
 import time
 from collections.abc import Iterator, Mapping, Sequence
@@ -19,7 +18,7 @@ from rich.table import Table
 from vitreg import VisionTransformer
 from vitreg.cli.evaluate.options import EvaluationOptions
 from vitreg.cli.options import Checkpoint, sides, writable_folder
-from vitreg.cli.output import INTERRUPTED, print_json, progress
+from vitreg.cli.output import INTERRUPTED, command_line, print_json, progress
 from vitreg.disk import replace_text
 from vitreg.images import BoxedImage, open_box_set
 from vitreg.probes.catalogue import PROBES
@@ -57,7 +56,7 @@ def run_evaluation(
     if interrupted:
         notes.append("The last command was interrupted: what is missing was not asked.")
     summary = summarize(_by_model(together, options.models, out), notes)
-    summary |= {"seconds": time.monotonic() - start, "command": f"vitreg {shlex.join(sys.argv[1:])}"}
+    summary |= {"seconds": time.monotonic() - start, "command": command_line()}
     _write(summary, together, out)
     if options.json:
         print_json(summary)
