@@ -99,7 +99,10 @@ def test_compare_writes_and_prints(photographs, fixed, tmp_path, capsys):
     [
         (["fix", "{photos}", "--model", TINY, "--out", "fixed.pth"], "must end in .safetensors"),
         (["fix", "{photos}", "--model", TINY, "--out", "/proc/no/f.safetensors"], "cannot write to /proc/no"),
-        (["fix", "{photos}", "--model", TINY, "--out", "{out}", "--limit", "5"], "5 images are too few"),
+        (
+            ["fix", "{photos}", "--model", TINY, "--out", "{out}", "--limit", "5"],
+            "5 images cannot tell which units write artifacts",
+        ),
         (
             ["fix", "{photos}", "--model", TINY, "--out", "{out}", "--registers", "0"],
             "--registers 0 must be at least 1",
