@@ -1,6 +1,6 @@
 """Is our forward pass as fast as timm's and transformers'? Same weights, process, dtype, device and batch.
 
-    python benchmarks/forward.py [--repeats 15] [--sizes small base] [--json FILE]
+    python benchmarks/forward.py [--device cuda] [--repeats 15] [--sizes small base] [--compile] [--json FILE]
 
 Ratios are our time over theirs, medians of pairs of interleaved runs; below 1 we are faster. `rate` is the share of
 the machine's matrix rate (a large product in the same dtype, measured here) that our forward reaches.
@@ -15,9 +15,10 @@ from pathlib import Path
 import timm
 import torch
 import transformers
-from timing import interleaved, machine, matrix_rate, median_ratio
+from timing import default_device, interleaved, machine, matrix_rate, median_ratio
 
 import vitreg
+from vitreg.devices import resolve_device
 from vitreg.training.throughput import forward_flops
 
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
@@ -40,6 +41,7 @@ def models(size: str, registers: bool, pixels: int, device: str):
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--device", default=default_device())
     parser.add_argument("--repeats", type=int, default=15)
     parser.add_argument("--sizes", nargs="+", default=["small", "base"])
     parser.add_argument("--pixels", nargs="+", type=int, default=[224, 518])
@@ -49,14 +51,15 @@ def main() -> None:
     args = parser.parse_args()
     transformers.utils.logging.set_verbosity_error()
     transformers.utils.logging.disable_progress_bar()
-    device = "cuda" if torch.cuda.is_available() else "cpu"
+    device = str(resolve_device(args.device))
     rates = {name: matrix_rate(dtype, device) for name, dtype in DTYPES.items()}
-    print(machine(), "; ".join(f"{name} {rate / 1e12:.2f} TFLOP/s" for name, rate in rates.items()))
+    print(machine(device), "; ".join(f"{name} {rate / 1e12:.2f} TFLOP/s" for name, rate in rates.items()))
     print("model   px  reg batch dtype   ours ms  /timm  /transformers  rate")
     rows, recommended = [], []
     for size in args.sizes:
         for pixels in args.pixels:
-            batch = (8 if pixels <= 224 else 2) // (2 if size == "base" else 1) * (32 if device == "cuda" else 1)
+            batch = (8 if pixels <= 224 else 2) // (2 if size == "base" else 1)
+            batch *= 32 if device.startswith("cuda") else 1
             for registers in (False, True):
                 ours, peer, other = models(size, registers, pixels, device)
                 images = torch.randn(batch, 3, pixels, pixels, device=device)
@@ -94,7 +97,8 @@ def main() -> None:
         )
     if args.json:
         args.json.write_text(
-            json.dumps({"machine": machine(), "rows": rows, "recommended": recommended}, indent=1), encoding="utf-8"
+            json.dumps({"machine": machine(device), "rows": rows, "recommended": recommended}, indent=1),
+            encoding="utf-8",
         )
 
 

@@ -7,15 +7,23 @@ from collections.abc import Callable, Mapping
 
 import torch
 
+from vitreg.devices import resolve_device
 
-def machine() -> str:
-    if torch.cuda.is_available():
+
+def default_device() -> str:
+    """A GPU where there is one."""
+    return str(resolve_device())
+
+
+def machine(device: str = "auto") -> str:
+    if resolve_device(device).type == "cuda":
         return f"{torch.cuda.get_device_name()}, torch {torch.__version__}"
     capability = torch.backends.cpu.get_cpu_capability()
     return f"{platform.machine()} ({capability}), {torch.get_num_threads()} threads, torch {torch.__version__}"
 
 
 def synchronize() -> None:
+    """Wait for a GPU's work; a CPU's is done."""
     if torch.cuda.is_available():
         torch.cuda.synchronize()
 
@@ -48,7 +56,7 @@ def median_ratio(ours: list[float], theirs: list[float]) -> float:
 
 def matrix_rate(dtype: torch.dtype, device: str) -> float:
     """FLOP/s of a large matrix product through PyTorch: the ceiling for everything here."""
-    side = 8192 if device == "cuda" else 1536
+    side = 8192 if torch.device(device).type == "cuda" else 1536
     a, b = (torch.randn(side, side, dtype=dtype, device=device) for _ in range(2))
     times = interleaved({"matmul": lambda: a @ b}, 9)["matmul"]
     return 2 * side**3 / statistics.median(times)

@@ -17,7 +17,7 @@ from pathlib import Path
 
 import timm
 import torch
-from timing import interleaved, machine, matrix_rate, median_ratio
+from timing import default_device, interleaved, machine, matrix_rate, median_ratio
 from timm.layers.drop import DropPath
 from timm.loss.binary_cross_entropy import BinaryCrossEntropy
 from timm.optim._param_groups import param_groups_weight_decay
@@ -110,8 +110,9 @@ def decoding(data: Path, processes: Processes, workers: int | None, count: int) 
 
 
 def main() -> None:
-    on_gpu = torch.cuda.is_available()
+    on_gpu = default_device() == "cuda"
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--device", default=default_device())
     parser.add_argument("--size", default="base" if on_gpu else "small")
     parser.add_argument("--registers", type=int, default=4)
     parser.add_argument("--batch", type=int, default=256 if on_gpu else 8)
@@ -124,9 +125,9 @@ def main() -> None:
     parser.add_argument("--count", type=int, default=1024, help="pictures to decode")
     parser.add_argument("--json", type=Path)
     args = parser.parse_args()
-    processes = Processes.join()
-    print(machine())
-    results = {"machine": machine(), "step": compare(args, processes)}
+    processes = Processes.join(args.device)
+    print(machine(args.device))
+    results = {"machine": machine(args.device), "step": compare(args, processes)}
     step = results["step"]
     print(
         f"ViT-{step['model']}, {args.registers} registers, batch {args.batch}, {args.dtype}"

@@ -17,6 +17,10 @@ ROOT = Path(__file__).parents[1]
 TINY_VIT = "vit_tiny_patch16_224.augreg_in21k_ft_in1k"
 
 
+def pytest_addoption(parser: pytest.Parser) -> None:
+    parser.addoption("--device", help="where the tests in tests/cuda run; by default on a GPU, or not at all")
+
+
 def pytest_configure() -> None:
     # Tests are tiny and run side by side: threads of their own would fight for the cores.
     torch.set_num_threads(1)

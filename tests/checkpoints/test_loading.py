@@ -317,7 +317,8 @@ root = logging.getLogger()
 before = (list(root.handlers), root.level, transformers.utils.logging.get_verbosity(),
           transformers.utils.logging.is_progress_bar_enabled())
 print("start", file=sys.stderr)
-vitreg.load(sys.argv[1])
+vit = vitreg.load(sys.argv[1])
+vitreg.save(vit, sys.argv[1] + "/again", format="transformers")
 print("end", file=sys.stderr)
 assert before == (list(root.handlers), root.level, transformers.utils.logging.get_verbosity(),
                   transformers.utils.logging.is_progress_bar_enabled())

@@ -12,6 +12,7 @@ import torch
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
+from vitreg.checkpoints.hub import quiet_transformers
 from vitreg.checkpoints.pieces import Inexpressible, piece, pieces_of, with_prefix
 from vitreg.checkpoints.state import CheckpointError
 from vitreg.checkpoints.to_timm import snap, theta_of, timm_architecture
@@ -38,7 +39,8 @@ def to_transformers_folder(vit: VisionTransformer, folder: Path) -> None:
     pieces = _transformers_pieces(vit)
     state = {key: _transformers_tensor(pieces, key, like, vit.config) for key, like in model.state_dict().items()}
     model.load_state_dict(state, assign=True)
-    model.save_pretrained(folder, max_shard_size="1TB")
+    with quiet_transformers():
+        model.save_pretrained(folder, max_shard_size="1TB")
     if name in ("CLIPVisionModel", "SiglipVisionModel"):
         _nest(folder / "model.safetensors")
     if (processor := _processor(vit.preprocess)) is not None:
