@@ -46,7 +46,7 @@ def test_position_rules_of_the_official_repositories(name, expected):
     assert registry.find(name).interpolation == expected
 
 
-def test_find_knows_short_names_only():
+def test_find_knowsshort_names_only():
     assert registry.find("dinov2_vitl14_reg").timm == "vit_large_patch14_reg4_dinov2.lvd142m"
     assert registry.find("vit_large_patch14_reg4_dinov2.lvd142m") is None
     assert registry.find("") is None

@@ -7,6 +7,7 @@ import sys
 from pathlib import Path
 from typing import Any, Literal
 
+from vitreg.cli.evaluate.run import short_names
 from vitreg.cli.options import Checkpoint, positive, writable_folder
 from vitreg.cli.output import INTERRUPTED, print_json, progress
 from vitreg.discovery.protocol import DEFAULT, Axis
@@ -62,7 +63,7 @@ def discovery(
     if not labelled:
         raise ValueError(f"{data} has {len(boxed.images)} pictures and not one box; CorLoc needs boxes")
     positive("--batch-size", batch_size)
-    found = {}
+    found, names = {}, short_names(models)
     try:
         for name in models:
             vit = Checkpoint(name, device=device, dtype=dtype).load()
@@ -71,7 +72,7 @@ def discovery(
                 boxes = find_boxes(
                     vit, name, labelled, protocols, record, batch_size=batch_size, on_progress=on_progress
                 )
-            found[name] = hits(boxes, labelled)
+            found[names[name]] = hits(boxes, labelled)
     except KeyboardInterrupt:
         print(f"vitreg: interrupted; the same command continues, {out} keeps what is done", file=sys.stderr)
         return INTERRUPTED

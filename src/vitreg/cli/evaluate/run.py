@@ -175,14 +175,14 @@ def _by_model(answers: Sequence[Answer], models: Sequence[str], out: Path) -> li
             before = jsonlib.loads((out / "evaluation.json").read_text(encoding="utf-8"))
             order = dict.fromkeys([*(model["source"] for model in before["models"]), *models])
         order |= dict.fromkeys(sorted(found))
-    names = _short_names([model for model in order if model in found])
+    names = short_names([model for model in order if model in found])
     return [
         Evaluated(name, {one.asked.probe: one for one in answers if one.asked.model == source})
         for source, name in names.items()
     ]
 
 
-def _short_names(sources: Sequence[str]) -> dict[str, str]:
+def short_names(sources: Sequence[str]) -> dict[str, str]:
     """Files and runs without their folders, where they still differ."""
     short = {s: Path(s).name.removesuffix(".safetensors") if Path(s).exists() else s for s in sources}
     return short if len(set(short.values())) == len(short) else {source: source for source in sources}
