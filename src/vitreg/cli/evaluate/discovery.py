@@ -7,7 +7,6 @@ import sys
 from pathlib import Path
 from typing import Any, Literal
 
-from vitreg.cli.evaluate.run import short_names
 from vitreg.cli.options import Checkpoint, positive, writable_folder
 from vitreg.cli.output import INTERRUPTED, print_json, progress
 from vitreg.discovery.protocol import DEFAULT, Axis
@@ -48,6 +47,7 @@ def discovery(
         limit: so many images only, from all over the set.
         json: print discovery.json.
     """
+    from vitreg.cli.evaluate.run import short_names
     from vitreg.discovery.summary import hits, summarize
     from vitreg.discovery.sweep import find_boxes, settings
     from vitreg.images import open_box_set, spaced
