@@ -80,7 +80,7 @@ def test_discover_says_what_it_did_and_needs_no_overlays(yolo, tmp_path, capsys)
     out = tmp_path / "out"
     flags = ("--method", "tokencut", "--no-overlays", "--facet", "keys", "--no-center")
     assert run("discover", yolo / "images", "--model", TINY, "--out", out, *flags) == 0
-    assert "6 objects in 6 pictures" in capsys.readouterr().out
+    assert "6 objects in 6 images" in capsys.readouterr().out
     assert {path.name for path in out.glob("[!.]*")} == {"detections.json", "coco.json"}
     assert json.loads((out / "detections.json").read_text())["protocol"]["center"] is False
 
