@@ -26,10 +26,10 @@ import vitreg
 from vitreg.artifacts import plant_artifacts
 from vitreg.images import open_split
 from vitreg.model import Preprocess, ViTConfig
-from vitreg.training.config import OptimizerConfig, TrainingConfig
-from vitreg.training.held_out import stream_pictures
-from vitreg.training.start import resume, train
-from vitreg.training.supervised import SupervisedConfig
+from vitreg.training.engine.config import OptimizerConfig, TrainingConfig
+from vitreg.training.data.held_out import stream_pictures
+from vitreg.training.engine.start import resume, train
+from vitreg.training.recipes.deit3 import SupervisedConfig
 
 SIDE = 64
 CPU = torch.device("cpu")

@@ -23,7 +23,7 @@ from torch import Tensor
 import vitreg
 from vitreg.images import Part, evenly, open_image_set
 from vitreg.probes import FeaturesConfig, extract
-from vitreg.probes.logistic import fit_logistic
+from vitreg.probes.heads.logistic import fit_logistic
 
 Rows = tuple[Tensor, Tensor]
 

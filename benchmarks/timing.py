@@ -7,7 +7,7 @@ from collections.abc import Callable, Mapping
 
 import torch
 
-from vitreg.devices import resolve_device
+from vitreg.common.devices import resolve_device
 
 
 def default_device() -> str:

@@ -21,8 +21,8 @@ import transformers
 from timing import default_device, interleaved, machine, matrix_rate, median_ratio
 
 import vitreg
-from vitreg.devices import resolve_device
-from vitreg.training.throughput import forward_flops
+from vitreg.common.devices import resolve_device
+from vitreg.training.engine.throughput import forward_flops
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
 

@@ -26,9 +26,9 @@ from timm.optim.lamb import Lamb
 from vitreg.checkpoints.to_timm import to_timm_state
 from vitreg.images import open_split
 from vitreg.training import deit3
-from vitreg.training.learner import Learner
-from vitreg.training.processes import Processes
-from vitreg.training.samples import SampleStream, default_workers, fetch
+from vitreg.training.engine.train_state import Learner
+from vitreg.training.engine.distributed import Processes
+from vitreg.training.data.samples import SampleStream, default_workers, fetch
 
 
 def plain_loop(learner: Learner, batch: dict[str, torch.Tensor]):

@@ -12,7 +12,7 @@ import torch
 from safetensors.torch import save_file
 
 import vitreg
-from vitreg.disk import _PARTIAL, lock, replace_text, replacing, replacing_files
+from vitreg.common.disk import _PARTIAL, lock, replace_text, replacing, replacing_files
 
 
 def test_a_reader_sees_the_old_file_until_the_new_one_is_whole(tmp_path):
@@ -120,4 +120,4 @@ def test_nothing_but_disk_writes_a_file_in_place():
             ours = text.startswith(("diagnosis.save(out", "comparison.save(out", "save(tensors, {'vitreg'"))
             if (_writes(call) or text.startswith("os.replace(")) and not safe and not ours:
                 found.append(f"{file.relative_to(source)}:{call.lineno}: {text}")
-    assert [line for line in found if not line.startswith("disk.py")] == []
+    assert [line for line in found if not line.startswith("common/disk.py")] == []

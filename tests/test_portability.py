@@ -52,7 +52,7 @@ def test_modules_that_only_unix_has_are_not_imported_with_vitreg(module):
 
 def test_cores_are_counted_where_there_is_no_affinity(monkeypatch):
     """macOS has none."""
-    from vitreg.devices import available_cores
+    from vitreg.common.devices import available_cores
 
     monkeypatch.delattr(os, "sched_getaffinity", raising=False)
     assert available_cores() == os.cpu_count()

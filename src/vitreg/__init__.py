@@ -2,7 +2,7 @@
 
 from typing import TYPE_CHECKING, Any
 
-from vitreg.lazy import lazy
+from vitreg.common.lazy import lazy
 
 if TYPE_CHECKING:
     from vitreg.artifacts import Comparison, Diagnosis, compare, diagnose

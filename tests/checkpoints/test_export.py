@@ -12,10 +12,10 @@ import torch
 from safetensors import safe_open
 from safetensors.torch import load_file
 
-from vitreg.checkpoints.export import config_from_metadata, save, to_timm_state
+from vitreg.checkpoints.saving import config_from_metadata, save, to_timm_state
 from vitreg.checkpoints.state import CheckpointError, build
-from vitreg.checkpoints.timm import from_timm
-from vitreg.checkpoints.transformers import from_transformers, preprocess_from_processor
+from vitreg.checkpoints.from_timm import from_timm
+from vitreg.checkpoints.from_transformers import from_transformers, preprocess_from_processor
 from vitreg.model import Preprocess, RopeConfig, VisionTransformer, ViTConfig
 
 TOLERANCE = 1e-5
@@ -330,7 +330,7 @@ def test_a_failed_write_is_one_sentence_and_leaves_nothing(tmp_path, monkeypatch
             file.write(b"half of it")
         raise OSError(28, "No space left on device")
 
-    monkeypatch.setattr("vitreg.checkpoints.export.save_file", full_disk)
+    monkeypatch.setattr("vitreg.checkpoints.saving.save_file", full_disk)
     with pytest.raises(ValueError, match=r"cannot write to .*: No space left on device; make room"):
         save(model(num_registers=1), old)
     assert old.read_bytes() == before

@@ -4,7 +4,7 @@ import pytest
 import torch
 from PIL import Image
 
-from vitreg.checkpoints.open_clip import from_open_clip
+from vitreg.checkpoints.from_open_clip import from_open_clip
 from vitreg.checkpoints.state import CheckpointError
 
 open_clip = pytest.importorskip("open_clip")

@@ -201,7 +201,7 @@ def hf_classes(module: str) -> dict[str, Any]:
 
 
 def test_every_class_of_transformers_with_a_vit_converts_or_is_refused_in_a_sentence():
-    from vitreg.checkpoints.transformers import _CLASSES
+    from vitreg.checkpoints.from_transformers import _CLASSES
 
     converted, failures = set(), []
     for module in HF_MODULES:

@@ -25,7 +25,7 @@ from checkpoints.transformers_models import (
     vit_model,
 )
 from vitreg.checkpoints.state import CheckpointError
-from vitreg.checkpoints.transformers import from_transformers
+from vitreg.checkpoints.from_transformers import from_transformers
 
 
 @pytest.mark.parametrize("size", SIZES)

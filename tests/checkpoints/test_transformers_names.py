@@ -4,7 +4,7 @@ import pytest
 import torch
 
 from checkpoints.transformers_models import dinov2_config, hf, images, perturb, same_tokens
-from vitreg.checkpoints.transformers import canonical_name, from_transformers
+from vitreg.checkpoints.from_transformers import canonical_name, from_transformers
 
 
 # Parameters as transformers 4.5x named them (`model.safetensors` of google/vit-base-patch16-224,

@@ -10,7 +10,7 @@ from PIL import Image
 
 from checkpoints.transformers_models import close, hf
 from vitreg.checkpoints.state import CheckpointError
-from vitreg.checkpoints.transformers import preprocess_from_processor
+from vitreg.checkpoints.from_transformers import preprocess_from_processor
 
 PROCESSORS = {
     # preprocessor_config.json of openai/clip-vit-base-patch32, google/vit-base-patch16-224 (before and after

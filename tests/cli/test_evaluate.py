@@ -23,7 +23,7 @@ from probes.dense import squares
 from vitreg import cli
 from vitreg.images import open_image_set
 from vitreg.probes.catalogue import PROBES
-from vitreg.probes.logistic import LogisticConfig
+from vitreg.probes.heads.logistic import LogisticConfig
 
 PAIR = ("vitreg_tiny", "vitreg_tiny_reg4")
 SHORT = {
@@ -308,7 +308,7 @@ def test_a_full_disk_is_one_sentence(folders, tmp_path, capsys, monkeypatch):
     def full(*_):
         raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
 
-    monkeypatch.setattr("vitreg.probes.shards.save_file", full)
+    monkeypatch.setattr("vitreg.probes.store.shards.save_file", full)
     assert run("evaluate", "knn", "--data", folders, "--models", PAIR[0], "--out", tmp_path / "out") != 0
     error = capsys.readouterr().err.strip().splitlines()[-1]
     assert "space" in error.lower()
@@ -385,7 +385,7 @@ def test_commands_into_one_folder_add_up(folders, tmp_path, capsys):
 def test_a_second_process_is_kept_out_of_the_folder(folders, tmp_path, capsys):
     code = (
         "import pathlib, sys\n"
-        "from vitreg.disk import lock\n"
+        "from vitreg.common.disk import lock\n"
         "held = lock(pathlib.Path(sys.argv[1]), 'evaluates into')\n"
         "print('held', flush=True)\n"
         "sys.stdin.read()\n"

@@ -17,7 +17,7 @@ import vitreg
 from training.runs import real_diagnoses, write_run
 from vitreg import cli
 from vitreg.cli.train import train
-from vitreg.training.sizes import SIZES
+from vitreg.training.recipes.sizes import SIZES
 
 SMALL = (*("--size", "32", "--patch-size", "16", "--batch-size", "8"), "--workers", "0", "--device", "cpu")
 
@@ -84,7 +84,7 @@ def classes(test_data, tmp_path) -> Path:
 
 @pytest.fixture
 def _quick(monkeypatch):
-    monkeypatch.setattr("vitreg.training.journal.matrix_rate", lambda device, dtype: 1e9)
+    monkeypatch.setattr("vitreg.training.engine.run_logger.matrix_rate", lambda device, dtype: 1e9)
 
 
 def sentence(capsys) -> str:

@@ -10,7 +10,7 @@ import torch
 from PIL import Image
 
 import vitreg
-from vitreg.devices import available_devices
+from vitreg.common.devices import available_devices
 
 
 @pytest.fixture(scope="session")

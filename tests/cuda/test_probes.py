@@ -39,9 +39,9 @@ def top(result) -> list[float]:
 
 @pytest.mark.parametrize("probe", ["knn", "linear", "tokens", "position"])
 def test_probes_of_images(device, probe, classes):
-    from vitreg.probes.knn import knn
-    from vitreg.probes.linear import linear
-    from vitreg.probes.position import position
+    from vitreg.probes.tasks.knn import knn
+    from vitreg.probes.tasks.linear import linear
+    from vitreg.probes.tasks.position import position
     from vitreg.probes.protocols import (
         KNNConfig,
         LinearConfig,
@@ -49,7 +49,7 @@ def test_probes_of_images(device, probe, classes):
         PositionConfig,
         SingleTokenConfig,
     )
-    from vitreg.probes.single_token import single_token
+    from vitreg.probes.tasks.single_token import single_token
 
     run = {
         "knn": lambda where: knn(*classes, KNNConfig(k=(5,)), device=where),
@@ -67,7 +67,7 @@ def test_probes_of_images(device, probe, classes):
 
 
 def test_reconstruction(device, folders, classes):
-    from vitreg.probes.reconstruction import reconstruction
+    from vitreg.probes.tasks.reconstruction import reconstruction
 
     sets = [open_image_set(folders / part) for part in ("train", "val")]
     ours, theirs = (top(reconstruction(*classes, *sets, device=where)) for where in (device, "cpu"))
@@ -76,9 +76,9 @@ def test_reconstruction(device, folders, classes):
 
 @pytest.mark.parametrize("kind", ["masks", "depth"])
 def test_dense_probes(device, kind, tmp_path):
-    from vitreg.probes.depth import linear_depth
+    from vitreg.probes.tasks.depth import linear_depth
     from vitreg.probes.protocols import DepthConfig, SegmentationConfig
-    from vitreg.probes.segmentation import linear_segmentation
+    from vitreg.probes.tasks.segmentation import linear_segmentation
 
     root = str(squares(tmp_path / "squares"))
     sets = open_segmentation(root) if kind == "masks" else open_depth(root)

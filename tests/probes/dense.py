@@ -12,7 +12,7 @@ from PIL import Image
 from probes.small import small_vit
 from vitreg.images import DenseSet
 from vitreg.probes import FeaturesConfig, FeatureStore, extract
-from vitreg.probes.dense_features import dense_preprocess
+from vitreg.probes.store.dense_features import dense_preprocess
 
 COLOURS = np.array([[230, 20, 20], [20, 230, 20], [20, 20, 230]], np.uint8)
 ROWS, COLUMNS, SQUARE = 4, 6, 20

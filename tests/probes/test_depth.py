@@ -17,9 +17,9 @@ from peers import error
 from probes.dense import all_patches, squares, stores
 from vitreg.images import open_depth
 from vitreg.probes import FeaturesConfig, extract
-from vitreg.probes.dense_features import dense_preprocess
-from vitreg.probes.depth import DepthConfig, depth_blocks, expected_depth, fit_depth, linear_depth
-from vitreg.probes.depth_errors import depth_errors, sig_loss
+from vitreg.probes.store.dense_features import dense_preprocess
+from vitreg.probes.tasks.depth import DepthConfig, depth_blocks, expected_depth, fit_depth, linear_depth
+from vitreg.probes.tasks.depth_errors import depth_errors, sig_loss
 
 SHORT = DepthConfig(bins=32, max_depth=5.0, steps=300)
 

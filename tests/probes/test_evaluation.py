@@ -23,13 +23,13 @@ from vitreg.model import Preprocess, VisionTransformer
 from vitreg.probes import FeatureStore
 from vitreg.probes.catalogue import PROBES
 from vitreg.probes.evaluation import Data, PassConfig, evaluate, preprocessing
-from vitreg.probes.linear import LinearConfig
-from vitreg.probes.position_fit import PositionConfig
-from vitreg.probes.reconstruction import ReconstructionConfig
-from vitreg.probes.saved import Answer
-from vitreg.probes.score import ProbeResult
-from vitreg.probes.segmentation import SegmentationConfig
-from vitreg.probes.single_token import SingleTokenConfig
+from vitreg.probes.tasks.linear import LinearConfig
+from vitreg.probes.heads.position_head import PositionConfig
+from vitreg.probes.tasks.reconstruction import ReconstructionConfig
+from vitreg.probes.results.result_cache import Answer
+from vitreg.probes.results.score import ProbeResult
+from vitreg.probes.tasks.segmentation import SegmentationConfig
+from vitreg.probes.tasks.single_token import SingleTokenConfig
 
 LABELS = (3, 7, 20)
 SIZE = (16 * ROWS, 16 * COLUMNS)

@@ -16,7 +16,7 @@ import vitreg
 from probes.labelled import ALL_BLOCKS, pictures_of, small_stores
 from probes.small import small_vit
 from vitreg.probes import FeatureStore, extract
-from vitreg.probes.knn import KNNConfig, knn, nearest
+from vitreg.probes.tasks.knn import KNNConfig, knn, nearest
 
 Stores = tuple[FeatureStore, FeatureStore]
 

@@ -21,8 +21,8 @@ from peers import error
 from probes.labelled import ALL_BLOCKS, KILLED, pictures_of, small_stores, train_killed
 from probes.small import small_vit
 from vitreg.probes import FeaturesConfig, FeatureStore, extract
-from vitreg.probes.linear import _Input, _inputs, _table, linear, linear_blocks
-from vitreg.probes.linear_heads import Heads, LinearConfig
+from vitreg.probes.tasks.linear import _Input, _inputs, _table, linear, linear_blocks
+from vitreg.probes.heads.linear_grid import Heads, LinearConfig
 
 SHORT = LinearConfig(learning_rates=(0.01, 0.1), epochs=1, epoch_length=20, head_batch_size=16)
 Stores = tuple[FeatureStore, FeatureStore]
@@ -210,7 +210,7 @@ def iteration(state: Path) -> int:
 def test_killed_at_random_moments_is_bit_for_bit_as_never_killed(stores, tmp_path):
     train, val = (store.path for store in stores)
     context = mp.get_context("forkserver")
-    context.set_forkserver_preload(["vitreg.probes.linear", "timm", "pyarrow.parquet"])
+    context.set_forkserver_preload(["vitreg.probes.tasks.linear", "timm", "pyarrow.parquet"])
 
     def started(name: str):
         process = context.Process(target=train_killed, args=(train, val, tmp_path / name, tmp_path / f"{name}.json"))

@@ -16,7 +16,7 @@ from torch.nn.functional import adaptive_avg_pool2d
 from peers import error
 from probes.labelled import pictures_of
 from vitreg.model import Preprocess
-from vitreg.probes.logistic import LogisticConfig, choose_logistic, fit_logistic
+from vitreg.probes.heads.logistic import LogisticConfig, choose_logistic, fit_logistic
 
 CLASSES = 6
 

@@ -13,9 +13,9 @@ from probes.small import Pictures, small_vit, validation
 from vitreg.images import open_image_set
 from vitreg.model.preprocess import IMAGENET_MEAN, IMAGENET_STD
 from vitreg.probes import FeaturesConfig, extract
-from vitreg.probes.least_squares import Moments, fit_linear
-from vitreg.probes.patch_kinds import SUBJECTS
-from vitreg.probes.reconstruction import NAME, reconstruction
+from vitreg.probes.heads.least_squares import Moments, fit_linear
+from vitreg.probes.tasks.patch_kinds import SUBJECTS
+from vitreg.probes.tasks.reconstruction import NAME, reconstruction
 
 STORED = FeaturesConfig(dtype="float32", shard_size=32)
 

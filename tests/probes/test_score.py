@@ -11,7 +11,7 @@ import scipy.stats
 import torch
 from torchmetrics.functional.classification import multiclass_jaccard_index
 
-from vitreg.probes.score import Score
+from vitreg.probes.results.score import Score
 
 
 def confusion(truth: np.ndarray, guess: np.ndarray, classes: int) -> np.ndarray:

@@ -21,9 +21,9 @@ from probes.dense import CONFIG, all_patches, squares, stores, with_patches
 from probes.small import small_vit
 from vitreg.images import IGNORED, open_segmentation
 from vitreg.probes import FeaturesConfig, extract
-from vitreg.probes.dense_features import DenseFeatures, dense_preprocess, read_targets
-from vitreg.probes.dense_head import LinearHead, Upsampling
-from vitreg.probes.segmentation import SegmentationConfig, Segmenter, fit_segmentation, linear_segmentation
+from vitreg.probes.store.dense_features import DenseFeatures, dense_preprocess, read_targets
+from vitreg.probes.heads.dense_head import LinearHead, Upsampling
+from vitreg.probes.tasks.segmentation import SegmentationConfig, Segmenter, fit_segmentation, linear_segmentation
 
 SHORT = SegmentationConfig(steps=150)
 
@@ -157,7 +157,7 @@ def test_logits_of_a_whole_image_in_all_sizes_are_never_held(sets, features, tmp
 
     upsample = Upsampling.__call__
     monkeypatch.setattr(Upsampling, "__call__", spied)
-    monkeypatch.setattr("vitreg.probes.segmentation.AT_ONCE", 3 * 120 * 7)
+    monkeypatch.setattr("vitreg.probes.tasks.segmentation.AT_ONCE", 3 * 120 * 7)
     ((_, classes),) = segmenter.predict([val, larger], sets[1], [4])
     np.testing.assert_array_equal(classes, whole)
     assert len(made) == 2 * 12, "seven rows of 80 at a time, of two sizes"

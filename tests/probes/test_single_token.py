@@ -14,8 +14,8 @@ from sklearn.linear_model import LogisticRegression
 from probes.labelled import ALL_BLOCKS, pictures_of, small_stores
 from probes.small import small_vit
 from vitreg.probes import FeaturesConfig, FeatureStore, extract
-from vitreg.probes.logistic import LogisticConfig
-from vitreg.probes.single_token import SingleTokenConfig, _kinds, single_token
+from vitreg.probes.heads.logistic import LogisticConfig
+from vitreg.probes.tasks.single_token import SingleTokenConfig, _kinds, single_token
 
 CONFIG = SingleTokenConfig(draws=3, min_images=5, logistic=LogisticConfig(C=(0.01,)))
 Stores = tuple[FeatureStore, FeatureStore]

@@ -13,13 +13,13 @@ from safetensors.torch import save_file
 import vitreg
 from peers import perturb
 from probes.small import small_vit, validation
-from vitreg.checkpoints.open_clip import from_open_clip
+from vitreg.checkpoints.from_open_clip import from_open_clip
 from vitreg.checkpoints.text_tower import TextTower
 from vitreg.images import Part, evenly, open_image_set
 from vitreg.probes import FeaturesConfig, extract
-from vitreg.probes.templates import class_names
-from vitreg.probes.text_encoders import OpenClipText, load_text_encoder
-from vitreg.probes.zero_shot import ZeroShotConfig, class_embeddings, image_embeddings, zero_shot
+from vitreg.probes.tasks.templates import class_names
+from vitreg.probes.tasks.text_encoders import OpenClipText, load_text_encoder
+from vitreg.probes.tasks.zero_shot import ZeroShotConfig, class_embeddings, image_embeddings, zero_shot
 
 open_clip = pytest.importorskip("open_clip")
 

@@ -15,7 +15,7 @@ import torch.nn.functional as F
 import vitreg
 from peers import error, pictures
 from registers.planting import GREEN, MAGENTA, photos, plant, random_vit, with_patches
-from vitreg.report.words import percent
+from vitreg.common.words import percent
 
 
 def in_a_process(code: str, *arguments) -> str:

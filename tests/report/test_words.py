@@ -5,7 +5,7 @@ import pytest
 
 from report.diagnoses import make_examples, make_summary
 from vitreg.report import write_report
-from vitreg.report.words import counted, number, percent, shorten
+from vitreg.common.words import counted, number, percent, shorten
 
 
 def test_two_implementations_that_round_differently_on_one_page(tmp_path, open_page):

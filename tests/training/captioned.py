@@ -8,8 +8,8 @@ from pathlib import Path
 from PIL import Image
 
 from vitreg.images import ImageSet, read_image
-from vitreg.training.contrastive import Contrastive, ContrastiveConfig
-from vitreg.training.sizes import sized
+from vitreg.training.recipes.clip import Contrastive, ContrastiveConfig
+from vitreg.training.recipes.sizes import sized
 
 MODEL = sized(
     "micro", patch_size=16, image_size=64, num_registers=4, depth=2, embed_dim=64, num_classes=32, head_bias=False

@@ -35,4 +35,4 @@ def folders(class_folders: Path, tmp_path: Path) -> Path:
 @pytest.fixture
 def _quick(monkeypatch):
     """Runs inside the tests do without the half second in which the machine is measured."""
-    monkeypatch.setattr("vitreg.training.journal.matrix_rate", lambda device, dtype: 1e9)
+    monkeypatch.setattr("vitreg.training.engine.run_logger.matrix_rate", lambda device, dtype: 1e9)

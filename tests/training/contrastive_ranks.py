@@ -13,9 +13,9 @@ from torch.nn.parallel import DistributedDataParallel
 
 from training.captioned import tiny_method
 from vitreg.images import ImageSet
-from vitreg.training.contrastive import Contrastive
-from vitreg.training.method import Batch
-from vitreg.training.processes import whole
+from vitreg.training.recipes.clip import Contrastive
+from vitreg.training.engine.method import Batch
+from vitreg.training.engine.distributed import whole
 
 
 def random_batch(num: int) -> Batch:

@@ -11,9 +11,9 @@ from torch.distributed.tensor import DTensor
 from torch.nn.parallel import DistributedDataParallel
 
 from peers import perturb
-from vitreg.training.multi_crop import MultiCropConfig, locate_hidden
-from vitreg.training.self_distillation import SelfDistillation, SelfDistillationConfig
-from vitreg.training.sizes import sized
+from vitreg.training.data.multi_crop import MultiCropConfig, locate_hidden
+from vitreg.training.recipes.dinov2 import SelfDistillation, SelfDistillationConfig
+from vitreg.training.recipes.sizes import sized
 
 CASES = [
     (sharding, centering, progress)

@@ -8,7 +8,7 @@ from typing import Any
 
 from vitreg.images import tars
 from vitreg.training import open_data
-from vitreg.training.processes import Processes
+from vitreg.training.engine.distributed import Processes
 
 
 def run(rank: int, world: int, port: int, archive: Path, folder: Path) -> None:

@@ -15,9 +15,9 @@ from training.distillation_steps import random_batch as crops
 from training.distillation_steps import small_method
 from vitreg.model import VisionTransformer
 from vitreg.training import TrainingConfig, clip, dinov2
-from vitreg.training.learner import Learner
-from vitreg.training.multi_crop import locate_hidden
-from vitreg.training.processes import Processes
+from vitreg.training.engine.train_state import Learner
+from vitreg.training.data.multi_crop import locate_hidden
+from vitreg.training.engine.distributed import Processes
 
 STEPS = 20
 

@@ -6,7 +6,7 @@ import torch
 
 from training.small import small_config
 from vitreg.model import VisionTransformer
-from vitreg.training.average import Average, follow
+from vitreg.training.engine.ema import Average, follow
 
 
 def test_average_is_the_literal_one():

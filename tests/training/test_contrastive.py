@@ -25,11 +25,11 @@ from peers import error, perturb, pictures
 from training.captioned import CONFIG, MODEL, Photographs, tiny_method
 from training.contrastive_ranks import Noise, random_batch, seeded_method, two_steps
 from vitreg.checkpoints.text_tower import TextTower, load_text_tower
-from vitreg.training.contrastive import TEXT_SIZES, Contrastive, ContrastiveConfig
-from vitreg.training.method import Sample
-from vitreg.training.randomness import fixed_randomness
-from vitreg.training.retrieval import recall
-from vitreg.training.sizes import SIZES
+from vitreg.training.recipes.clip import TEXT_SIZES, Contrastive, ContrastiveConfig
+from vitreg.training.engine.method import Sample
+from vitreg.training.engine.randomness import fixed_randomness
+from vitreg.training.recipes.retrieval import recall
+from vitreg.training.recipes.sizes import SIZES
 
 
 @pytest.fixture(scope="module")

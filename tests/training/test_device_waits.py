@@ -12,9 +12,9 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from training.contrastive_ranks import Noise
 from training.small import small_config
 from vitreg.training import clip, dinov2
-from vitreg.training.learner import Learner
-from vitreg.training.processes import Processes
-from vitreg.training.samples import SampleStream
+from vitreg.training.engine.train_state import Learner
+from vitreg.training.engine.distributed import Processes
+from vitreg.training.data.samples import SampleStream
 
 ATEN = torch.ops.aten
 # What hands a value, or a shape that depends on values, to Python; and what makes a tensor of Python's numbers, which a

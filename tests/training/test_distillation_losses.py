@@ -8,9 +8,9 @@ from lightly.models.modules.heads import DINOProjectionHead
 from torch import nn
 
 from peers import error
-from vitreg.training.distillation_losses import MeanCentering, Sinkhorn, entropies, patch_loss, view_loss
-from vitreg.training.multi_crop import locate_hidden
-from vitreg.training.prototype_head import PrototypeHead
+from vitreg.training.recipes.dino_losses import MeanCentering, Sinkhorn, entropies, patch_loss, view_loss
+from vitreg.training.data.multi_crop import locate_hidden
+from vitreg.training.recipes.dino_head import PrototypeHead
 
 PICTURES, VIEWS, PROTOTYPES = 6, 5, 48
 EXACT = dict(rtol=1e-6, atol=0)

@@ -14,8 +14,8 @@ from torch import nn
 from training.small import small_config
 from vitreg.images import open_image_set
 from vitreg.training import samples
-from vitreg.training.learner import Learner
-from vitreg.training.processes import Processes
+from vitreg.training.engine.train_state import Learner
+from vitreg.training.engine.distributed import Processes
 
 ALONE = Processes(0, 1, torch.device("cpu"))
 
@@ -74,8 +74,8 @@ COMPILED = """
 import functools, torch
 from torch._dynamo.utils import counters
 from training.small import small_config
-from vitreg.training.learner import Learner
-from vitreg.training.processes import Processes
+from vitreg.training.engine.train_state import Learner
+from vitreg.training.engine.distributed import Processes
 
 torch.compile = functools.partial(torch.compile, backend="aot_eager")
 losses = []

@@ -8,7 +8,7 @@ import pytest
 import torch
 
 from training.commands import Run
-from vitreg.training.memory import out_of_memory
+from vitreg.training.engine.memory import out_of_memory
 
 
 @pytest.mark.parametrize(

@@ -14,8 +14,8 @@ from peers import perturb
 from training.distillation_steps import small_method as small_distillation
 from training.small import small_config
 from vitreg.model import VisionTransformer
-from vitreg.training.config import OptimizerConfig
-from vitreg.training.optimizer import build_optimizer, learning_rate, parameter_groups, set_schedules
+from vitreg.training.engine.config import OptimizerConfig
+from vitreg.training.engine.optimizer import build_optimizer, learning_rate, parameter_groups, set_schedules
 
 MODEL = dataclasses.replace(small_config().model, depth=3)
 

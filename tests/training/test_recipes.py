@@ -12,9 +12,9 @@ import timm
 
 from vitreg.model import VisionTransformer
 from vitreg.training import RECIPES, clip, deit3, dinov2
-from vitreg.training.config import TrainingConfig
-from vitreg.training.recipes import config_from_dict
-from vitreg.training.sizes import SIZES, Size, sized
+from vitreg.training.engine.config import TrainingConfig
+from vitreg.training.recipes.catalogue import config_from_dict
+from vitreg.training.recipes.sizes import SIZES, Size, sized
 
 
 @pytest.mark.parametrize("recipe", list(RECIPES))

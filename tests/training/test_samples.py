@@ -12,9 +12,9 @@ from PIL import Image
 
 from training.small import small_config
 from vitreg.images import ImageError, ImageSet, open_image_set
-from vitreg.training.method import Batch, Sample, Views
-from vitreg.training.processes import Processes
-from vitreg.training.samples import MAX_ATTEMPTS, SampleStream, fetch, worker_deaths
+from vitreg.training.engine.method import Batch, Sample, Views
+from vitreg.training.engine.distributed import Processes
+from vitreg.training.data.samples import MAX_ATTEMPTS, SampleStream, fetch, worker_deaths
 
 CPU = torch.device("cpu")
 CONFIG = small_config()

@@ -10,11 +10,11 @@ from PIL import Image
 
 from peers import error
 from training.distillation_steps import CASES, random_batch, run, small_method, step
-from vitreg.training.method import Sample
-from vitreg.training.multi_crop import MultiCrop, MultiCropConfig, locate_hidden
-from vitreg.training.randomness import fixed_randomness
-from vitreg.training.self_distillation import SelfDistillationConfig
-from vitreg.training.sizes import sized
+from vitreg.training.engine.method import Sample
+from vitreg.training.data.multi_crop import MultiCrop, MultiCropConfig, locate_hidden
+from vitreg.training.engine.randomness import fixed_randomness
+from vitreg.training.recipes.dinov2 import SelfDistillationConfig
+from vitreg.training.recipes.sizes import sized
 
 NUM_PROCESSES = 2
 

@@ -21,10 +21,10 @@ from training.small import small_config
 from vitreg import cli
 from vitreg.images import open_split
 from vitreg.training import open_data, resume, train
-from vitreg.training.learner import Learner
-from vitreg.training.recipes import config_from_dict
-from vitreg.training.run_folder import RunFolder
-from vitreg.training.supervised import Supervised
+from vitreg.training.engine.train_state import Learner
+from vitreg.training.recipes.catalogue import config_from_dict
+from vitreg.training.engine.run_folder import RunFolder
+from vitreg.training.recipes.deit3 import Supervised
 
 pytestmark = pytest.mark.usefixtures("_quick")
 
@@ -50,7 +50,7 @@ def trained(class_folders, tmp_path_factory) -> Path:
     """A run of 6 steps with checkpoints at 4 and 6, of which the last is kept. Do not change it."""
     out = tmp_path_factory.mktemp("trained") / "run"
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr("vitreg.training.journal.matrix_rate", lambda device, dtype: 1e9)
+        patch.setattr("vitreg.training.engine.run_logger.matrix_rate", lambda device, dtype: 1e9)
         assert go(small_config(6, checkpoint_every=4, diagnose_every=3), class_folders, out)
     return out
 
@@ -236,7 +236,7 @@ def test_a_run_killed_between_checkpoint_and_model_still_brings_its_model(class_
 
     out = tmp_path / "run"
     with monkeypatch.context() as patch:
-        patch.setattr("vitreg.training.journal.save", killed)
+        patch.setattr("vitreg.training.engine.run_logger.save", killed)
         with pytest.raises(KeyboardInterrupt):
             go(small_config(2), class_folders, out)
     assert not (out / "model.safetensors").exists()

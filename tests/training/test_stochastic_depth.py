@@ -12,8 +12,8 @@ from torch.utils.flop_counter import FlopCounterMode
 from peers import error, perturb, pictures
 from training.small import small_config
 from vitreg.model import VisionTransformer
-from vitreg.training.processes import Processes
-from vitreg.training.stochastic_depth import StochasticDepth, add_stochastic_depth
+from vitreg.training.engine.distributed import Processes
+from vitreg.training.engine.stochastic_depth import StochasticDepth, add_stochastic_depth
 
 CPU = torch.device("cpu")
 ALONE = Processes(0, 1, CPU)

@@ -22,11 +22,11 @@ from peers import error, perturb, pictures
 from training.small import small_config
 from vitreg.checkpoints.to_timm import to_timm_state
 from vitreg.images import open_image_set, open_split
-from vitreg.training.method import Sample
-from vitreg.training.optimizer import build_optimizer
-from vitreg.training.randomness import fixed_randomness
-from vitreg.training.samples import SampleStream
-from vitreg.training.supervised import Supervised, SupervisedConfig
+from vitreg.training.engine.method import Sample
+from vitreg.training.engine.optimizer import build_optimizer
+from vitreg.training.engine.randomness import fixed_randomness
+from vitreg.training.data.samples import SampleStream
+from vitreg.training.recipes.deit3 import Supervised, SupervisedConfig
 
 CONFIG = small_config()
 

@@ -9,7 +9,7 @@ import pytest
 import torch
 
 from training.runs import line, real_diagnoses, write_run
-from vitreg.training.timeline import QUANTILES, read_timeline
+from vitreg.artifacts.timeline import QUANTILES, read_timeline
 
 
 @pytest.fixture(scope="module")

@@ -13,8 +13,8 @@ import vitreg
 from peers import perturb
 from training.small import small_config
 from vitreg.images import Part, evenly, open_image_set
-from vitreg.training.held_out import stream_pictures
-from vitreg.training.watch import Watch
+from vitreg.training.data.held_out import stream_pictures
+from vitreg.training.engine.held_out_diagnosis import Watch
 
 CPU = torch.device("cpu")
 

@@ -15,7 +15,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from vitreg.artifacts.decision import Undecided
-from vitreg.disk import replace_text
+from vitreg.common.disk import replace_text
 from vitreg.images import SkippedImage
 from vitreg.report import ExampleMaps, write_report
 

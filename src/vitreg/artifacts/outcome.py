@@ -6,7 +6,7 @@ from collections.abc import Sequence
 from typing import TYPE_CHECKING, Literal
 
 from vitreg.artifacts.verdict import cannot_tell
-from vitreg.report.words import counted, number, percent
+from vitreg.common.words import counted, number, percent
 
 if TYPE_CHECKING:
     from vitreg.artifacts.comparison import BlockChange, Comparison

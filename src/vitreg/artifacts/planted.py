@@ -12,7 +12,7 @@ from torch import Tensor
 from vitreg.checkpoints.state import build
 from vitreg.model import Block, Tokens, VisionTransformer
 from vitreg.model.positions import resize_positions
-from vitreg.report.words import number
+from vitreg.common.words import number
 
 RATIO = 20.0
 """Norm of what is written, in median patch norms."""

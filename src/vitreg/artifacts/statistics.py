@@ -10,7 +10,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from vitreg.artifacts.histogram import BINS_PER_STEP, NUM_BINS, NUM_STEPS, LogAxis, add_counts
-from vitreg.devices import summing_device
+from vitreg.common.devices import summing_device
 from vitreg.model import Trace
 
 

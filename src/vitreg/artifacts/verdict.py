@@ -8,7 +8,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from vitreg.checkpoints import registry
-from vitreg.report.words import counted, number, percent
+from vitreg.common.words import counted, number, percent
 
 if TYPE_CHECKING:
     from vitreg.artifacts.diagnosis import Diagnosis

@@ -10,7 +10,7 @@ import torch
 
 from vitreg.checkpoints import registry
 from vitreg.checkpoints.state import CheckpointError, one_line
-from vitreg.checkpoints.timm import from_timm, is_readable
+from vitreg.checkpoints.from_timm import from_timm, is_readable
 
 
 def empty_model(name: str, **options: Any) -> Any:

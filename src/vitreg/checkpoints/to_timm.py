@@ -10,8 +10,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from vitreg.checkpoints.pieces import Inexpressible, piece, pieces_of, with_prefix
-from vitreg.checkpoints.timm import from_timm
+from vitreg.checkpoints.split_weights import Inexpressible, piece, pieces_of, with_prefix
+from vitreg.checkpoints.from_timm import from_timm
 from vitreg.model import RopeConfig, VisionTransformer, ViTConfig
 
 # What a timm architecture need not match: free, or said elsewhere.

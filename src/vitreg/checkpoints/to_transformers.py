@@ -13,11 +13,11 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from vitreg.checkpoints.hub import quiet_transformers
-from vitreg.checkpoints.pieces import Inexpressible, piece, pieces_of, with_prefix
+from vitreg.checkpoints.split_weights import Inexpressible, piece, pieces_of, with_prefix
 from vitreg.checkpoints.state import CheckpointError
 from vitreg.checkpoints.to_timm import snap, theta_of, timm_architecture
-from vitreg.checkpoints.transformers import ACTIVATIONS, canonical_name
-from vitreg.disk import replace_text, replacing
+from vitreg.checkpoints.from_transformers import ACTIVATIONS, canonical_name
+from vitreg.common.disk import replace_text, replacing
 from vitreg.model import Preprocess, RopeConfig, VisionTransformer, ViTConfig
 
 

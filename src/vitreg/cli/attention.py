@@ -49,7 +49,7 @@ def attention(
         json: print what was written as JSON.
     """
     from vitreg.images import ImageStream, find_images, spaced
-    from vitreg.report.words import counted
+    from vitreg.common.words import counted
 
     out = writable_folder(out)
     # What follows --queries up to the next flag is taken for a query, images too.

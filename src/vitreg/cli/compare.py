@@ -92,7 +92,7 @@ def compare_models(
 
 
 def _print_comparison(comparison: Comparison, report: Path) -> None:
-    from vitreg.report.words import counted
+    from vitreg.common.words import counted
 
     for sentence in comparison.verdict:
         print(sentence)

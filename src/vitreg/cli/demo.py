@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING, Any
 
 from vitreg.cli.options import Checkpoint, writable_folder
 from vitreg.cli.output import command_line, print_json, status
-from vitreg.disk import replace_text
+from vitreg.common.disk import replace_text
 
 if TYPE_CHECKING:
     import numpy as np
@@ -48,7 +48,7 @@ def demo(out: Path = Path("vitreg-out/demo"), json: bool = False) -> int:
         json: print demo.json.
     """
     from vitreg.report import side_by_side_figure, write_side_by_side
-    from vitreg.report.words import counted
+    from vitreg.common.words import counted
 
     start = time.perf_counter()
     out = writable_folder(out)

@@ -66,7 +66,7 @@ def _integer(flag: str, text: str) -> int:
 
 
 def _print_diagnosis(diagnosis: Diagnosis, report: Path, *, as_json: bool) -> None:
-    from vitreg.report.words import counted
+    from vitreg.common.words import counted
 
     if as_json:
         print_json({**diagnosis.to_dict(), "command": command_line(), "report": str(report)})

@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any
 from vitreg.cli.options import Batching, Checkpoint, Images, writable_folder
 from vitreg.cli.output import INTERRUPTED, print_json, print_skipped, progress, unused
 from vitreg.discovery.protocol import DEFAULT, Method, Protocol
-from vitreg.disk import replace_text, replacing
+from vitreg.common.disk import replace_text, replacing
 
 if TYPE_CHECKING:
     from vitreg import Detection
@@ -50,7 +50,7 @@ def discover(
     """
     from vitreg.discovery.discover import detect, native_stream
     from vitreg.images import find_images, spaced
-    from vitreg.report.words import counted
+    from vitreg.common.words import counted
 
     out = writable_folder(out)
     paths = spaced(find_images(images), reading.limit)

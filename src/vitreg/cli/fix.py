@@ -9,7 +9,7 @@ from typing import Literal
 from vitreg.cli.compare import compare_models
 from vitreg.cli.options import Batching, Images, ModelOptions, positive, writable_folder
 from vitreg.cli.output import print_json, print_skipped, progress
-from vitreg.disk import writing
+from vitreg.common.disk import writing
 
 
 def fix(

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Annotated, Literal, TextIO
 from tyro.conf import Positional, arg
 
 from vitreg.cli.output import first_line, status
-from vitreg.disk import lock, writing
+from vitreg.common.disk import lock, writing
 
 if TYPE_CHECKING:
     from vitreg import VisionTransformer
@@ -43,7 +43,7 @@ class Checkpoint:
         import torch
 
         import vitreg
-        from vitreg.devices import resolve_device
+        from vitreg.common.devices import resolve_device
 
         device = resolve_device(self.device)
         with status(f"loading {self.model}"):

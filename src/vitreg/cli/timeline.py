@@ -10,7 +10,7 @@ from tyro.conf import Positional, arg
 
 from vitreg.cli.options import writable_folder
 from vitreg.cli.output import print_json
-from vitreg.disk import replace_text
+from vitreg.common.disk import replace_text
 
 Runs = Annotated[Positional[list[Path]], arg(metavar="RUN")]
 
@@ -29,7 +29,7 @@ def timeline(runs: Runs, *, out: Path = Path("vitreg-out/timeline"), json: bool 
         json: print timeline.json.
     """
     from vitreg.report import timeline_figure
-    from vitreg.training.timeline import read_timeline
+    from vitreg.artifacts.timeline import read_timeline
 
     found = read_timeline(runs)
     out = writable_folder(out)

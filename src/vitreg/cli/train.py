@@ -16,7 +16,7 @@ from vitreg.cli.output import INTERRUPTED, print_json, progress
 
 if TYPE_CHECKING:
     from vitreg.training import TrainingConfig
-    from vitreg.training.run_folder import RunFolder
+    from vitreg.training.engine.run_folder import RunFolder
 
 
 Recipe = Annotated[
@@ -103,7 +103,7 @@ def train(
         json: print the result as JSON.
     """
     from vitreg import training
-    from vitreg.training.run_folder import RunFolder
+    from vitreg.training.engine.run_folder import RunFolder
 
     shape = {"image_size": size, "patch_size": patch_size, "batch_size": batch_size, "epochs": epochs}
     optimizer = {"lr": lr, "weight_decay": weight_decay, "warmup_steps": warmup_steps}
@@ -196,7 +196,7 @@ def _sentence(entry: dict[str, Any]) -> str:
 
 def _conclude(folder: RunFolder, done: bool, *, as_json: bool) -> int:
     """Print where the run stands, on the first process."""
-    from vitreg.training.run_folder import read_lines
+    from vitreg.training.engine.run_folder import read_lines
 
     if os.environ.get("RANK", "0") == "0":
         last = list(read_lines(folder.log))[-1]

@@ -2,7 +2,7 @@
 
 from typing import TYPE_CHECKING
 
-from vitreg.lazy import lazy
+from vitreg.common.lazy import lazy
 
 if TYPE_CHECKING:
     from vitreg.discovery.discover import Detection, discover_objects

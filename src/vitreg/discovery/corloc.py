@@ -7,7 +7,7 @@ from collections.abc import Sequence
 import numpy as np
 from jaxtyping import Bool, Float64, Shaped
 
-from vitreg.bootstrap import RESAMPLES, percentile_interval, resampled_sums
+from vitreg.common.bootstrap import RESAMPLES, percentile_interval, resampled_sums
 
 IOU = 0.5
 """Intersection over union from which on an object counts as found."""

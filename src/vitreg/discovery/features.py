@@ -8,7 +8,7 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from vitreg.devices import precise
+from vitreg.common.devices import precise
 from vitreg.discovery.protocol import FACETS
 from vitreg.model import VisionTransformer
 

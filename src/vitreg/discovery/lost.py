@@ -8,7 +8,7 @@ import torch
 from jaxtyping import Bool, Float, Int64
 from torch import Tensor
 
-from vitreg.devices import precise
+from vitreg.common.devices import precise
 from vitreg.discovery.region import Region, region_of_seed
 
 # Rows of the Gram matrix at a time: on a CPU what stays in its cache, on a GPU what keeps it busy (256 MB).

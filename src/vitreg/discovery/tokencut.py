@@ -10,7 +10,7 @@ import torch
 from jaxtyping import Float, Float64
 from torch import Tensor
 
-from vitreg.devices import precise
+from vitreg.common.devices import precise
 from vitreg.discovery.lost import check_features, upper_triangle
 from vitreg.discovery.region import Region, region_of_seed
 

@@ -9,7 +9,7 @@ from itertools import islice
 from threading import Event
 from typing import TypeVar
 
-from vitreg.devices import available_cores
+from vitreg.common.devices import available_cores
 
 # A thread takes several items at a time, so that handing over costs little beside decoding.
 _CHUNK = 4

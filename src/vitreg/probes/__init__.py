@@ -2,11 +2,11 @@
 
 from typing import TYPE_CHECKING
 
-from vitreg.lazy import lazy
+from vitreg.common.lazy import lazy
 
 if TYPE_CHECKING:
-    from vitreg.probes.features import FeaturesConfig, extract
-    from vitreg.probes.store import FeatureStore
+    from vitreg.probes.store.extract import FeaturesConfig, extract
+    from vitreg.probes.store.feature_store import FeatureStore
 
 __all__ = ["FeatureStore", "FeaturesConfig", "extract"]
 __getattr__, __dir__ = lazy(__name__, {"features": ["FeaturesConfig", "extract"], "store": ["FeatureStore"]})

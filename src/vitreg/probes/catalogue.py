@@ -13,22 +13,22 @@ import torch
 
 from vitreg.images import DepthSet, ImageSet, SegmentationSet
 from vitreg.model import VisionTransformer
-from vitreg.probes.dense_head import MIN_STEPS
-from vitreg.probes.depth import EPOCHS as DEPTH_EPOCHS
-from vitreg.probes.depth import DepthConfig, depth_blocks, linear_depth
-from vitreg.probes.features import Progress
-from vitreg.probes.knn import KNNConfig, knn
-from vitreg.probes.linear import LinearConfig, linear, linear_blocks
-from vitreg.probes.position import position
-from vitreg.probes.position_fit import PositionConfig
-from vitreg.probes.reconstruction import ReconstructionConfig, reconstruction
-from vitreg.probes.score import ProbeResult
-from vitreg.probes.segmentation import EPOCHS as SEGMENTATION_EPOCHS
-from vitreg.probes.segmentation import SegmentationConfig, linear_segmentation
-from vitreg.probes.single_token import SingleTokenConfig, single_token
-from vitreg.probes.store import FeatureStore
-from vitreg.probes.text_encoders import load_text_encoder
-from vitreg.probes.zero_shot import ZeroShotConfig, zero_shot
+from vitreg.probes.heads.dense_head import MIN_STEPS
+from vitreg.probes.tasks.depth import EPOCHS as DEPTH_EPOCHS
+from vitreg.probes.tasks.depth import DepthConfig, depth_blocks, linear_depth
+from vitreg.probes.store.extract import Progress
+from vitreg.probes.tasks.knn import KNNConfig, knn
+from vitreg.probes.tasks.linear import LinearConfig, linear, linear_blocks
+from vitreg.probes.tasks.position import position
+from vitreg.probes.heads.position_head import PositionConfig
+from vitreg.probes.tasks.reconstruction import ReconstructionConfig, reconstruction
+from vitreg.probes.results.score import ProbeResult
+from vitreg.probes.tasks.segmentation import EPOCHS as SEGMENTATION_EPOCHS
+from vitreg.probes.tasks.segmentation import SegmentationConfig, linear_segmentation
+from vitreg.probes.tasks.single_token import SingleTokenConfig, single_token
+from vitreg.probes.store.feature_store import FeatureStore
+from vitreg.probes.tasks.text_encoders import load_text_encoder
+from vitreg.probes.tasks.zero_shot import ZeroShotConfig, zero_shot
 
 Task = Literal["classification", "segmentation", "depth"]
 

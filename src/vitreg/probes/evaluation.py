@@ -12,20 +12,20 @@ from typing import Any
 
 import numpy as np
 
-from vitreg.disk import size_in_words
+from vitreg.common.disk import size_in_words
 from vitreg.images import DenseSet, ImageSet, image_size
 from vitreg.model import Preprocess, VisionTransformer
 from vitreg.probes.catalogue import PROBES, QUICK, Case, Probe, Task
-from vitreg.probes.classes import classes_of_pictures
-from vitreg.probes.dense_features import dense_preprocess
-from vitreg.probes.features import Progress, extract
-from vitreg.probes.linear import linear_blocks
-from vitreg.probes.manifest import read_manifest
-from vitreg.probes.origin import FeaturesConfig, Origin, StoredData, StoredModel
+from vitreg.probes.tasks.classes import classes_of_pictures
+from vitreg.probes.store.dense_features import dense_preprocess
+from vitreg.probes.store.extract import Progress, extract
+from vitreg.probes.tasks.linear import linear_blocks
+from vitreg.probes.store.manifest import read_manifest
+from vitreg.probes.store.origin import FeaturesConfig, Origin, StoredData, StoredModel
 from vitreg.probes.pace import first_steps, in_words, telling_how_long
-from vitreg.probes.saved import Answer, Asked, Shown, architecture, load_answer, save_answer, size_in_pixels
-from vitreg.probes.score import ProbeResult
-from vitreg.probes.store import FeatureStore
+from vitreg.probes.results.result_cache import Answer, Asked, Shown, architecture, load_answer, save_answer, size_in_pixels
+from vitreg.probes.results.score import ProbeResult
+from vitreg.probes.store.feature_store import FeatureStore
 
 _CROP = 224 / 256
 """The part of an image that DINOv2's evaluations keep: resized to 256, and the middle 224."""

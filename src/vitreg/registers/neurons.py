@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 from vitreg.artifacts import Diagnosis, diagnose
 from vitreg.checkpoints import from_module
-from vitreg.devices import summing_device
+from vitreg.common.devices import summing_device
 from vitreg.images import Batches, Images
 from vitreg.model import VisionTransformer
 from vitreg.model.block import Block

@@ -11,9 +11,9 @@ import numpy as np
 from jaxtyping import Float, UInt8
 from PIL import Image, ImageDraw
 
-from vitreg.disk import replacing
+from vitreg.common.disk import replacing
 from vitreg.report.sheet import GAP, MARGIN, TITLE, Sheet, root_scale
-from vitreg.report.words import counted
+from vitreg.common.words import counted
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes

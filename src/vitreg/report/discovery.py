@@ -12,8 +12,8 @@ import numpy as np
 from jaxtyping import Bool, Integer, UInt8
 from PIL import Image, ImageDraw, ImageFont
 
-from vitreg.disk import replacing
-from vitreg.report.words import counted, shorten
+from vitreg.common.disk import replacing
+from vitreg.common.words import counted, shorten
 
 BOX = (255, 90, 60)
 MASK = np.array((60, 160, 255))

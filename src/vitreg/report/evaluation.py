@@ -15,7 +15,7 @@ from PIL import Image
 
 from vitreg.report.packing import photo_url
 from vitreg.report.page import write_still_page
-from vitreg.report.words import number
+from vitreg.common.words import number
 
 _SIDE = 360
 """Largest side in pixels of a picture in the page."""

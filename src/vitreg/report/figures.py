@@ -13,7 +13,7 @@ from jaxtyping import Bool, Float
 
 from vitreg.report.examples import ExampleMaps, check_examples, check_pairs
 from vitreg.report.sheet import GAP, MARGIN, QUIET, TITLE, Sheet, root_scale
-from vitreg.report.words import number, percent
+from vitreg.common.words import number, percent
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from vitreg.report.sheet import QUIET
-from vitreg.report.words import percent
+from vitreg.common.words import percent
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes

@@ -4,8 +4,8 @@ import json
 from pathlib import Path
 from typing import Any
 
-from vitreg.disk import replace_text
-from vitreg.report.words import counted, number, percent
+from vitreg.common.disk import replace_text
+from vitreg.common.words import counted, number, percent
 
 TEMPLATES = Path(__file__).parent / "templates"
 

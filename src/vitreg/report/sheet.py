@@ -9,9 +9,9 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from vitreg.disk import replacing
-from vitreg.report.words import number, shorten
-from vitreg.report.words import percent as in_percent
+from vitreg.common.disk import replacing
+from vitreg.common.words import number, shorten
+from vitreg.common.words import percent as in_percent
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes

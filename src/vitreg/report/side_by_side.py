@@ -16,7 +16,7 @@ from PIL import Image
 from vitreg.report.packing import photo_url
 from vitreg.report.page import write_still_page
 from vitreg.report.sheet import root_scale
-from vitreg.report.words import number, percent
+from vitreg.common.words import number, percent
 
 if TYPE_CHECKING:
     from matplotlib.colors import Normalize

@@ -26,7 +26,7 @@ from vitreg.report.norm_axes import (
     share_scale,
 )
 from vitreg.report.sheet import MARGIN, QUIET, TITLE, Sheet
-from vitreg.report.words import shorten
+from vitreg.common.words import shorten
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes

@@ -19,18 +19,18 @@ from vitreg import VisionTransformer
 from vitreg.cli.evaluate.options import EvaluationOptions
 from vitreg.cli.options import Checkpoint, sides, writable_folder
 from vitreg.cli.output import INTERRUPTED, command_line, print_json, progress
-from vitreg.disk import replace_text
+from vitreg.common.disk import replace_text
 from vitreg.images import BoxedImage, open_box_set
 from vitreg.probes.catalogue import PROBES
 from vitreg.probes.choosing import choose
-from vitreg.probes.earlier import with_earlier
+from vitreg.probes.results.earlier import with_earlier
 from vitreg.probes.evaluation import Data, PassConfig, evaluate, safe_name
-from vitreg.probes.origin import FeaturesConfig, StoredModel
-from vitreg.probes.saved import Answer, Asked, architecture, save_answer
-from vitreg.probes.score import ProbeResult, Score
-from vitreg.probes.summary import Evaluated, summarize
-from vitreg.probes.tables import LEGEND, headline_table, markdown, tables, write_csv
-from vitreg.probes.text_encoders import has_text_tower
+from vitreg.probes.store.origin import FeaturesConfig, StoredModel
+from vitreg.probes.results.result_cache import Answer, Asked, architecture, save_answer
+from vitreg.probes.results.score import ProbeResult, Score
+from vitreg.probes.results.summary import Evaluated, summarize
+from vitreg.probes.results.tables import LEGEND, headline_table, markdown, tables, write_csv
+from vitreg.probes.tasks.text_encoders import has_text_tower
 
 
 def run_evaluation(

@@ -1,0 +1,145 @@
+"""What a probe said, kept on disk: the same question is not computed twice, and an interruption loses one answer."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from importlib import metadata
+from pathlib import Path
+
+import numpy as np
+from jaxtyping import Shaped, UInt8
+from safetensors import SafetensorError, safe_open
+from safetensors.numpy import save_file
+
+from vitreg.common.disk import replacing
+from vitreg.model import VisionTransformer
+from vitreg.probes.catalogue import QUICK
+from vitreg.probes.results.score import ProbeResult, Score
+
+
+@dataclass(frozen=True)
+class Asked:
+    """All that an answer follows from, but for chance, and what readers want to know of it.
+
+    Attributes:
+        probe: its name, with `QUICK` behind it where its protocol was cut.
+        settings: of the probe.
+        model: what it was loaded from.
+        weights: digest of weights and architecture.
+        architecture: in words; a model and its fix have the same.
+        num_registers: of the model.
+        task: kind of the data.
+        images: where the training images are from.
+        num_train, num_val: how many there are.
+        data: digest of images, labels and targets.
+        preprocess: what is done to images, in words.
+        size: height and width that the model sees; None where images keep their own.
+        version: of vitreg.
+    """
+
+    probe: str
+    settings: str
+    model: str
+    weights: str
+    architecture: str
+    num_registers: int
+    task: str
+    images: str
+    num_train: int
+    num_val: int
+    data: str
+    preprocess: str
+    size: list[int] | None
+    version: str = field(default_factory=lambda: metadata.version("vitreg"))
+
+    @property
+    def is_quick(self) -> bool:
+        """Whether it is not the protocol's answer."""
+        return self.probe.endswith(QUICK)
+
+
+@dataclass(frozen=True, eq=False)
+class Shown:
+    """An image with the truth and the prediction for every pixel, for reports."""
+
+    name: str
+    photo: UInt8[np.ndarray, "H W 3"]
+    truth: Shaped[np.ndarray, "H W"]
+    prediction: Shaped[np.ndarray, "H W"]
+
+
+@dataclass(frozen=True, eq=False)
+class Answer:
+    """What a probe said of a model."""
+
+    asked: Asked
+    result: ProbeResult
+    shown: Mapping[int, Shown] = field(default_factory=dict)
+
+
+def architecture(vit: VisionTransformer) -> str:
+    """What a model and its fix, or a model trained with registers and one without, have in common."""
+    config = vit.config
+    return f"{config.depth} blocks of {config.embed_dim} channels, patches of {config.patch_size} pixels"
+
+
+def size_in_pixels(size: Sequence[int] | None) -> str:
+    """`224 px`, or `336 x 448 px`, height first; empty where images keep their own."""
+    return "" if size is None else f"{' x '.join(map(str, dict.fromkeys(size)))} px"
+
+
+def save_answer(path: Path, answer: Answer) -> None:
+    """Keep an answer.
+
+    Args:
+        path: the file, whose folder is made.
+        answer: what is kept.
+
+    Raises:
+        ValueError: it cannot be written.
+    """
+    result = answer.result
+    note = {
+        "asked": dataclasses.asdict(answer.asked),
+        "probe": result.probe,
+        "scores": [{**dataclasses.asdict(score), "sums": None} for score in result.scores],
+        "details": result.details,
+        "shown": {number: shown.name for number, shown in answer.shown.items()},
+    }
+    arrays = {f"sums.{i}": score.sums for i, score in enumerate(result.scores)}
+    for number, shown in answer.shown.items():
+        arrays |= {f"{name}.{number}": getattr(shown, name) for name in _ARRAYS}
+    arrays = {name: np.ascontiguousarray(array) for name, array in arrays.items()}
+    with replacing(path) as temporary:
+        save_file(arrays, temporary, {"vitreg": json.dumps(note)})
+
+
+def load_answer(path: Path, asked: Asked) -> Answer | None:
+    """The answer to this question; None where there is none, or only that to another."""
+    answer = read_answer(path)
+    return answer if answer is not None and answer.asked == asked else None
+
+
+def read_answer(path: Path) -> Answer | None:
+    """The answer in a file, whatever was asked; None where it is damaged or something else."""
+    try:
+        with safe_open(path, framework="np") as file:
+            note = json.loads((file.metadata() or {})["vitreg"])
+            arrays = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
+        scores = tuple(
+            Score(**{**values, "sums": arrays[f"sums.{i}"], "draws": tuple(values["draws"])})
+            for i, values in enumerate(note["scores"])
+        )
+        shown = {
+            int(number): Shown(name, *(arrays[f"{kind}.{number}"] for kind in _ARRAYS))
+            for number, name in note["shown"].items()
+        }
+        return Answer(Asked(**note["asked"]), ProbeResult(note["probe"], scores, note["details"]), shown)
+    except (OSError, SafetensorError, ValueError, KeyError, TypeError):
+        return None
+
+
+_ARRAYS = ("photo", "truth", "prediction")

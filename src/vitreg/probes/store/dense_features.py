@@ -1,0 +1,160 @@
+"""What probes of every pixel read: patch tokens of any picture at any time, and the targets they are to predict."""
+
+from __future__ import annotations
+
+import dataclasses
+from bisect import bisect_right
+from collections.abc import Iterable, Sequence
+from itertools import accumulate
+
+import numpy as np
+import torch
+from jaxtyping import Float, Shaped
+from torch import Tensor
+
+from vitreg.images import DenseSet, ImageError, map_ahead, refuse
+from vitreg.model import Preprocess
+from vitreg.probes.store.origin import check_same
+from vitreg.probes.store.feature_store import FeatureStore
+
+_TARGETS_AHEAD = 32
+
+
+def dense_preprocess(preprocess: Preprocess, height: int, width: int) -> Preprocess:
+    """The preprocessing that keeps all of a picture, squeezed to one size, so that every pixel has a patch.
+
+    Args:
+        preprocess: of the model.
+        height: in pixels, a multiple of the patch size.
+        width: likewise.
+    """
+    return dataclasses.replace(preprocess, size=(height, width), crop="squash", crop_fraction=1.0)
+
+
+class DenseFeatures:
+    """Patch tokens of a store's pictures, in any order.
+
+    The files are mapped into memory: a picture is read when it is asked for, and stays where there is room for it.
+
+    Attributes:
+        path, grid: of the store.
+        numbers: positions in the set of the pictures that have patch tokens.
+        channels: of a patch, over all blocks.
+    """
+
+    def __init__(self, store: FeatureStore, blocks: Sequence[int], *, with_cls: bool = False) -> None:
+        """Maps the files.
+
+        Args:
+            store: whose.
+            blocks: whose tokens are concatenated.
+            with_cls: put the class token of the same block behind every patch, where the model has one.
+
+        Raises:
+            ValueError: the store lacks patch tokens or a block, or its pictures were cropped.
+        """
+        _check_whole(store)
+        self.path, self.grid = store.path, store.grid
+        filled = [shard for shard in store.shards if shard.num_with_patches]
+        self._patches: list[list[Tensor]] = []
+        self._cls: list[Tensor] = []
+        for block in blocks:
+            store.patches(block)  # refuses what is not there
+            number = block % store.depth
+            self._patches.append([shard.read(f"patches.{number}") for shard in filled])
+            if with_cls and f"cls.{number}" in filled[0].names:
+                self._cls.append(torch.cat([shard.read(f"cls.{number}")[shard.read("patch_rows")] for shard in filled]))
+        self.numbers = torch.cat([shard.read("numbers")[shard.read("patch_rows")] for shard in filled]).tolist()
+        self._ends = list(accumulate(shard.num_with_patches for shard in filled))
+        self.channels = sum(tensors[0].shape[-1] for tensors in self._patches) + sum(cls.shape[-1] for cls in self._cls)
+
+    def __len__(self) -> int:
+        return len(self.numbers)
+
+    def read(self, rows: Iterable[int]) -> Float[Tensor, "n P C"]:
+        """Patch tokens of pictures, row by row of the grid.
+
+        Raises:
+            ValueError: some are not finite.
+        """
+        rows = list(rows)
+        places = [(shard, row - self._ends[shard]) for row in rows for shard in (bisect_right(self._ends, row),)]
+        # A negative index counts from the end of its file.
+        parts = [torch.stack([tensors[shard][row] for shard, row in places]).float() for tensors in self._patches]
+        num_patches = parts[0].shape[1]
+        parts += [cls[rows].float()[:, None].expand(-1, num_patches, -1) for cls in self._cls]
+        tokens = torch.cat(parts, -1)
+        if not tokens.abs().amax().isfinite():
+            raise ValueError(f"{self.path} holds features that are not finite; run the feature pass again in float32")
+        return tokens
+
+
+def read_targets(targets: DenseSet, numbers: Sequence[int], size: tuple[int, int]) -> Shaped[np.ndarray, "N H W"]:
+    """Targets of pictures in one size, by the nearest pixel.
+
+    Args:
+        targets: the set.
+        numbers: positions of the pictures in it.
+        size: height and width.
+
+    Raises:
+        ValueError: some cannot be used; it names the first ones.
+    """
+
+    def read(number: int) -> np.ndarray | str:
+        try:
+            return _nearest(targets.target(number), *size)
+        except ImageError as error:
+            return str(error)
+
+    found = list(map_ahead(read, numbers, ahead=_TARGETS_AHEAD))
+    refuse(f"{targets.kind}s of {targets.source} cannot be used", [error for error in found if isinstance(error, str)])
+    return np.stack([target for target in found if not isinstance(target, str)])
+
+
+def check_values(targets: DenseSet, store: FeatureStore) -> None:
+    """Read the targets that a head will be judged by, before it is trained.
+
+    Raises:
+        ValueError: some cannot be used; it names the first ones.
+    """
+    read_targets(targets, store.numbers.tolist(), (1, 1))
+
+
+def check_stores(train: FeatureStore, val: Sequence[FeatureStore], targets: tuple[DenseSet, DenseSet]) -> None:
+    """Refuse what does not go together.
+
+    Args:
+        train: features to train on.
+        val: features of one set of pictures, the first in the size of `train`.
+        targets: the sets that they should be of.
+
+    Raises:
+        ValueError: models, preprocessing or pictures differ.
+    """
+    train.check_same_model(val[0])
+    for store, of in zip((train, *val), (targets[0], *[targets[1]] * len(val)), strict=True):
+        store.check_images(of)
+    for other in val[1:]:
+        check_same(other.path, other.origin, val[0].origin, ("model", "data"))
+        if not torch.equal(other.numbers, val[0].numbers):
+            raise ValueError(f"{other.path} lacks other pictures than {val[0].path}; run both feature passes again")
+
+
+def _check_whole(store: FeatureStore) -> None:
+    preprocess, (height, width) = store.preprocess, store.preprocess.size
+    seen = preprocess.region(height, width)
+    if preprocess.crop != "squash" or not np.allclose(seen, (0, 0, width, height)):
+        raise ValueError(
+            f"{store.path} holds features of cropped pictures (crop {preprocess.crop!r}, size {height} x {width}); "
+            f"every pixel needs a patch: run the feature pass with dense_preprocess, in multiples of the patch size"
+        )
+
+
+def _nearest(target: Shaped[np.ndarray, "H W"], height: int, width: int) -> Shaped[np.ndarray, "h w"]:
+    """What lies at the centres of larger or smaller pixels."""
+    rows, columns = (
+        ((np.arange(new) + 0.5) * old / new).astype(np.int64)
+        for new, old in zip((height, width), target.shape, strict=True)
+    )
+    return target[rows[:, None], columns]

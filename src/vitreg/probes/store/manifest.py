@@ -1,0 +1,89 @@
+"""What a feature store says of itself: of what it is, and, once it is finished, what was found."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from vitreg.artifacts import OutlierNorms
+from vitreg.common.disk import replace_text
+from vitreg.probes.store.origin import Origin
+
+FORMAT = "vitreg-features/1"
+
+
+@dataclass(frozen=True)
+class Finding:
+    """What is known after the last picture.
+
+    Attributes:
+        grid: rows and columns of patches.
+        depth: blocks of the model.
+        outliers: where the norms of artifacts begin.
+    """
+
+    grid: tuple[int, int]
+    depth: int
+    outliers: OutlierNorms
+
+
+@dataclass(frozen=True)
+class Manifest:
+    """`manifest.json`.
+
+    Attributes:
+        origin: what the features are of.
+        id: a digest of it, which the shards carry.
+        classes: names of the classes, none where there are no labels.
+        finding: None while shards are missing.
+    """
+
+    origin: Origin
+    id: str
+    classes: tuple[str, ...]
+    finding: Finding | None = None
+
+    @property
+    def num_shards(self) -> int:
+        """Files of a finished store."""
+        return -(-self.origin.data.number // self.origin.config.shard_size)
+
+    def write(self, folder: Path) -> None:
+        """Write it, in place of an earlier one.
+
+        Raises:
+            ValueError: there is no room.
+        """
+        replace_text(folder / "manifest.json", json.dumps({"format": FORMAT, **dataclasses.asdict(self)}, indent=1))
+
+
+def read_manifest(folder: Path) -> Manifest | None:
+    """A folder's manifest; None where there is none.
+
+    Raises:
+        ValueError: it is damaged, or of something else than a feature store.
+    """
+    path = folder / "manifest.json"
+    try:
+        values = json.loads(path.read_text(encoding="utf-8"))
+    except FileNotFoundError:
+        return None
+    except (OSError, ValueError) as error:
+        raise ValueError(f"{path} cannot be read ({error}); delete {folder} and run the feature pass again") from error
+    if not isinstance(values, dict) or values.get("format") != FORMAT:
+        raise ValueError(f"{path} is not of a feature store (format {FORMAT}); give the folder of a feature pass")
+    try:
+        return _parsed(values)
+    except (KeyError, TypeError, ValueError) as error:
+        raise ValueError(f"{path} is damaged ({error}); delete {folder} and run the feature pass again") from error
+
+
+def _parsed(values: dict[str, Any]) -> Manifest:
+    finding = values["finding"]
+    if finding is not None:
+        rows, columns = finding["grid"]
+        finding = Finding((rows, columns), finding["depth"], OutlierNorms(**finding["outliers"]))
+    return Manifest(Origin.from_dict(values["origin"]), values["id"], tuple(values["classes"]), finding)

@@ -1,0 +1,113 @@
+"""The files of a feature store: some pictures each, written whole or not at all."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save_file
+from torch import Tensor
+
+from vitreg.common.disk import replacing
+
+
+@dataclass(frozen=True)
+class Skipped:
+    """A picture that could not be read: its position in the set, its name, and the sentence that says why."""
+
+    number: int
+    name: str
+    reason: str
+
+
+@dataclass(frozen=True)
+class Shard:
+    """A finished file.
+
+    Attributes:
+        path: of the file.
+        num_images: pictures in it; those that could not be read are not.
+        num_with_patches: of so many, patch tokens are in it.
+        names: of its tensors.
+        skipped: pictures that belong here but could not be read.
+    """
+
+    path: Path
+    num_images: int
+    num_with_patches: int
+    names: frozenset[str]
+    skipped: tuple[Skipped, ...]
+
+    def read(self, name: str, *, block: int | None = None) -> Tensor:
+        """One tensor.
+
+        Args:
+            name: of the tensor.
+            block: only this one of `norms`.
+        """
+        with safe_open(self.path, framework="pt") as file:
+            return file.get_tensor(name) if block is None else file.get_slice(name)[:, block]
+
+
+def shard_path(folder: Path, index: int) -> Path:
+    """Where a shard is."""
+    return folder / f"shard-{index:05d}.safetensors"
+
+
+def write_shard(
+    folder: Path, index: int, origin: str, tensors: Mapping[str, Tensor], skipped: tuple[Skipped, ...]
+) -> None:
+    """Write one.
+
+    Args:
+        folder: of the store.
+        index: which one it is.
+        origin: digest of what the store is of.
+        tensors: with `numbers`, the pictures' positions in the set, and `patch_rows`, the rows of those whose patch
+            tokens are kept, which `registers`, `norms` and `patches` are of.
+        skipped: pictures that could not be read.
+
+    Raises:
+        ValueError: it cannot be written; the shards before it are whole.
+    """
+    note = {
+        "origin": origin,
+        "index": index,
+        "images": len(tensors["numbers"]),
+        "with_patches": len(tensors["patch_rows"]),
+        "skipped": [[picture.number, picture.name, picture.reason] for picture in skipped],
+    }
+    with replacing(shard_path(folder, index)) as temporary:
+        # One entry: safetensors writes several in no order.
+        save_file(dict(tensors), temporary, {"vitreg": json.dumps(note)})
+
+
+def open_shard(folder: Path, index: int, origin: str) -> Shard:
+    """A shard that was written.
+
+    Args:
+        folder: of the store.
+        index: which one.
+        origin: digest of what it must be of.
+
+    Raises:
+        ValueError: it is damaged, or belongs to another store.
+    """
+    path = shard_path(folder, index)
+    try:
+        # This also compares the file's length with what its header says.
+        with safe_open(path, framework="pt") as file:
+            names = frozenset(file.keys())
+            note: dict[str, Any] = json.loads((file.metadata() or {})["vitreg"])
+        skipped = tuple(Skipped(*picture) for picture in note["skipped"])
+        shard = Shard(path, int(note["images"]), int(note["with_patches"]), names, skipped)
+        belongs = (note["origin"], note["index"]) == (origin, index)
+    except (OSError, SafetensorError, ValueError, KeyError, TypeError) as error:
+        raise ValueError(f"{path} is damaged or missing ({error}); delete it and run the feature pass again") from error
+    if not belongs:
+        raise ValueError(f"{path} belongs to another store; delete it and run the feature pass again")
+    return shard

@@ -1,0 +1,114 @@
+"""What probes of classification ask of two stores first: the same classes, and finite features."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from jaxtyping import Float, Int
+from torch import Tensor
+
+from vitreg.images import ImageSet
+from vitreg.images.labels import check_same_classes, some_names
+from vitreg.probes.store.feature_store import FeatureStore
+
+
+@dataclass(frozen=True, eq=False)
+class Classes:
+    """The labels of two stores.
+
+    Attributes:
+        train, val: class of every picture, counted without those classes that have no training pictures.
+        names: of the classes that have.
+    """
+
+    train: Int[Tensor, " N"]
+    val: Int[Tensor, " M"]
+    names: tuple[str, ...]
+
+    @property
+    def num_classes(self) -> int:
+        """Those with training pictures."""
+        return len(self.names)
+
+    @property
+    def without_val(self) -> list[str]:
+        """Those whose accuracy is not known, because they have no validation pictures."""
+        seen = set(self.val.tolist())
+        return [name for label, name in enumerate(self.names) if label not in seen]
+
+
+def check_classes(train: FeatureStore, val: FeatureStore) -> Classes:
+    """The labels of two stores of one model, which mean the same.
+
+    Raises:
+        ValueError: the stores are of two models, or as `classes_of_pictures`.
+    """
+    train.check_same_model(val)
+    return _classes((train.labels, train.classes, str(train.path)), (val.labels, val.classes, str(val.path)))
+
+
+def classes_of_pictures(train: ImageSet, val: ImageSet) -> Classes:
+    """The labels of two sets, before a model sees their pictures.
+
+    Raises:
+        ValueError: one has no labels, their classes differ, there is one class only, or there are validation pictures
+            of a class without training pictures; the message has the classes.
+    """
+    known = [
+        (None if images.labels is None else torch.tensor(list(images.labels)), images.classes, images.source)
+        for images in (train, val)
+    ]
+    return _classes(*known)
+
+
+_Known = tuple[Tensor | None, tuple[str, ...], str]
+
+
+def _classes(train: _Known, val: _Known) -> Classes:
+    """From labels, names of the classes, and where they are from."""
+    (ours, names, source), (theirs, val_names, val_source) = train, val
+    for labels, where in ((ours, source), (theirs, val_source)):
+        if labels is None:
+            raise ValueError(f"{where} has no labels; give pictures in folders of their classes, two at least")
+    assert ours is not None
+    assert theirs is not None
+    check_same_classes(names, val_names, source, val_source)
+    present, number = ours.unique(return_inverse=True)
+    found = tuple(names[label] for label in present.tolist())
+    if len(found) == 1:
+        raise ValueError(f"{source} holds pictures of {found[0]} only; a classifier needs two classes at least")
+    if lacking := sorted(set(theirs.tolist()) - set(present.tolist())):
+        missing = some_names([names[label] for label in lacking])
+        raise ValueError(
+            f"{source} holds no picture of {missing}, of which {val_source} does; add some, or leave them out"
+        )
+    return Classes(number, torch.searchsorted(present, theirs), found)
+
+
+def check_every_class(labels: Int[Tensor, " N"], num_classes: int) -> None:
+    """Refuse rows that a classifier cannot be fitted on.
+
+    Raises:
+        ValueError: a class has no rows, or there is one only.
+    """
+    if num_classes < 2:
+        raise ValueError(f"there is {num_classes} class; a classifier needs two at least")
+    lacking = (labels.bincount(minlength=num_classes) == 0).nonzero()[:, 0].tolist()
+    if lacking:
+        raise ValueError(f"there are no rows of class {some_names([*map(str, lacking)])}; leave such classes out")
+
+
+def check_finite(features: Float[Tensor, "N D"], of: str) -> None:
+    """Refuse what cannot be fitted.
+
+    Args:
+        features: of each picture.
+        of: what they are, for the message.
+
+    Raises:
+        ValueError: they are not finite; the message has the first row.
+    """
+    finite = features.abs().amax(1).isfinite()
+    if not finite.all():
+        raise ValueError(f"{of} is not finite in row {int(finite.int().argmin())}; run the feature pass again")

@@ -1,0 +1,101 @@
+"""Normal patches and outliers: what probes of local information are trained on, and what they are tested on."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+from enum import StrEnum
+
+import torch
+from jaxtyping import Bool, Float, Int
+from torch import Tensor
+
+from vitreg.probes.store.feature_store import FeatureStore
+
+MIN_OUTLIERS = 10
+"""With fewer of them, in training or validation pictures, a figure of outliers would say nothing."""
+
+
+class Group(StrEnum):
+    """Some patches."""
+
+    ALL = "all"
+    NORMAL = "normal"
+    OUTLIER = "outlier"
+
+    def members(self, outlier: Bool[Tensor, "*shape"]) -> Bool[Tensor, "*shape"]:
+        """Which patches it has, by which are outliers."""
+        if self is Group.ALL:
+            return torch.ones_like(outlier)
+        return outlier if self is Group.OUTLIER else ~outlier
+
+
+@dataclass(frozen=True)
+class Subject:
+    """A row of the table: patches on which the linear map is fitted, and those on which it is tested."""
+
+    name: str
+    trained_on: Group
+    tested_on: Group
+
+
+SUBJECTS = (
+    Subject("all", Group.ALL, Group.ALL),
+    Subject("all but outliers", Group.NORMAL, Group.NORMAL),
+    Subject("normal", Group.ALL, Group.NORMAL),
+    Subject("outlier", Group.ALL, Group.OUTLIER),
+    Subject("outlier, own probe", Group.OUTLIER, Group.OUTLIER),
+)
+"""Figure 5b of "Vision Transformers Need Registers" compares `normal` with `outlier`. It does not say what its linear
+model is trained on; here it is one, on all patches as they come, so that the two rows differ in nothing but the patch.
+Outliers are few, so it hardly adapts to them: `outlier, own probe` is trained on outliers alone and finds what they
+hold in a code of their own. `all but outliers` is Table 5.
+
+Two models are best compared by `all`, whose patches are the same. Without the outliers of the one, and with those
+patches of the other, which has none, `all but outliers` compares different patches: where they are easy, as corners
+are to locate, the other model gains by that alone."""
+
+
+def marked_patches(
+    store: FeatureStore, block: int
+) -> Iterator[tuple[Int[Tensor, " n"], Float[Tensor, "n P D"], Bool[Tensor, "n P"]]]:
+    """Rows, patch tokens and which of them are outliers, file by file.
+
+    Raises:
+        ValueError: the store has no patch tokens of the block, or they are not finite.
+    """
+    outliers, first = store.outliers().flatten(1), 0
+    for rows, tokens in store.patches(block):
+        if not tokens.isfinite().all():
+            raise ValueError(f"{store.path} holds patch tokens of block {block} that are not finite; extract it again")
+        yield rows, tokens, outliers[first : first + len(rows)]
+        first += len(rows)
+
+
+@dataclass(frozen=True)
+class Counts:
+    """How many patches there are of each group, in the pictures whose tokens were kept."""
+
+    train: dict[Group, int]
+    val: dict[Group, int]
+
+    @property
+    def details(self) -> dict[str, dict[str, int]]:
+        """In JSON types."""
+        return {
+            name: {str(group): number for group, number in counts.items()}
+            for name, counts in (("train", self.train), ("val", self.val))
+        }
+
+    def why_missing(self, subject: Subject) -> str:
+        """Why there is no figure; empty where there is one."""
+        if Group.OUTLIER not in (subject.trained_on, subject.tested_on):
+            return ""
+        for name, counts in (("training", self.train), ("validation", self.val)):
+            if (found := counts[Group.OUTLIER]) < MIN_OUTLIERS:
+                return f"the {name} pictures have {found} outliers; it takes {MIN_OUTLIERS}"
+        return ""
+
+    def trained_on(self, subject: Subject) -> Group:
+        """What it is trained on; without outliers, all patches are the normal ones."""
+        return subject.trained_on if self.train[Group.OUTLIER] else Group.ALL

@@ -1,0 +1,255 @@
+"""Registers without training: the activations that write artifacts are moved to a token of their own."""
+
+from __future__ import annotations
+
+import copy
+import dataclasses
+import math
+from collections.abc import Callable, Iterable
+from functools import cache
+
+import torch
+from torch import nn
+
+from vitreg.artifacts import REMOVED, Diagnosis, diagnose
+from vitreg.checkpoints import from_module
+from vitreg.images import Batches, Images
+from vitreg.model import VisionTransformer
+from vitreg.registers.held_back import Effect, HeldBack
+from vitreg.registers.insertion import with_registers
+from vitreg.registers.neurons import RegisterNeuron, find_register_neurons
+from vitreg.common.words import counted, percent
+
+Unit = tuple[int, int]
+
+MIN_IMAGES = 8
+"""Fewer tell neither which units write the artifacts nor whether moving them helps."""
+
+HELD_BACK_EVERY = 5
+"""Of so many images one is held back."""
+
+MARGIN = 0.1
+"""Features must come so much closer, as a part of the distance, for more units to be moved than the fewest."""
+
+MAX_ROUNDS = 4
+"""Moved artifacts may uncover others, written by later blocks; each round looks for the units of one more onset."""
+
+
+def add_test_time_registers(
+    vit: VisionTransformer | nn.Module,
+    images: Images | None = None,
+    *,
+    count: int = 1,
+    neurons: Iterable[RegisterNeuron | Unit] | None = None,
+    batch_size: int = 32,
+    on_progress: Callable[[int, int | None], None] | None = None,
+) -> VisionTransformer:
+    """A copy of a model whose artifacts are moved into registers; nothing is trained, the original is left untouched.
+
+    "Vision Transformers Don't Need Trained Registers" (Jiang et al., arXiv 2506.08010): a few hidden units of the MLPs
+    write the artifacts. In every image, the strongest activation of each such unit over all tokens goes to the new
+    registers, and zero to every other token (Algorithm 2, here per image and per unit). The registers start from zero
+    and have no position; they need not differ, as they are not trained.
+
+    Without `neurons`, units are ranked on four fifths of the images (`find_register_neurons`) and the smallest number
+    of the first of them is taken that leaves at most 0.01 % of outliers, after any block, in the fifth that was held
+    back; or up to twice as many, where the pooled features stay more than a tenth closer to the original's. If no
+    number removes them, the best is kept and the search repeated on the changed model. Then attention counts the
+    registers 1, 2, 4, ... times (`ViTConfig.register_weight`), as long as that brings the pooled features closer: one
+    register replaces several artifacts, each of which had its share in the softmax. `config.changes` says what was
+    chosen.
+
+    Args:
+        vit: the model, with or without registers of its own, as for `diagnose`.
+        images: at least 8, as for `diagnose`; not needed with `neurons`. An iterable must give the same images each
+            time.
+        count: registers to add.
+        neurons: the units to move, as (block, unit) or `RegisterNeuron`; found in the images by default. With these,
+            the model is exactly that of the paper: registers count once.
+        batch_size: images at a time.
+        on_progress: called while units are looked for, with the number of images done and their total.
+
+    Returns:
+        The model with `count` more registers. Where there is nothing to remove, or no units remove any of it, a copy
+        with as many as before, whose last of `config.changes` says why.
+
+    Raises:
+        ValueError: `count` below 1, fewer than 8 images or too few to tell whether there are artifacts, images that can
+            be gone through only once, units that the model does not have.
+    """
+    vit = from_module(vit)
+    if count < 1:
+        raise ValueError(f"count is {count}; add at least 1 register")
+    if neurons is not None:
+        units = [(n.block, n.unit) if isinstance(n, RegisterNeuron) else (int(n[0]), int(n[1])) for n in neurons]
+        units = list(dict.fromkeys(units))
+        if not units:
+            raise ValueError("neurons is empty; leave it out to have them found in the images")
+        return _moved(vit, units, count, said="They were given, not chosen.")
+    if images is None:
+        raise ValueError("images are needed to find the units that write the artifacts; or give neurons")
+    return _search(vit, images, count, batch_size, on_progress)
+
+
+def _search(
+    vit: VisionTransformer,
+    images: Images,
+    count: int,
+    batch_size: int,
+    on_progress: Callable[[int, int | None], None] | None,
+) -> VisionTransformer:
+    """Choose units and weight by the images, and move."""
+    device = next(vit.parameters()).device
+
+    def part(select: Callable[[int], bool]) -> Batches:
+        return Batches(images, vit.preprocess, batch_size=batch_size, device=device, select=select)
+
+    finding = part(lambda i: i % HELD_BACK_EVERY != HELD_BACK_EVERY - 1)
+    if not finding.repeatable:
+        raise ValueError("images can be gone through only once, but are needed again: give a list or a DataLoader")
+    diagnosis = diagnose(vit, finding, max_examples=0, on_progress=on_progress)
+    rest = part(lambda i: i % HELD_BACK_EVERY == HELD_BACK_EVERY - 1)
+    if diagnosis.num_images < MIN_IMAGES - MIN_IMAGES // HELD_BACK_EVERY:
+        num_images = diagnosis.num_images + sum(len(names) for _, names in rest)
+        raise ValueError(
+            f"{counted(num_images, 'image')} cannot tell which units write artifacts; give at least {MIN_IMAGES}, "
+            f"better 100"
+        )
+    if diagnosis.undecided is not None:
+        needed = math.ceil(diagnosis.undecided.num_images_needed * HELD_BACK_EVERY / (HELD_BACK_EVERY - 1))
+        raise ValueError(
+            f"{diagnosis.verdict[0].partition('; give')[0]}; give at least {needed}, one in {HELD_BACK_EVERY} of which "
+            f"is held back"
+        )
+    if not diagnosis.has_artifacts:
+        return _unchanged(vit, diagnosis.verdict[0])
+    held_back = HeldBack(vit, diagnosis, rest)
+    units, num_ranked = _choose_units(vit, finding, diagnosis, held_back, count, on_progress)
+    if not units:
+        return _unchanged(
+            vit,
+            f"Moving up to {num_ranked} MLP units of blocks 0 to {diagnosis.onset_block} removes no outliers, so "
+            f"something else writes them. Use a checkpoint trained with registers.",
+        )
+    weight, effect = _choose_weight(vit, units, count, held_back, diagnosis)
+    said = (
+        f"They are the first of {num_ranked}, ranked on {diagnosis.num_images} images by what they add to outliers, "
+        f"and leave {percent(effect.outliers)} of outliers in {counted(held_back.num_images, 'other')} "
+        f"({percent(held_back.original)} before)."
+    )
+    if weight > 1:
+        said += (
+            f" In attention a register counts {weight} times, which keeps the pooled feature closest to the original "
+            f"(mean cosine {effect.similarity:.3f})."
+        )
+    return _moved(vit, units, count, weight, said)
+
+
+def _choose_units(
+    vit: VisionTransformer,
+    finding: Batches,
+    diagnosis: Diagnosis,
+    held_back: HeldBack,
+    count: int,
+    on_progress: Callable[[int, int | None], None] | None,
+) -> tuple[list[Unit], int]:
+    """The units to move, and how many were ranked to choose from."""
+    chosen: list[Unit] = []
+    left = held_back.original
+    current, num_ranked = vit, 0
+    for _ in range(MAX_ROUNDS):
+        found = find_register_neurons(current, finding, diagnosis=diagnosis, on_progress=on_progress)
+        ranked = chosen + [(n.block, n.unit) for n in found if (n.block, n.unit) not in chosen]
+        num_ranked += len(ranked) - len(chosen)
+
+        @cache
+        def effect(k: int, ranked: tuple[Unit, ...] = tuple(ranked)) -> Effect:
+            return held_back.effect(_moved(vit, list(ranked[:k]), count) if k else vit)
+
+        k = _fewest(effect, len(chosen), len(ranked))
+        if effect(k).outliers >= left:
+            break  # these units write nothing of what is left
+        if effect(k).outliers <= REMOVED:
+            return ranked[: _closest(effect, k, len(ranked))], num_ranked
+        chosen, left = ranked[:k], effect(k).outliers
+        current = _moved(vit, chosen, count)
+        diagnosis = diagnose(current, finding, max_examples=0, on_progress=on_progress)
+    return chosen, num_ranked
+
+
+def _fewest(effect: Callable[[int], Effect], low: int, most: int) -> int:
+    """The smallest number above `low` that removes the outliers; where none does, the one that leaves the fewest."""
+    sizes = [low + 2**i for i in range((most - low).bit_length()) if low + 2**i < most] + [most]
+    for high in sizes:
+        if effect(high).outliers <= REMOVED:
+            while high - low > 1:
+                middle = (low + high) // 2
+                low, high = (low, middle) if effect(middle).outliers <= REMOVED else (middle, high)
+            return high
+        low = high
+    return min(sizes, key=lambda k: (effect(k).outliers, k))
+
+
+def _closest(effect: Callable[[int], Effect], fewest: int, most: int) -> int:
+    """From the smallest number that removes the outliers to about twice that, the one that changes the model least.
+
+    A unit that prepares artifacts in an earlier block leaves something behind when only those that complete them move.
+    More than `MARGIN` must be gained over a smaller number.
+    """
+    sizes = [fewest] + [fewest + 2**i for i in range(fewest.bit_length() + 1)]
+    sizes = [k for k in sizes if k <= most and effect(k).outliers <= REMOVED]
+    distances = [max(0.0, 1 - effect(k).similarity) for k in sizes]  # rounding may leave a cosine above 1
+    return next(k for k, d in zip(sizes, distances, strict=True) if d <= (1 + MARGIN) * min(distances))
+
+
+def _choose_weight(
+    vit: VisionTransformer, units: list[Unit], count: int, held_back: HeldBack, diagnosis: Diagnosis
+) -> tuple[int, Effect]:
+    """How often attention should count a register, doubled while the pooled features come closer, and the effect."""
+    weight = vit.config.register_weight
+    outliers_per_image = diagnosis.outlier_fraction * diagnosis.num_patches / diagnosis.num_images
+    best = held_back.effect(_moved(vit, units, count, weight))
+    while weight * count < outliers_per_image:
+        effect = held_back.effect(_moved(vit, units, count, 2 * weight))
+        if effect.similarity <= best.similarity or effect.outliers > max(best.outliers, REMOVED):
+            break
+        weight, best = 2 * weight, effect
+    return weight, best
+
+
+def _unchanged(vit: VisionTransformer, reason: str) -> VisionTransformer:
+    """A copy that says why nothing was done to it."""
+    same = copy.deepcopy(vit)
+    same.config = dataclasses.replace(vit.config, changes=(*vit.config.changes, f"No register was added. {reason}"))
+    return same
+
+
+def _moved(
+    vit: VisionTransformer, units: list[Unit], count: int, weight: int | None = None, said: str = ""
+) -> VisionTransformer:
+    """The model with so many more test-time registers that receive what these units do."""
+    config = vit.config
+    neurons = tuple(dict.fromkeys((*config.register_neurons, *units)))
+    them = "it" if count == 1 else "each of them"
+    text = f"{counted(count, 'test-time register')} added"
+    if vit.num_registers:
+        text += f" beside the {vit.num_registers} that the model had"
+    text += f"; the activations of {_listed(units)} are moved to {them}. {said}"
+    return with_registers(
+        vit,
+        torch.zeros(count, config.embed_dim),
+        vit.num_registers,
+        num_test_time_registers=config.num_test_time_registers + count,
+        register_neurons=neurons,
+        register_weight=weight or config.register_weight,
+        name=f"{config.name or config.architecture} + {counted(count, 'test-time register')}",
+        changes=(*config.changes, text.strip()),
+    )
+
+
+def _listed(units: list[Unit]) -> str:
+    """The units in words, block by block."""
+    blocks = sorted({block for block, _ in units})
+    in_blocks = [f"block {block}: " + ", ".join(str(unit) for b, unit in units if b == block) for block in blocks]
+    noun = "MLP unit" if len(units) == 1 else "MLP units"
+    return f"{len(units)} {noun} ({'; '.join(in_blocks)})"

@@ -1,0 +1,131 @@
+"""DINOv2's views of a picture: two global crops, several small local ones, and the patches that are hidden."""
+
+from __future__ import annotations
+
+import random
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+from jaxtyping import Bool
+from PIL import Image
+from torch import Tensor
+from torchvision import transforms
+
+from vitreg.model import ViTConfig
+from vitreg.training.engine.config import Settings
+from vitreg.training.engine.method import Batch, Sample, Views
+
+
+@dataclass(frozen=True)
+class MultiCropConfig(Settings):
+    """DINOv2's crops (`dinov2/configs/ssl_default_config.yaml`).
+
+    Attributes:
+        num_local: local crops of a picture; the global ones are always two.
+        local_size: side of a local crop in pixels; global ones have the model's image size.
+        global_scale: smallest and largest share of the picture's area that a global crop takes.
+        local_scale: the same of local crops.
+        mask_probability: how likely a global crop has hidden patches.
+        mask_ratio: smallest and largest share of its patches that are hidden then.
+    """
+
+    num_local: int = 8
+    local_size: int = 96
+    global_scale: tuple[float, float] = (0.32, 1.0)
+    local_scale: tuple[float, float] = (0.05, 0.32)
+    mask_probability: float = 0.5
+    mask_ratio: tuple[float, float] = (0.1, 0.5)
+
+    def __post_init__(self) -> None:
+        if self.num_local < 1:
+            raise ValueError(f"num_local is {self.num_local}; self-distillation needs at least 1 local crop")
+        for name in ("global_scale", "local_scale", "mask_ratio"):
+            low, high = getattr(self, name)
+            if not 0 < low <= high <= 1:
+                raise ValueError(f"{name} is {low} to {high}; it must rise, above 0 and at most to 1")
+        if not 0 <= self.mask_probability <= 1:
+            raise ValueError(f"mask_probability is {self.mask_probability}; it must be 0 to 1")
+
+
+class MultiCrop(Views):
+    """`dinov2/data/augmentations.py`: crops, flips, colour jitter, grey, blur, and solarisation of the second crop.
+
+    Two things differ from the published code. Its blur applies with one minus the probability that it names (1, 0.1 and
+    0.5, those of DINO, which are meant and used here). And it hides patches in exactly half of a batch's crops, with
+    ratios spread evenly over the batch; here every crop draws whether and how much by itself, so that a picture's views
+    do not depend on the others in its batch, nor on how a batch is spread over processes.
+
+    Rows have `global` [2, 3, H, W], `local` [V, 3, h, w] and `mask` [2, N], true at hidden patches of the global crops.
+    A batch of B has `hidden` [M] besides, the numbers of the hidden among its B * 2 * N patches, and `hidden_weight`
+    [M], of each in iBOT's loss (as DINOv3's `dinov3/data/collate.py`).
+
+    Args:
+        model: whose image size, patch size, mean and standard deviation count.
+        config: the crops.
+
+    Raises:
+        ValueError: the local size is not a multiple of the patch size, or lightly is missing.
+    """
+
+    def __init__(self, model: ViTConfig, config: MultiCropConfig) -> None:
+        try:
+            from lightly.transforms.gaussian_blur import GaussianBlur
+            from lightly.transforms.solarize import RandomSolarization
+        except ImportError as error:
+            raise ValueError('self-distillation needs lightly: pip install "vitreg[train]"') from error
+        if config.local_size % model.patch_size:
+            raise ValueError(
+                f"local_size {config.local_size} is not a multiple of the patch size {model.patch_size}; "
+                f"take {config.local_size // model.patch_size * model.patch_size or model.patch_size}"
+            )
+        self.model, self.config = model, config
+        jitter = transforms.ColorJitter(brightness=0.4, contrast=0.4, saturation=0.2, hue=0.1)
+        colour = [transforms.RandomApply([jitter], p=0.8), transforms.RandomGrayscale(p=0.2)]
+        first = [*colour, GaussianBlur(prob=1.0, sigmas=(0.1, 2.0))]
+        second = [*colour, GaussianBlur(prob=0.1, sigmas=(0.1, 2.0)), RandomSolarization(prob=0.2)]
+        self._global = [transforms.Compose(first), transforms.Compose(second)]
+        self._local = transforms.Compose([*colour, GaussianBlur(prob=0.5, sigmas=(0.1, 2.0))])
+
+    def __call__(self, sample: Sample) -> Batch:
+        """The crops of one picture, normalised, and the masks of the global ones."""
+        config, size = self.config, self.model.image_size
+        large = [change(_crop(sample.picture, size, config.global_scale)) for change in self._global]
+        side = (config.local_size, config.local_size)
+        small = [self._local(_crop(sample.picture, side, config.local_scale)) for _ in range(config.num_local)]
+        mask = torch.stack([self._mask() for _ in large])
+        return {"global": self._normalize(large), "local": self._normalize(small), "mask": mask}
+
+    def collate(self, batch: Batch) -> Batch:
+        """With the places of what is hidden, which a GPU would have to be asked for."""
+        return batch | locate_hidden(batch["mask"])
+
+    def _mask(self) -> Bool[Tensor, " N"]:
+        from lightly.models.utils import random_block_mask_image
+
+        rows, columns = self.model.grid
+        if random.random() >= self.config.mask_probability:
+            return torch.zeros(rows * columns, dtype=torch.bool)
+        hidden = int(rows * columns * random.uniform(*self.config.mask_ratio))
+        # The smallest block is of four patches, unless fewer are to be hidden.
+        return random_block_mask_image((rows, columns), hidden, min_num_masks_per_block=min(4, hidden)).flatten()
+
+    def _normalize(self, crops: list[Image.Image]) -> Tensor:
+        pixels = np.stack([np.asarray(crop) for crop in crops]).transpose(0, 3, 1, 2)
+        return self.model.preprocess.normalize(torch.from_numpy(np.ascontiguousarray(pixels)))
+
+
+def locate_hidden(mask: Bool[Tensor, "B 2 N"]) -> Batch:
+    """`hidden` and `hidden_weight` of a batch."""
+    flat = mask.flatten(0, 1)
+    weight = 1 / (flat.sum(1, keepdim=True).clamp(min=1) * len(flat))
+    return {"hidden": flat.flatten().nonzero().flatten(), "hidden_weight": weight.expand_as(flat)[flat]}
+
+
+def _crop(picture: Image.Image, size: tuple[int, int], scale: tuple[float, float]) -> Image.Image:
+    """A random part of the picture, resized in one go, and mirrored half of the time."""
+    box = transforms.RandomResizedCrop.get_params(picture, list(scale), [3 / 4, 4 / 3])  # pyright: ignore
+    top, left, height, width = box
+    edges = (left, top, left + width, top + height)
+    crop = picture.resize((size[1], size[0]), Image.Resampling.BICUBIC, box=edges)
+    return crop.transpose(Image.Transpose.FLIP_LEFT_RIGHT) if random.random() < 0.5 else crop

@@ -1,0 +1,176 @@
+"""The pictures of a run in their order, fetched by worker processes."""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import signal
+from collections.abc import Generator, Iterator
+
+import numpy as np
+import torch
+from torch.utils.data import DataLoader, Dataset
+
+from vitreg.common.devices import available_cores
+from vitreg.images import ImageError, ImageSet
+from vitreg.training.engine.method import Batch, Sample, Views
+from vitreg.training.engine.distributed import Processes
+from vitreg.training.engine.randomness import fixed_randomness
+
+MAX_ATTEMPTS = 100
+
+Fetched = tuple[Batch, list[str]]
+"""A batch, and for each picture that could not be read the sentence that says why."""
+
+
+class SampleStream(Dataset[Fetched]):
+    """Every epoch the whole set in another order, as one unending sequence of positions.
+
+    What is at a position depends on nothing but the seed: not on the number of processes or workers, and not on where a
+    run was interrupted. A picture that cannot be read is replaced by another, so that batches are always full.
+
+    Args:
+        images: the set.
+        views: what is made of each picture.
+        seed: of the order and the augmentation.
+    """
+
+    def __init__(self, images: ImageSet, views: Views, seed: int) -> None:
+        self.images, self.views, self.seed = images, views, seed
+        self._epochs: dict[int, np.ndarray] = {}
+
+    def __getitem__(self, positions: range) -> Fetched:
+        """The batch of consecutive positions, an even number of them from an even one.
+
+        Raises:
+            ValueError: picture after picture cannot be read.
+        """
+        skipped: list[str] = []
+        pairs = [self._pair(first, skipped) for first in positions[::2]]
+        return self.views.collate({name: torch.cat([pair[name] for pair in pairs]) for name in pairs[0]}), skipped
+
+    def _pair(self, first: int, skipped: list[str]) -> Batch:
+        """Two consecutive positions, the first of them even."""
+        rows = []
+        for position in (first, first + 1):
+            sample = self._sample(position, skipped)
+            with fixed_randomness(self.seed, position):
+                rows.append(self.views(sample))
+        with fixed_randomness(self.seed, first, 1):
+            return self.views.mix({name: torch.stack([row[name] for row in rows]) for name in rows[0]})
+
+    def _sample(self, position: int, skipped: list[str]) -> Sample:
+        index = self._index(position)
+        for attempt in range(MAX_ATTEMPTS):
+            try:
+                label = None if self.images.labels is None else int(self.images.labels[index])
+                return Sample(self.images.picture(index), label, self.images.captions(index))
+            except ImageError as error:
+                skipped.append(str(error))
+                index = int(np.random.default_rng((self.seed, position, attempt)).integers(len(self.images)))
+        raise ValueError(f"{MAX_ATTEMPTS} pictures in a row cannot be read, the last: {skipped[-1]}")
+
+    def _index(self, position: int) -> int:
+        epoch, place = divmod(position, len(self.images))
+        if epoch not in self._epochs:
+            order = np.random.default_rng((self.seed, epoch)).permutation(len(self.images))
+            # A batch spans two epochs at most.
+            self._epochs = {e: o for e, o in self._epochs.items() if e == epoch - 1} | {epoch: order}
+        return int(self._epochs[epoch][place])
+
+
+def fetch(
+    stream: SampleStream, processes: Processes, *, batch_size: int, accumulation: int, steps: range, num_workers: int
+) -> Generator[Fetched, None, None]:
+    """This process's micro-batches, step by step; closing it ends the workers.
+
+    Each process has a contiguous part of a step's positions, and its micro-batches are contiguous parts of that.
+
+    Args:
+        stream: the pictures.
+        processes: who shares a batch.
+        batch_size: pictures a step, over all processes.
+        accumulation: micro-batches a step.
+        steps: which steps are wanted.
+        num_workers: processes that decode, beside this one; 0 decodes in this one.
+    """
+    size = batch_size // (processes.world * accumulation)
+    starts = [
+        step * batch_size + (processes.rank * accumulation + k) * size for step in steps for k in range(accumulation)
+    ]
+    loader = DataLoader(
+        _Told(stream),
+        batch_size=None,
+        sampler=_Ranges(starts, size),
+        num_workers=num_workers,
+        prefetch_factor=4 if num_workers else None,
+        pin_memory=processes.device.type == "cuda",
+        worker_init_fn=_start_worker,
+    )
+    return _given(iter(loader))
+
+
+def _given(found: Iterator[Fetched | ValueError]) -> Generator[Fetched, None, None]:
+    try:
+        for batch in found:
+            if isinstance(batch, ValueError):
+                raise batch
+            yield batch
+    finally:
+        del found  # and with it the workers, which an error's traceback would keep
+
+
+class _Told(Dataset[Fetched | ValueError]):
+    """Hands errors on as values: raised in a worker, they would come with its traceback as their message."""
+
+    def __init__(self, stream: SampleStream) -> None:
+        self._stream = stream
+
+    def __getitem__(self, positions: range) -> Fetched | ValueError:
+        try:
+            return self._stream[positions]
+        except ValueError as error:
+            return error
+
+
+class _Ranges:
+    """The positions of each micro-batch, made as they are asked for: a run may have millions."""
+
+    def __init__(self, starts: list[int], size: int) -> None:
+        self._starts, self._size = starts, size
+
+    def __len__(self) -> int:
+        return len(self._starts)
+
+    def __iter__(self) -> Iterator[range]:
+        return (range(start, start + self._size) for start in self._starts)
+
+
+def _start_worker(worker: int) -> None:
+    """One thread for each worker; and the process that trains, when it is told to stop, ends its workers itself."""
+    torch.set_num_threads(1)
+    for kind in (signal.SIGINT, signal.SIGTERM):
+        signal.signal(kind, signal.SIG_IGN)
+
+
+@contextlib.contextmanager
+def worker_deaths() -> Iterator[None]:
+    """Turns the death of a worker, which is noticed anywhere, into a sentence.
+
+    Raises:
+        ValueError: a worker died.
+    """
+    try:
+        yield
+    except RuntimeError as error:
+        if "DataLoader worker (pid" not in str(error):
+            raise
+        raise ValueError(
+            f"a process that decodes pictures died ({str(error).split('. ')[0]}); resume the run with fewer --workers"
+        ) from error
+
+
+def default_workers(processes: Processes) -> int:
+    """Decoding processes: all cores for a GPU; one where the model computes on the same cores."""
+    local = int(os.environ.get("LOCAL_WORLD_SIZE", 1))
+    return 1 if processes.device.type == "cpu" else max(1, min(16, available_cores() // local))

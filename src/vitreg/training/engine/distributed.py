@@ -1,0 +1,166 @@
+"""The processes that share a training run: one, or those that `torchrun` started."""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import warnings
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass
+from datetime import timedelta
+from typing import Any, Literal
+
+import torch
+import torch.distributed as dist
+from torch import Tensor, nn
+from torch.distributed.tensor import DTensor
+from torch.nn.parallel import DistributedDataParallel
+
+from vitreg.common.devices import resolve_device
+from vitreg.model import Block
+from vitreg.training.engine.method import Method
+
+
+@dataclass(frozen=True)
+class Processes:
+    """Who takes part, and where this one computes.
+
+    Attributes:
+        rank: number of this process.
+        world: how many there are.
+        device: where this process computes.
+    """
+
+    rank: int
+    world: int
+    device: torch.device
+
+    @classmethod
+    def join(cls, device: str = "auto") -> Processes:
+        """Meet the processes that `torchrun` started, or be alone.
+
+        Args:
+            device: cpu, cuda, mps; auto takes a GPU where there is one, each process its own.
+
+        Raises:
+            ValueError: the device does not exist.
+        """
+        place = resolve_device(device)
+        if place.type == "cuda":
+            if place.index is None:
+                place = resolve_device(f"cuda:{os.environ.get('LOCAL_RANK', 0)}")
+            torch.cuda.set_device(place)
+        if "RANK" not in os.environ:
+            return cls(0, 1, place)
+        if not dist.is_initialized():
+            backend = "cpu:gloo,cuda:nccl" if place.type == "cuda" else "gloo"
+            # Long, because all wait while the first evaluates; of a process that dies torchrun tells the others.
+            dist.init_process_group(backend, timeout=timedelta(hours=2))
+        return cls(dist.get_rank(), dist.get_world_size(), place)
+
+    @property
+    def first(self) -> bool:
+        """Whether this is the one that writes files and talks."""
+        return self.rank == 0
+
+    def leave(self) -> None:
+        """Part from the others."""
+        if dist.is_initialized():
+            dist.destroy_process_group()
+
+    @contextlib.contextmanager
+    def together(self) -> Iterator[None]:
+        """Turns the end of another process, which is noticed in any exchange with it, into a sentence.
+
+        Raises:
+            ValueError: another process is gone.
+        """
+        try:
+            yield
+        except RuntimeError as error:
+            if self.world == 1 or not (isinstance(error, dist.DistError) or "gloo" in str(error)):
+                raise
+            raise ValueError(f"process {self.rank} stops, because another one is gone; go on with --resume") from error
+
+    def mean(self, values: Tensor) -> Tensor:
+        """The mean over the processes."""
+        if self.world > 1:
+            dist.all_reduce(values)
+            values /= self.world
+        return values
+
+    def gather(self, tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
+        """All parts of these tensors, on the CPU of the first process, and nothing on others; every one has to ask.
+
+        One after the other, so that no device holds more than one whole tensor.
+        """
+        gathered = {}
+        for name, tensor in tensors.items():
+            everything = whole(tensor.detach())
+            if self.first:
+                gathered[name] = everything.cpu()
+        return gathered
+
+    def on_first(self, work: Callable[[], Any]) -> Any:
+        """Do something on the first process only; all return its result, and all fail where it fails.
+
+        Raises:
+            ValueError: what the first process ran into; others raise it too, so that none waits for ever.
+        """
+        outcome: list[Any] = [None, None]
+        error: Exception | None = None
+        if self.first:
+            try:
+                outcome[0] = work()
+            except Exception as caught:
+                error = caught
+                outcome[1] = f"{caught}" or type(caught).__name__
+        if self.world > 1:
+            dist.broadcast_object_list(outcome, src=0)
+        if error is not None:
+            raise error
+        if outcome[1] is not None:
+            raise ValueError(f"the first process stopped: {outcome[1]}")
+        return outcome[0]
+
+
+def distribute(method: Method, processes: Processes, sharding: Literal["ddp", "fsdp"], half: bool) -> nn.Module:
+    """The method, ready to be trained by all processes together.
+
+    With ddp every process holds everything and gradients are averaged. With fsdp parameters, gradients and optimizer
+    state are spread over the processes (`torch.distributed.fsdp.fully_shard`), gathered block by block.
+    A process that is alone does neither.
+
+    Args:
+        method: built, on its device.
+        processes: who takes part.
+        sharding: as said.
+        half: gather blocks in bfloat16, in which they compute.
+    """
+    if processes.world == 1:
+        return method
+    if sharding == "fsdp":
+        from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
+
+        policy = MixedPrecisionPolicy()
+        if half:
+            policy = MixedPrecisionPolicy(torch.bfloat16, torch.float32, cast_forward_inputs=False)
+        for block in (module for module in method.modules() if isinstance(module, Block)):
+            fully_shard(block, mp_policy=policy)
+        # What is outside of the blocks, such as registers, prototypes and CLIP's scale, is not to be rounded.
+        fully_shard(method)
+        return method
+    device_ids = [processes.device.index] if processes.device.type == "cuda" else None
+    with warnings.catch_warnings():  # PyTorch 2.6 does not know what took its place
+        warnings.filterwarnings("ignore", "`broadcast_buffers` is deprecated")
+        return DistributedDataParallel(method, device_ids=device_ids, broadcast_buffers=False)
+
+
+def local(tensor: Tensor) -> Tensor:
+    """This process's part of a sharded tensor; any other as it is."""
+    return tensor.to_local() if isinstance(tensor, DTensor) else tensor
+
+
+def whole(tensor: Tensor) -> Tensor:
+    """All parts of a sharded tensor, on every process; any other as it is."""
+    return tensor.full_tensor() if isinstance(tensor, DTensor) else tensor

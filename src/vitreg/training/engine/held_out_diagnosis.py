@@ -1,0 +1,63 @@
+"""Diagnosing a model in training on pictures that it does not train on."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from vitreg.artifacts import diagnose
+from vitreg.images import ImageSet, Part, evenly
+from vitreg.model import Preprocess, VisionTransformer
+from vitreg.training.engine.config import TrainingConfig
+from vitreg.training.data.held_out import stream_pictures
+from vitreg.training.engine.method import Companions, Method
+
+BATCH_SIZE = 64
+NUM_EVALUATED = 1000
+# What a diagnosis says of its pictures rather than of the model.
+LEFT_OUT = ("skipped", "position_frequency", "interrupted", "version")
+
+
+class Watch:
+    """Records when artifacts appear.
+
+    Args:
+        config: of the run.
+        images: held out; all diagnoses look at the same of them.
+        device: where models are looked at.
+    """
+
+    def __init__(self, config: TrainingConfig, images: ImageSet, device: torch.device) -> None:
+        self._config, self._images, self._device = config, images, device
+        self._some = Part(images, evenly(len(images), NUM_EVALUATED))
+        self._kept: list[Tensor] = []
+
+    def read(self, preprocess: Preprocess) -> None:
+        """Read the pictures that are diagnosed, before any work is done.
+
+        Raises:
+            ValueError: none of them can be read.
+        """
+        limit = self._config.num_diagnosed
+        batches = stream_pictures(self._images, preprocess, batch_size=BATCH_SIZE, device=self._device, limit=limit)
+        self._kept = [batch for batch, _ in batches]
+        if not self._kept:
+            raise ValueError(
+                f"none of the held-out pictures of {self._images.source} can be read; give others by --val"
+            )
+
+    def look(self, method: Method, vit: VisionTransformer, companions: Companions, *, final: bool) -> dict[str, Any]:
+        """What `diagnose` says of the model, as JSON types, with the method's `metrics`; after `read`.
+
+        Args:
+            method: of the run.
+            vit: the model as it would be saved.
+            companions: and what goes with it.
+            final: evaluate on all pictures, instead of `NUM_EVALUATED` of them.
+        """
+        diagnosis = diagnose(vit, iter(self._kept), max_examples=1).to_dict()
+        found = {key: value for key, value in diagnosis.items() if key not in LEFT_OUT}
+        images = self._images if final else self._some
+        return {"metrics": method.evaluate(vit, companions, images, BATCH_SIZE), **found}

@@ -1,0 +1,97 @@
+"""Parameter groups, optimizers and their schedules."""
+
+from __future__ import annotations
+
+import math
+import re
+from collections.abc import Iterator
+
+import torch
+from torch import nn
+
+from vitreg.model import VisionTransformer
+from vitreg.training.engine.config import OptimizerConfig
+
+# Tokens, positions and pooling queries are two- or three-dimensional, yet no matrices that a decay would regularise.
+NEVER_DECAYED = ("cls_token", "registers", "positions", "latent", "positional_embedding")
+
+
+def parameter_groups(method: nn.Module, config: OptimizerConfig) -> list[dict]:
+    """Groups with their own weight decay and learning-rate factor (`lr_scale`, as in timm).
+
+    No decay for registers, class token, position embedding, norms, biases, LayerScale: whatever is one-dimensional or a
+    token. (timm decayed registers and gave them the learning rate of the last layer until 1.0.28: timm #2712.) With
+    layer-wise decay, everything before the first block, registers too, has the rate of layer 0; block i that of layer
+    i + 1, and what follows the blocks the full rate (BEiT, arXiv 2106.08254).
+
+    Args:
+        method: its parameters; layers are counted in every `VisionTransformer` inside it.
+        config: weight decay and layer decay.
+    """
+    groups: dict[tuple[bool, float], dict] = {}
+    for name, parameter, factor in _scaled(method, config.layer_decay):
+        if not parameter.requires_grad:
+            continue
+        decays = parameter.ndim > 1 and not name.endswith(NEVER_DECAYED)
+        group = groups.setdefault((decays, factor), {"params": [], "names": [], "lr_scale": factor, "decays": decays})
+        group["params"].append(parameter)
+        group["names"].append(name)
+    return list(groups.values())
+
+
+def _scaled(method: nn.Module, layer_decay: float) -> Iterator[tuple[str, nn.Parameter, float]]:
+    """Every parameter with its name and learning-rate factor."""
+    vits = {name: module for name, module in method.named_modules() if isinstance(module, VisionTransformer)}
+    for name, parameter in method.named_parameters():
+        owner = next((prefix for prefix in vits if name.startswith(f"{prefix}." if prefix else "")), None)
+        factor = 1.0
+        if owner is not None and layer_decay < 1:
+            inside = name.removeprefix(f"{owner}.")
+            depth = vits[owner].config.depth
+            factor = layer_decay ** (depth + 1 - _layer(inside, depth))
+        yield name, parameter, factor
+
+
+def _layer(name: str, depth: int) -> int:
+    """0 for the embedding, i + 1 for block i, depth + 1 for the rest."""
+    if block := re.match(r"blocks\.(\d+)\.", name):
+        return int(block.group(1)) + 1
+    return 0 if name.startswith(("patch_embed", "cls_token", "registers", "positions", "pre_norm")) else depth + 1
+
+
+def build_optimizer(method: nn.Module, config: OptimizerConfig) -> torch.optim.Optimizer:
+    """AdamW, or timm's LAMB; gradients are clipped by the engine, for both in the same way.
+
+    LAMB adapts the rate of decayed tensors only, so registers and LayerScale follow plain Adam.
+    """
+    groups = parameter_groups(method, config)
+    betas = (0.9, config.beta2)
+    if config.name == "adamw":
+        return torch.optim.AdamW(
+            groups, lr=config.lr, betas=betas, eps=config.eps, weight_decay=config.weight_decay, fused=True
+        )
+    from timm.optim.lamb import Lamb
+
+    return Lamb(groups, lr=config.lr, betas=betas, eps=config.eps, weight_decay=config.weight_decay, max_grad_norm=None)
+
+
+def learning_rate(config: OptimizerConfig, step: int, num_steps: int) -> float:
+    """Of step `step` (from 0): linear from 1e-6 to the peak, then half a cosine to the final one."""
+    if step < config.warmup_steps:
+        return 1e-6 + (config.lr - 1e-6) * step / config.warmup_steps
+    return _cosine(config.lr, config.final_lr, (step - config.warmup_steps) / max(1, num_steps - config.warmup_steps))
+
+
+def set_schedules(optimizer: torch.optim.Optimizer, config: OptimizerConfig, step: int, num_steps: int) -> float:
+    """Put the step's learning rate and weight decay into the groups; returns the rate before the layers' factors."""
+    rate, decay = learning_rate(config, step, num_steps), config.weight_decay
+    if config.final_weight_decay is not None:
+        decay = _cosine(decay, config.final_weight_decay, step / num_steps)
+    for group in optimizer.param_groups:
+        group["lr"] = rate * group["lr_scale"]
+        group["weight_decay"] = decay if group["decays"] else 0.0
+    return rate
+
+
+def _cosine(start: float, end: float, done: float) -> float:
+    return end + (start - end) * (1 + math.cos(math.pi * min(done, 1.0))) / 2

@@ -1,0 +1,163 @@
+"""CLIP: a picture and its caption are each other's best match in the batch."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+import torch.distributed as dist
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from vitreg.checkpoints.text_tower import TextTower
+from vitreg.images import ImageSet
+from vitreg.model import VisionTransformer, ViTConfig
+from vitreg.training.data.captions import CaptionViews, check_captions
+from vitreg.training.engine.config import MethodConfig
+from vitreg.training.engine.method import Batch, Companions, Method
+from vitreg.training.recipes.retrieval import retrieval
+from vitreg.training.recipes.sizes import Size
+from vitreg.training.engine.throughput import block_flops, forward_flops
+
+# Width (and width of the common space), layers, heads, context length. From tiny on those of open_clip's ViT-S-16-alt,
+# ViT-S-16, ViT-B-16, ViT-L-14, ViT-H-14 and ViT-g-14.
+TEXT_SIZES: dict[str, tuple[int, int, int, int]] = {
+    "micro": (128, 4, 2, 32),
+    "tiny": (256, 10, 4, 77),
+    "small": (384, 12, 6, 77),
+    "base": (512, 12, 8, 77),
+    "large": (768, 12, 12, 77),
+    "huge": (1024, 24, 16, 77),
+    "giant": (1024, 24, 16, 77),
+}
+
+
+@dataclass(frozen=True)
+class ContrastiveConfig(MethodConfig):
+    """CLIP's text tower and augmentation; `num_classes` of the model is the width of the common space.
+
+    Attributes:
+        text_width, text_layers, text_heads: the size of the text tower.
+        context_length: tokens of a caption, its marks of start and end included.
+        min_scale: the smallest part of a picture's area that a crop keeps; less than open_clip's 0.9 for small data.
+        flip: probability of a horizontal flip.
+    """
+
+    text_width: int = 512
+    text_layers: int = 12
+    text_heads: int = 8
+    context_length: int = 77
+    min_scale: float = 0.9
+    flip: float = 0.0
+
+    def __post_init__(self) -> None:
+        if self.text_heads < 1 or self.text_width % self.text_heads:
+            raise ValueError(f"text_width {self.text_width} is not a multiple of text_heads {self.text_heads}")
+        if self.context_length < 3:
+            raise ValueError(f"context_length is {self.context_length}; it must be at least 3: two marks and a token")
+        if not 0 < self.min_scale <= 1 or not 0 <= self.flip <= 1:
+            raise ValueError(f"min_scale {self.min_scale} must be above 0, flip {self.flip} at least 0, both at most 1")
+
+    @classmethod
+    def sized(cls, size: Size, **fields: Any) -> ContrastiveConfig:
+        """The one that goes with a size of the model; the model's `num_classes` is to be the `text_width`.
+
+        Args:
+            size: of the Vision Transformer.
+            fields: others of this class.
+
+        Raises:
+            ValueError: an unknown size.
+        """
+        if size not in TEXT_SIZES:
+            raise ValueError(f"size {size!r} is unknown; choose one of {', '.join(TEXT_SIZES)}")
+        names = ("text_width", "text_layers", "text_heads", "context_length")
+        return cls(**(dict(zip(names, TEXT_SIZES[size], strict=True)) | fields))
+
+    def build(self, model: ViTConfig) -> Contrastive:
+        """The method, with freshly initialised towers.
+
+        Raises:
+            ValueError: the model has no projection, or open_clip is not installed.
+        """
+        return Contrastive(model, self)
+
+    def flops(self, model: ViTConfig, kept: float) -> float:
+        """Those of both towers, each caption of full length."""
+        text = self.text_layers * block_flops(self.context_length, self.text_width, 8 * self.text_width)
+        return 3 * (forward_flops(model, model.grid, kept) + text)
+
+    def views(self, model: ViTConfig, images: ImageSet) -> CaptionViews:
+        """One caption and one crop of a picture at a time.
+
+        Raises:
+            ValueError: there are pictures without a caption.
+        """
+        check_captions(images)
+        return CaptionViews(model, context_length=self.context_length, min_scale=self.min_scale, flip=self.flip)
+
+
+class Contrastive(Method):
+    """An image and a text tower under open_clip's loss (Radford et al., arXiv 2103.00020, figure 3).
+
+    Every picture is compared with the captions of all processes; their gradients' mean is that of one process with the
+    whole batch. Micro-batches of an accumulated step are not compared with each other.
+
+    Attributes:
+        vit: the image tower; its head, which reads the class token, is the projection.
+        text: the text tower, and the scale of the logits.
+
+    Raises:
+        ValueError: the model has no projection, or open_clip is not installed.
+    """
+
+    def __init__(self, model: ViTConfig, config: ContrastiveConfig) -> None:
+        super().__init__()
+        if not model.num_classes:
+            raise ValueError(
+                f"the model has no projection to the text tower's space; give it num_classes={config.text_width}"
+            )
+        self.vit = VisionTransformer(model)
+        self.text = TextTower(
+            embed_dim=model.num_classes,
+            width=config.text_width,
+            layers=config.text_layers,
+            heads=config.text_heads,
+            context_length=config.context_length,
+        )
+
+    def forward(self, batch: Batch, progress: float) -> dict[str, Tensor]:
+        """`loss`, `logit_scale`, and `accuracy`: pictures whose caption is the best of the batch, in percent."""
+        from open_clip.loss import ClipLoss
+
+        images, texts = self.vit.classify(batch["image"]), self.text(batch["text"])
+        rank, world_size = (dist.get_rank(), dist.get_world_size()) if dist.is_initialized() else (0, 1)
+        # Features are gathered with their gradients, which are then summed over the processes' losses. Each loss being
+        # the mean over its own rows, the averages over processes are the one batch's loss and gradient.
+        clip = ClipLoss(local_loss=True, gather_with_grad=True, rank=rank, world_size=world_size)
+        with torch.autocast(images.device.type, enabled=False):
+            images, texts = (F.normalize(features.float(), dim=-1) for features in (images, texts))
+            scale = self.text.logit_scale.float().exp()
+            of_images, of_texts = clip.get_logits(images, texts, scale)
+            labels = clip.get_ground_truth(images.device, len(images))
+            loss = (F.cross_entropy(of_images, labels) + F.cross_entropy(of_texts, labels)) / 2
+        accuracy = 100 * (of_images.argmax(1) == labels).float().mean()
+        return {"loss": loss, "logit_scale": scale.detach().squeeze(), "accuracy": accuracy}
+
+    @torch.no_grad()
+    def after_step(self, progress: float) -> None:
+        """Logits are at most 100 cosines, as in open_clip (`train.py`)."""
+        self.text.logit_scale.clamp_(0, math.log(100))
+
+    def companions(self) -> dict[str, nn.Module]:
+        """The text tower, for `load_text_tower`."""
+        return {"text": self.text}
+
+    def evaluate(
+        self, vit: VisionTransformer, companions: Companions, images: ImageSet, batch_size: int
+    ) -> dict[str, float]:
+        """Retrieval: `image_to_text_r1`, `_r5`, `text_to_image_r1`, `_r5` in percent."""
+        tower = TextTower.from_state(self.text.options, companions["text"]).to(next(vit.parameters()).device)
+        return retrieval(vit, tower, images, batch_size)

@@ -1,0 +1,216 @@
+"""The self-supervised recipe: DINOv2 (arXiv 2304.07193), that is DINO, iBOT and KoLeo together."""
+
+from __future__ import annotations
+
+import copy
+import math
+from dataclasses import dataclass, field
+from typing import Any, Literal
+
+import torch
+from torch import Tensor, nn
+
+from vitreg.images import ImageSet
+from vitreg.model import Masked, Tokens, VisionTransformer, ViTConfig
+from vitreg.training.engine.ema import follow
+from vitreg.training.engine.config import MethodConfig
+from vitreg.training.recipes.dino_losses import (
+    MeanCentering,
+    Sinkhorn,
+    entropies,
+    gather_features,
+    patch_loss,
+    view_loss,
+)
+from vitreg.training.engine.method import Batch, Method
+from vitreg.training.data.multi_crop import MultiCrop, MultiCropConfig
+from vitreg.training.recipes.dino_head import PrototypeHead
+from vitreg.training.engine.throughput import forward_flops
+
+
+@dataclass(frozen=True)
+class SelfDistillationConfig(MethodConfig):
+    """DINOv2's settings (`dinov2/configs/ssl_default_config.yaml` and `train/vitl14.yaml`).
+
+    Attributes:
+        crops: views of a picture.
+        num_prototypes: outputs of a head.
+        hidden_dim: of a head.
+        bottleneck_dim: of a head.
+        separate_heads: patches have a head of their own.
+        centering: how the teacher's outputs are kept from collapsing.
+        student_temperature: of the student's softmax.
+        teacher_temperature: of the targets, at the start and after the warm-up.
+        temperature_warmup: the part of the training in which it rises linearly.
+        teacher_momentum: at the start; it rises to 1 by a cosine.
+        frozen_prototypes: the part of the training in which the prototypes stay as they are.
+        ibot_weight: of iBOT's loss.
+        koleo_weight: of KoLeo's.
+    """
+
+    crops: MultiCropConfig = field(default_factory=MultiCropConfig)
+    num_prototypes: int = 65536
+    hidden_dim: int = 2048
+    bottleneck_dim: int = 256
+    separate_heads: bool = True
+    centering: Literal["sinkhorn", "mean"] = "sinkhorn"
+    student_temperature: float = 0.1
+    teacher_temperature: tuple[float, float] = (0.04, 0.07)
+    temperature_warmup: float = 0.06
+    teacher_momentum: float = 0.994
+    frozen_prototypes: float = 0.002
+    ibot_weight: float = 1.0
+    koleo_weight: float = 0.1
+
+    def __post_init__(self) -> None:
+        if min(self.teacher_temperature) < 0.025:
+            raise ValueError(f"teacher_temperature is {self.teacher_temperature}; below 0.025 float32 does not reach")
+
+    @classmethod
+    def from_dict(cls, values: dict[str, Any]) -> SelfDistillationConfig:
+        """The inverse of `dataclasses.asdict`, from JSON."""
+        return super().from_dict(values | {"crops": MultiCropConfig.from_dict(values["crops"])})
+
+    def build(self, model: ViTConfig) -> SelfDistillation:
+        """Student and teacher, equal at the start.
+
+        Raises:
+            ValueError: the model has no class token, or has a head, which nothing would train; or lightly is missing.
+        """
+        return SelfDistillation(model, self)
+
+    def flops(self, model: ViTConfig, kept: float) -> float:
+        """Those of student, teacher and heads, with as many hidden patches as are to be expected."""
+        crops, side = self.crops, self.crops.local_size // model.patch_size
+        student = 2 * forward_flops(model, model.grid, kept)
+        student += crops.num_local * forward_flops(model, (side, side), kept)
+        teacher = 2 * forward_flops(model, model.grid)
+        hidden = 2 * model.grid[0] * model.grid[1] * crops.mask_probability * sum(crops.mask_ratio) / 2
+        hidden_dim, bottleneck_dim = self.hidden_dim, self.bottleneck_dim
+        head = 2 * (hidden_dim * (model.embed_dim + hidden_dim + bottleneck_dim) + bottleneck_dim * self.num_prototypes)
+        return 3 * (student + (2 + crops.num_local + hidden) * head) + teacher + (2 + hidden) * head
+
+    def views(self, model: ViTConfig, images: ImageSet) -> MultiCrop:
+        """The crops; labels are not needed."""
+        return MultiCrop(model, self.crops)
+
+
+class SelfDistillation(Method):
+    """A student that is taught by the moving average of itself (`dinov2/train/ssl_meta_arch.py`).
+
+    The teacher sees two large crops of a picture. The student sees these, with patches hidden in half of them, and
+    small local ones. DINO's loss compares class tokens of different views, iBOT's the hidden patches with what the
+    teacher made of them, and KoLeo spreads the student's class tokens. Registers take no part in a loss and are never
+    hidden: they learn by what they do for the other tokens.
+
+    Batches over several micro-batches (accumulation) are centred, and spread by KoLeo, each by itself.
+
+    Attributes:
+        vit: the student.
+        mask_token: what stands in place of hidden patches.
+        heads: the student's, for class tokens and for patches, which share one unless the config separates them.
+        teacher_vit: the teacher, the product; learns no gradient.
+        teacher_heads: the teacher's.
+    """
+
+    def __init__(self, model: ViTConfig, config: SelfDistillationConfig) -> None:
+        super().__init__()
+        if model.num_classes or not model.class_token:
+            raise ValueError(
+                f"self-distillation trains a model with a class token and without a head; this one has "
+                f"class_token={model.class_token} and num_classes={model.num_classes}"
+            )
+        try:
+            from lightly.loss.koleo_loss import KoLeoLoss
+        except ImportError as error:
+            raise ValueError('self-distillation needs lightly: pip install "vitreg[train]"') from error
+        self.config = config
+        self.vit = VisionTransformer(model)
+        self.mask_token = nn.Parameter(torch.zeros(model.embed_dim))
+        shape = model.embed_dim, config.hidden_dim, config.bottleneck_dim, config.num_prototypes
+        self.heads = nn.ModuleList(PrototypeHead(*shape) for _ in range(1 + config.separate_heads))
+        self.teacher_vit = copy.deepcopy(self.vit).requires_grad_(False).eval()
+        self.teacher_heads = copy.deepcopy(self.heads).requires_grad_(False)
+        sinkhorn = config.centering == "sinkhorn"
+        self.center_views = Sinkhorn() if sinkhorn else MeanCentering(config.num_prototypes)
+        self.center_patches = Sinkhorn() if sinkhorn else MeanCentering(config.num_prototypes)
+        self.koleo = KoLeoLoss()
+
+    def train(self, mode: bool = True) -> SelfDistillation:
+        """The teacher stays in evaluation mode: its targets have no stochastic depth."""
+        super().train(mode)
+        self.teacher_vit.eval()
+        return self
+
+    def forward(self, batch: Batch, progress: float) -> dict[str, Tensor]:
+        """The loss, its three terms, the teacher's temperature and, against collapse, `entropies` of its targets."""
+        config, temperature = self.config, self.teacher_temperature(progress)
+        views, mask, hidden = batch["global"].flatten(0, 1), batch["mask"].flatten(0, 1), batch["hidden"]
+        targets, patch_targets = self._targets(views, hidden, temperature)
+        # All crops of a picture lie next to each other, as stochastic depth, drawn for the global batch, expects.
+        large = self.vit(views, masked=Masked(mask, self.mask_token))
+        small = self.vit(batch["local"].flatten(0, 1))
+        large_cls, small_cls = (_cls(tokens).unflatten(0, (len(batch["global"]), -1)) for tokens in (large, small))
+        frozen = progress < config.frozen_prototypes
+        view_outputs = self.heads[0](torch.cat([large_cls, small_cls], dim=1), frozen=frozen)
+        patch_outputs = self.heads[-1](_some(large, hidden), frozen=frozen)
+        with _float32(views):
+            dino = view_loss(view_outputs, targets, config.student_temperature)
+            ibot = patch_loss(patch_outputs, patch_targets, batch["hidden_weight"], config.student_temperature)
+            # View by view: crops of one picture are meant to be close.
+            koleo = torch.stack([self.koleo(gather_features(view.float())) for view in large_cls.unbind(1)]).sum()
+            teacher_entropy, marginal_entropy = entropies(targets.flatten(0, 1))
+        return {
+            "loss": dino + config.ibot_weight * ibot + config.koleo_weight * koleo,
+            "dino": dino.detach(),
+            "ibot": ibot.detach(),
+            "koleo": koleo.detach(),
+            "teacher_temperature": dino.new_full((), temperature),
+            "teacher_entropy": teacher_entropy,
+            "marginal_entropy": marginal_entropy,
+        }
+
+    @torch.no_grad()
+    def _targets(self, views: Tensor, hidden: Tensor, temperature: float) -> tuple[Tensor, Tensor]:
+        """Of the class tokens [B, 2, K] and of the patches that are hidden from the student [M, K]."""
+        seen = self.teacher_vit(views)
+        cosines, patch_cosines = self.teacher_heads[0](_cls(seen)), self.teacher_heads[-1](_some(seen, hidden))
+        with _float32(views):
+            targets = self.center_views(cosines, temperature).unflatten(0, (-1, 2))
+            return targets, self.center_patches(patch_cosines, temperature)
+
+    def teacher_temperature(self, progress: float) -> float:
+        """Rises linearly during the warm-up."""
+        first, last = self.config.teacher_temperature
+        warmup = self.config.temperature_warmup
+        return last if progress >= warmup else first + (last - first) * progress / warmup
+
+    def teacher_momentum(self, progress: float) -> float:
+        """Rises to 1 by half a cosine."""
+        return 1 - (1 - self.config.teacher_momentum) * (1 + math.cos(math.pi * progress)) / 2
+
+    @torch.no_grad()
+    def after_step(self, progress: float) -> None:
+        """Move the teacher towards the student."""
+        teacher = [*self.teacher_vit.parameters(), *self.teacher_heads.parameters()]
+        student = [*self.vit.parameters(), *self.heads.parameters()]
+        follow(teacher, student, self.teacher_momentum(progress))
+
+    @property
+    def product(self) -> VisionTransformer:
+        """The teacher."""
+        return self.teacher_vit
+
+
+def _cls(tokens: Tokens) -> Tensor:
+    assert tokens.cls is not None  # refused at construction
+    return tokens.cls
+
+
+def _some(tokens: Tokens, patches: Tensor) -> Tensor:
+    return tokens.patches.flatten(0, 1).index_select(0, patches)
+
+
+def _float32(like: Tensor) -> torch.autocast:
+    """Losses are computed in float32, whatever the networks are."""
+    return torch.autocast(like.device.type, enabled=False)
