@@ -26,10 +26,10 @@ import vitreg
 from vitreg.artifacts import plant_artifacts
 from vitreg.images import open_split
 from vitreg.model import Preprocess, ViTConfig
-from vitreg.training.engine.config import OptimizerConfig, TrainingConfig
 from vitreg.training.data.held_out import stream_pictures
+from vitreg.training.engine.config import OptimizerConfig, TrainingConfig
 from vitreg.training.engine.start import resume, train
-from vitreg.training.recipes.deit3 import SupervisedConfig
+from vitreg.training.recipes.deit3 import DeiT3Config
 
 SIDE = 64
 CPU = torch.device("cpu")
@@ -45,7 +45,7 @@ class Levers:
     patch: int = 8
     class_token: bool = False
     pool: Literal["token", "mean", "attention"] = "mean"
-    pre_norm: bool = False
+    norm_pre: bool = False
     layer_scale: float = 1e-4  # 0: none
     pixel_std: float = 1.0
     crop: float = 0.5
@@ -71,17 +71,17 @@ class Levers:
             class_token=self.class_token,
             pool=self.pool,
             pool_heads=self.heads if self.pool == "attention" else 0,
-            pre_norm=self.pre_norm,
+            norm_pre=self.norm_pre,
             layer_scale=self.layer_scale > 0,
             num_classes=100,
             preprocess=Preprocess(
-                mean=(0.5,) * 3, std=(self.pixel_std,) * 3, size=side, crop_fraction=1.0, multiple_of=self.patch
+                mean=(0.5,) * 3, std=(self.pixel_std,) * 3, size=side, crop_pct=1.0, multiple_of=self.patch
             ),
         )
         return TrainingConfig(
             recipe="deit3",
             model=model,
-            method=SupervisedConfig(
+            method=DeiT3Config(
                 loss="ce",
                 smoothing=0.1,
                 mixup=0.0,
@@ -142,7 +142,7 @@ def table(args: argparse.Namespace) -> None:
             folder.name,
             f"{model['image_size'][0]}/{model['patch_size']}",
             f"{model['embed_dim']} x {model['depth']}",
-            reads + (", first norm" if model["pre_norm"] else ""),
+            reads + (", first norm" if model["norm_pre"] else ""),
             f"{config['layer_scale']:g}" if model["layer_scale"] else "-",
             f"{optimizer['lr']:g}",
             f"{optimizer['weight_decay']:g}",

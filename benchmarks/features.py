@@ -17,7 +17,7 @@ import torch
 from timing import interleaved, machine
 
 import vitreg
-from vitreg.images import Part, open_image_set
+from vitreg.images import Subset, open_image_set
 from vitreg.probes import FeaturesConfig, extract
 
 
@@ -32,7 +32,7 @@ def main() -> None:
     args = parser.parse_args()
     vit = vitreg.load(args.model, device="cuda" if torch.cuda.is_available() else "cpu")
     device, images = next(vit.parameters()).device, open_image_set(args.pictures)
-    images = Part(images, np.arange(min(args.num_images, len(images))))
+    images = Subset(images, np.arange(min(args.num_images, len(images))))
     config = FeaturesConfig(blocks=tuple(args.blocks))
     pixels = torch.stack([vit.preprocess.pixels(images.picture(i)) for i in range(len(images))])
     preloaded = [vit.preprocess.normalize(batch.to(device)) for batch in pixels.split(args.batch_size)]

@@ -21,7 +21,7 @@ from timing import machine, median_ratio, seconds
 from torch import Tensor
 
 import vitreg
-from vitreg.images import Part, evenly, open_image_set
+from vitreg.images import Subset, open_image_set, spaced_indices
 from vitreg.probes import FeaturesConfig, extract
 from vitreg.probes.heads.logistic import fit_logistic
 
@@ -90,7 +90,7 @@ def patch_rows(args: argparse.Namespace, store: Path) -> tuple[Rows, Rows]:
     """Random patches of training pictures, and of the others."""
     vit = vitreg.load(args.model, device="cuda" if torch.cuda.is_available() else "cpu")
     images = open_image_set(args.pictures)
-    images = Part(images, np.asarray(evenly(len(images), min(args.num_images, len(images)))))
+    images = Subset(images, np.asarray(spaced_indices(len(images), min(args.num_images, len(images)))))
     features = extract(vit, images, store, FeaturesConfig(blocks=(-2, -1)))
     test = torch.arange(features.num_images) % 6 == 0
     each = -(-args.rows // int((~test).sum()))

@@ -28,7 +28,7 @@ def main() -> None:
         mean=preprocess.mean,
         std=preprocess.std,
         interpolation=preprocess.interpolation,
-        crop_pct=preprocess.crop_fraction,
+        crop_pct=preprocess.crop_pct,
     )
     paths = find_images(args.photographs)
     worst, right_ours, right_peer = 0.0, 0, 0

@@ -27,8 +27,8 @@ from torch.profiler import ProfilerActivity, profile
 from torch.utils.flop_counter import FlopCounterMode
 
 import vitreg
-from vitreg.training.recipes.sizes import sized
 from vitreg.training.engine.throughput import forward_flops
+from vitreg.training.recipes.sizes import sized
 
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
 AGAIN = "again"

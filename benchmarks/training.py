@@ -26,15 +26,15 @@ from timm.optim.lamb import Lamb
 from vitreg.checkpoints.to_timm import to_timm_state
 from vitreg.images import open_split
 from vitreg.training import deit3
-from vitreg.training.engine.train_state import Learner
-from vitreg.training.engine.distributed import Processes
 from vitreg.training.data.samples import SampleStream, default_workers, fetch
+from vitreg.training.engine.distributed import Distributed
+from vitreg.training.engine.train_state import TrainState
 
 
-def plain_loop(learner: Learner, batch: dict[str, torch.Tensor]):
+def plain_loop(train_state: TrainState, batch: dict[str, torch.Tensor]):
     """What a user of timm would write."""
-    config, device = learner.config, learner.processes.device
-    state, options = to_timm_state(learner.method.vit)
+    config, device = train_state.config, train_state.processes.device
+    state, options = to_timm_state(train_state.method.vit)
     model = timm.create_model(options["architecture"], **options["kwargs"])
     model.load_state_dict(state)
     model = model.to(device).train()
@@ -57,7 +57,7 @@ def plain_loop(learner: Learner, batch: dict[str, torch.Tensor]):
     return step
 
 
-def compare(args: argparse.Namespace, processes: Processes) -> dict:
+def compare(args: argparse.Namespace, processes: Distributed) -> dict:
     """Milliseconds a step, the ratio, and how far from the floor."""
     config = deit3(num_images=10 * args.batch, num_classes=1000, size=args.size, num_registers=args.registers)
     config = dataclasses.replace(
@@ -69,11 +69,11 @@ def compare(args: argparse.Namespace, processes: Processes) -> dict:
         compile=args.compile,
         optimizer=dataclasses.replace(config.optimizer, lr=1e-6, warmup_steps=0),
     )
-    learner = Learner(config, processes)
+    train_state = TrainState(config, processes)
     target = torch.rand(args.batch, 1000).gt(0.99).float()
     batch = {"image": torch.randn(args.batch, 3, 224, 224), "target": target}
     batch = {name: rows.to(processes.device) for name, rows in batch.items()}
-    runs = {"ours": lambda: learner.advance([batch]), "timm": plain_loop(learner, batch)}
+    runs = {"ours": lambda: train_state.advance([batch]), "timm": plain_loop(train_state, batch)}
     times = interleaved(runs, args.repeats)
     middle = statistics.median(times["ours"])
     rate = matrix_rate(getattr(torch, args.dtype), processes.device.type)
@@ -95,11 +95,11 @@ def compare(args: argparse.Namespace, processes: Processes) -> dict:
     }
 
 
-def decoding(data: Path, processes: Processes, workers: int | None, count: int) -> dict:
+def decoding(data: Path, processes: Distributed, workers: int | None, count: int) -> dict:
     """Pictures a second that the engine's worker processes hand over, augmented and mixed, with nothing else to do."""
     images, _ = open_split(data)
     config = deit3(num_images=len(images), num_classes=len(images.classes), image_size=224, batch_size=64)
-    stream = SampleStream(images, config.method.views(config.model, images), 0)
+    stream = SampleStream(images, config.method.augmentation(config.model, images), 0)
     workers = default_workers(processes) if workers is None else workers
     steps = range(1 + count // 64)
     batches = fetch(stream, processes, batch_size=64, accumulation=1, steps=steps, num_workers=workers)
@@ -125,7 +125,7 @@ def main() -> None:
     parser.add_argument("--count", type=int, default=1024, help="pictures to decode")
     parser.add_argument("--json", type=Path)
     args = parser.parse_args()
-    processes = Processes.join(args.device)
+    processes = Distributed.join(args.device)
     print(machine(args.device))
     results = {"machine": machine(args.device), "step": compare(args, processes)}
     step = results["step"]

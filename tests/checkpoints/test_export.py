@@ -12,10 +12,10 @@ import torch
 from safetensors import safe_open
 from safetensors.torch import load_file
 
-from vitreg.checkpoints.saving import config_from_metadata, save, to_timm_state
-from vitreg.checkpoints.state import CheckpointError, build
 from vitreg.checkpoints.from_timm import from_timm
 from vitreg.checkpoints.from_transformers import from_transformers, preprocess_from_processor
+from vitreg.checkpoints.saving import config_from_metadata, save, to_timm_state
+from vitreg.checkpoints.state import CheckpointError, build
 from vitreg.model import Preprocess, RopeConfig, VisionTransformer, ViTConfig
 
 TOLERANCE = 1e-5
@@ -32,9 +32,9 @@ EVA_ROPE = {
     "rope": RopeConfig(tuple(10000.0 ** -(j / 4) for j in range(4)), "index", reference_grid=(4, 4), interleaved=True)
 }
 SWIGLU = {"gated_mlp": True, "activation": "silu"}
-CLIP = {"pre_norm": True, "patch_bias": False, "activation": "quick_gelu", "norm_eps": 1e-5}
+CLIP = {"norm_pre": True, "patch_bias": False, "activation": "quick_gelu", "norm_eps": 1e-5}
 SIGLIP = {"class_token": False, "pool": "attention", "activation": "gelu_tanh"}
-AFTER_POOL = {"final_norm": False, "pool_norm": True}
+AFTER_POOL = {"final_norm": False, "fc_norm": True}
 
 
 def model(**options) -> VisionTransformer:
@@ -187,7 +187,7 @@ def test_what_timm_lacks_is_refused(tmp_path):
         ({"norm_eps": 1e-12}, r"norm_eps=1e-12; save with format='vitreg'"),
         ({"norm_eps": 1e-12, "attention_norm": True}, r"norm_eps=1e-12; save with format='vitreg'"),
         (DINO | {"pool": "token+mean"}, r"pool='token\+mean'"),
-        ({"pre_norm": True}, "patch_bias=True"),
+        ({"norm_pre": True}, "patch_bias=True"),
     ):
         with pytest.raises(CheckpointError, match=message):
             save(model(**options), tmp_path / "model.safetensors", format="timm")
@@ -294,10 +294,10 @@ def test_what_transformers_lacks_is_refused(options, message, tmp_path):
 @pytest.mark.parametrize(
     "preprocess",
     [
-        Preprocess(size=(224, 224), crop_fraction=0.875),
-        Preprocess(size=(224, 224), crop="squash", crop_fraction=1.0, interpolation="bilinear", mean=(0.5,) * 3),
-        Preprocess(size=(224, 280), crop="squash", crop_fraction=1.0),
-        Preprocess(size=(224, 224), crop="none", crop_fraction=1.0),
+        Preprocess(size=(224, 224), crop_pct=0.875),
+        Preprocess(size=(224, 224), crop="squash", crop_pct=1.0, interpolation="bilinear", mean=(0.5,) * 3),
+        Preprocess(size=(224, 280), crop="squash", crop_pct=1.0),
+        Preprocess(size=(224, 224), crop="none", crop_pct=1.0),
     ],
 )
 def test_preprocessing_goes_along(preprocess, tmp_path):

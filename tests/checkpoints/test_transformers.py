@@ -24,8 +24,8 @@ from checkpoints.transformers_models import (
     siglip_config,
     vit_model,
 )
-from vitreg.checkpoints.state import CheckpointError
 from vitreg.checkpoints.from_transformers import from_transformers
+from vitreg.checkpoints.state import CheckpointError
 
 
 @pytest.mark.parametrize("size", SIZES)

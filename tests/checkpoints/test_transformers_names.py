@@ -42,7 +42,7 @@ from vitreg.checkpoints.from_transformers import canonical_name, from_transforme
         ),
         ("vit.layernorm.weight", "layernorm.weight", "norm.weight"),
         ("vit.embeddings.patch_embeddings.projection.weight",) * 2 + ("patch_embed.weight",),
-        ("vit.embeddings.position_embeddings", "embeddings.position_embeddings", "positions"),
+        ("vit.embeddings.position_embeddings", "embeddings.position_embeddings", "pos_embed"),
         ("vit.embeddings.cls_token", "embeddings.cls_token", "cls_token"),
         ("classifier.weight", "classifier.weight", "head.weight"),
         (
@@ -58,7 +58,7 @@ from vitreg.checkpoints.from_transformers import canonical_name, from_transforme
         (
             "dinov2.encoder.layer.3.layer_scale1.lambda1",
             "encoder.layer.3.layer_scale1.lambda1",
-            "blocks.3.scale1",
+            "blocks.3.ls1",
         ),
         (
             "encoder.layer.3.mlp.weights_out.bias",
@@ -88,14 +88,14 @@ from vitreg.checkpoints.from_transformers import canonical_name, from_transforme
         (
             "vision_model.embeddings.position_embedding.weight",
             "embeddings.position_embedding.weight",
-            "positions",
+            "pos_embed",
         ),
         (
             "vision_model.embeddings.patch_embedding.bias",
             "embeddings.patch_embedding.bias",
             "patch_embed.bias",
         ),
-        ("vision_model.pre_layrnorm.weight", "pre_layrnorm.weight", "pre_norm.weight"),
+        ("vision_model.pre_layrnorm.weight", "pre_layrnorm.weight", "norm_pre.weight"),
         ("vision_model.post_layernorm.weight", "post_layernorm.weight", "norm.weight"),
         ("visual_projection.weight", "visual_projection.weight", "head.weight"),
         ("vision_model.head.probe", "head.probe", "attention_pool.latent"),

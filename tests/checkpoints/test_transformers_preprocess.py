@@ -9,8 +9,8 @@ import torch
 from PIL import Image
 
 from checkpoints.transformers_models import close, hf
-from vitreg.checkpoints.state import CheckpointError
 from vitreg.checkpoints.from_transformers import preprocess_from_processor
+from vitreg.checkpoints.state import CheckpointError
 
 PROCESSORS = {
     # preprocessor_config.json of openai/clip-vit-base-patch32, google/vit-base-patch16-224 (before and after
@@ -76,7 +76,7 @@ PROCESSORS = {
 def test_preprocess_from_processor(name):
     config, expected = PROCESSORS[name]
     preprocess = preprocess_from_processor(config, 16)
-    assert (preprocess.size, preprocess.crop, preprocess.interpolation, preprocess.crop_fraction) == expected
+    assert (preprocess.size, preprocess.crop, preprocess.interpolation, preprocess.crop_pct) == expected
     assert preprocess.mean == tuple(config["image_mean"])
     assert preprocess.multiple_of == 16
 
@@ -85,7 +85,7 @@ def test_preprocess_from_processor(name):
 def test_crop_fraction_gives_the_edge_back(crop, edge):
     config = {"size": {"shortest_edge": edge}, "crop_size": crop, "do_center_crop": True}
     preprocess = preprocess_from_processor(config | {"image_mean": [0.5] * 3, "image_std": [0.5] * 3}, 1)
-    assert math.floor(crop / preprocess.crop_fraction) == edge
+    assert math.floor(crop / preprocess.crop_pct) == edge
 
 
 @pytest.mark.parametrize(("height", "width"), [(320, 480), (300, 200), (224, 224)])

@@ -32,7 +32,7 @@ def small_vit(patch: int, registers: int, class_token: bool) -> vitreg.VisionTra
     config = vitreg.ViTConfig(
         embed_dim=48, depth=4, num_heads=3, mlp_dim=96, patch_size=patch, image_size=(64, 64),
         num_registers=registers, class_token=class_token, pool="token" if class_token else "mean", num_classes=5,
-        preprocess=vitreg.Preprocess(size=(64, 64), crop_fraction=1.0, multiple_of=patch),
+        preprocess=vitreg.Preprocess(size=(64, 64), crop_pct=1.0, multiple_of=patch),
     )  # fmt: skip
     vit = vitreg.VisionTransformer(config).eval()
     with torch.no_grad():

@@ -46,5 +46,5 @@ def folders(tmp_path_factory) -> Path:
 @pytest.fixture
 def images(folders) -> torch.Tensor:
     """Ten of them, normalized."""
-    preprocess = vitreg.Preprocess(size=(64, 64), crop_fraction=1.0)
+    preprocess = vitreg.Preprocess(size=(64, 64), crop_pct=1.0)
     return torch.stack([preprocess(Image.open(path)) for path in sorted((folders / "train").rglob("*.png"))[::3][:10]])

@@ -15,7 +15,7 @@ from vitreg.model import RopeConfig
 
 PLAIN = vitreg.ViTConfig(
     embed_dim=64, depth=3, num_heads=4, mlp_dim=128, patch_size=16, image_size=(64, 64), num_classes=5,
-    preprocess=vitreg.Preprocess(size=(64, 64), crop_fraction=1.0), name="small",
+    preprocess=vitreg.Preprocess(size=(64, 64), crop_pct=1.0), name="small",
 )  # fmt: skip
 DTYPES = {"float32": 2e-3, "bfloat16": 8e-2, "float16": 2e-2}
 """With the relative error that is allowed against the CPU's float32; on a GPU, float32 convolutions may use TF32."""
@@ -26,7 +26,7 @@ FAMILIES: dict[str, dict[str, Any]] = {
     "registers": {"num_registers": 4, "layer_scale": True},
     "DINOv3": {"rope": ROPE, "learned_positions": False, "num_registers": 4, "layer_scale": True, "key_bias": False},
     "SwiGLU": {"gated_mlp": True, "activation": "silu"},
-    "CLIP": {"pre_norm": True, "activation": "quick_gelu", "final_norm": False, "pool_norm": True, "patch_bias": False},
+    "CLIP": {"norm_pre": True, "activation": "quick_gelu", "final_norm": False, "fc_norm": True, "patch_bias": False},
     "SigLIP": {"class_token": False, "pool": "attention", "activation": "gelu_tanh"},
     "parallel": {"parallel": True, "qk_norm": True, "class_token": False, "pool": "mean"},
     "differential": {"differential": True, "num_registers": 1},

@@ -39,9 +39,6 @@ def top(result) -> list[float]:
 
 @pytest.mark.parametrize("probe", ["knn", "linear", "tokens", "position"])
 def test_probes_of_images(device, probe, classes):
-    from vitreg.probes.tasks.knn import knn
-    from vitreg.probes.tasks.linear import linear
-    from vitreg.probes.tasks.position import position
     from vitreg.probes.protocols import (
         KNNConfig,
         LinearConfig,
@@ -49,6 +46,9 @@ def test_probes_of_images(device, probe, classes):
         PositionConfig,
         SingleTokenConfig,
     )
+    from vitreg.probes.tasks.knn import knn
+    from vitreg.probes.tasks.linear import linear
+    from vitreg.probes.tasks.position import position
     from vitreg.probes.tasks.single_token import single_token
 
     run = {
@@ -76,8 +76,8 @@ def test_reconstruction(device, folders, classes):
 
 @pytest.mark.parametrize("kind", ["masks", "depth"])
 def test_dense_probes(device, kind, tmp_path):
-    from vitreg.probes.tasks.depth import linear_depth
     from vitreg.probes.protocols import DepthConfig, SegmentationConfig
+    from vitreg.probes.tasks.depth import linear_depth
     from vitreg.probes.tasks.segmentation import linear_segmentation
 
     root = str(squares(tmp_path / "squares"))

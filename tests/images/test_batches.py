@@ -13,7 +13,7 @@ from torch.utils.data import DataLoader, TensorDataset
 from vitreg.images import Batches, read_image
 from vitreg.model.preprocess import Preprocess
 
-SMALL = Preprocess(size=(16, 16), crop_fraction=1.0)
+SMALL = Preprocess(size=(16, 16), crop_pct=1.0)
 
 
 def tensor(images, **options) -> torch.Tensor:

@@ -12,7 +12,7 @@ from PIL import Image
 from vitreg.images import ImageError, ImageStream, SkippedImage, find_images, stream
 from vitreg.model.preprocess import Preprocess
 
-SMALL = Preprocess(size=(16, 16), crop_fraction=1.0)
+SMALL = Preprocess(size=(16, 16), crop_pct=1.0)
 
 
 def which(images: torch.Tensor) -> list[int]:

@@ -102,8 +102,8 @@ def test_from_timm_refuses_models_of_other_channels():
     [
         ({"interpolation": "random"}, "bicubic.*bilinear"),
         ({"crop": "centre"}, "center.*squash"),
-        ({"crop_fraction": 0.0}, "crop_fraction"),
-        ({"crop_fraction": 1.1}, "crop_fraction"),
+        ({"crop_pct": 0.0}, "crop_pct"),
+        ({"crop_pct": 1.1}, "crop_pct"),
         ({"mean": (0.5,)}, "three numbers"),
         ({"std": (0.0, 1.0, 1.0)}, "above 0"),
         ({"size": (8, 224), "multiple_of": 14}, "at least one patch"),
@@ -124,7 +124,7 @@ def test_with_size_and_replace_change_nothing_else():
 
 def test_size_left_over_by_patches_is_dropped_at_bottom_and_right_like_a_patch_embedding_does():
     photo = noise(300, 420)
-    native = Preprocess(size=(384, 384), crop="squash", crop_fraction=1.0)
+    native = Preprocess(size=(384, 384), crop="squash", crop_pct=1.0)
     trimmed = dataclasses.replace(native, multiple_of=14)
     assert trimmed.output_size(300, 420) == (378, 378)
     assert torch.equal(trimmed(photo), native(photo)[:, :378, :378])
@@ -151,7 +151,7 @@ def test_normalize_gives_the_same_on_the_other_device_path():
 
 
 def test_border_pads_with_the_mean():
-    pixels = Preprocess(size=(64, 64), crop="border", crop_fraction=1.0).pixels(noise(32, 64))
+    pixels = Preprocess(size=(64, 64), crop="border", crop_pct=1.0).pixels(noise(32, 64))
     expected = torch.tensor([round(255 * value) for value in IMAGENET["mean"]])
     assert torch.equal(pixels[:, 0, 0].int(), expected.int())
     assert torch.equal(pixels[:, 16:48], torch.from_numpy(np.array(noise(32, 64))).permute(2, 0, 1))
@@ -184,7 +184,7 @@ sides = st.integers(1, 3000)
     st.sampled_from([1, 14, 16]),
 )
 def test_crops_always_have_the_promised_size(height, width, crop, fraction, multiple):
-    preprocess = Preprocess((224, 160), crop=crop, crop_fraction=fraction, multiple_of=multiple)
+    preprocess = Preprocess((224, 160), crop=crop, crop_pct=fraction, multiple_of=multiple)
     assert preprocess.output_size(height, width) == (224 - 224 % multiple, 160 - 160 % multiple)
     x0, y0, x1, y1 = preprocess.region(height, width)
     assert x0 < x1
@@ -227,7 +227,7 @@ def test_padding_keeps_every_pixel(height, width):
 def test_region_finds_a_mark_again():
     photo = Image.new("RGB", (500, 300))
     photo.paste((255, 255, 255), (240, 100, 260, 110))
-    preprocess = Preprocess(size=(112, 112), crop_fraction=0.9)
+    preprocess = Preprocess(size=(112, 112), crop_pct=0.9)
     rows, columns = torch.nonzero(preprocess.pixels(photo)[0] > 127, as_tuple=True)
     x0, y0, x1, y1 = preprocess.region(300, 500)
     found = [

@@ -108,9 +108,9 @@ def test_gradients_equal_timms():
     for ours, name in {
         "registers": "reg_token",
         "cls_token": "cls_token",
-        "positions": "pos_embed",
+        "pos_embed": "pos_embed",
         "patch_embed.weight": "patch_embed.proj.weight",
-        "blocks.0.scale1": "blocks.0.ls1.gamma",
+        "blocks.0.ls1": "blocks.0.ls1.gamma",
         "blocks.1.attn.qkv.weight": "blocks.1.attn.qkv.weight",
         "head.weight": "head.weight",
     }.items():
@@ -265,4 +265,4 @@ def test_a_forward_pass_returns_named_tokens():
     assert isinstance(tokens, Tokens)
     assert tokens.normed
     assert (vit.num_registers, vit.preprocess) == (2, vit.config.preprocess)
-    assert not small(final_norm=False, pool="mean", pool_norm=True)(pictures(32)).normed
+    assert not small(final_norm=False, pool="mean", fc_norm=True)(pictures(32)).normed

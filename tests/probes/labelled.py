@@ -12,8 +12,8 @@ import torch
 from probes.small import Pictures, small_vit
 from vitreg.images import open_image_set
 from vitreg.probes import FeaturesConfig, FeatureStore, extract
-from vitreg.probes.tasks.linear import linear
 from vitreg.probes.heads.linear_grid import LinearConfig
+from vitreg.probes.tasks.linear import linear
 
 ALL_BLOCKS = FeaturesConfig(blocks=(0, 1, 2), dtype="float32")
 KILLED = LinearConfig(learning_rates=(0.01, 0.1), epochs=2, epoch_length=150, head_batch_size=16)

@@ -25,7 +25,7 @@ def small_vit(seed: int = 0) -> vitreg.VisionTransformer:
     """Three blocks of 48 channels, two registers, pictures of 64 pixels in 4 x 4 patches."""
     config = vitreg.ViTConfig(
         embed_dim=48, depth=3, num_heads=3, mlp_dim=96, patch_size=16, image_size=(64, 64), num_registers=2,
-        preprocess=vitreg.Preprocess(size=(64, 64), crop_fraction=1.0), name="small",
+        preprocess=vitreg.Preprocess(size=(64, 64), crop_pct=1.0), name="small",
     )  # fmt: skip
     torch.manual_seed(seed)
     vit = vitreg.VisionTransformer(config)

@@ -22,12 +22,12 @@ from vitreg.images import open_depth, open_image_set, open_segmentation
 from vitreg.model import Preprocess, VisionTransformer
 from vitreg.probes import FeatureStore
 from vitreg.probes.catalogue import PROBES
-from vitreg.probes.evaluation import Data, PassConfig, evaluate, preprocessing
-from vitreg.probes.tasks.linear import LinearConfig
+from vitreg.probes.evaluation import EvalData, PassConfig, evaluate, preprocessing
 from vitreg.probes.heads.position_head import PositionConfig
-from vitreg.probes.tasks.reconstruction import ReconstructionConfig
 from vitreg.probes.results.result_cache import Answer
 from vitreg.probes.results.score import ProbeResult
+from vitreg.probes.tasks.linear import LinearConfig
+from vitreg.probes.tasks.reconstruction import ReconstructionConfig
 from vitreg.probes.tasks.segmentation import SegmentationConfig
 from vitreg.probes.tasks.single_token import SingleTokenConfig
 
@@ -48,7 +48,7 @@ def silent(title):
 
 
 def answers(
-    vit: VisionTransformer, data: Data, probes: Mapping[str, Any], out: Path, **options: Any
+    vit: VisionTransformer, data: EvalData, probes: Mapping[str, Any], out: Path, **options: Any
 ) -> dict[str, Answer]:
     """What probes say of a model, by their names."""
     found = evaluate(vit, "small", [data], probes, out, stage=silent, **options)
@@ -57,7 +57,9 @@ def answers(
 
 @pytest.fixture(scope="module")
 def classification(test_data):
-    return Data("classification", pictures_of(test_data, "train", LABELS, 10), pictures_of(test_data, "val", LABELS, 6))
+    return EvalData(
+        "classification", pictures_of(test_data, "train", LABELS, 10), pictures_of(test_data, "val", LABELS, 6)
+    )
 
 
 @pytest.fixture
@@ -127,7 +129,7 @@ def test_several_sizes_are_passes_of_their_own(counted, tmp_path):
     """+ms reads four blocks, and the validation pictures in two more sizes."""
     vit, seen = counted
     train, val = open_segmentation(str(squares(tmp_path / "data")))
-    data = Data("segmentation", train, val, SIZE)
+    data = EvalData("segmentation", train, val, SIZE)
     config = SegmentationConfig(steps=60)
     found = answers(vit, data, {"segmentation": config, "segmentation-ms": config}, tmp_path / "out")
     extra = 1 + vit.num_registers
@@ -143,7 +145,7 @@ def test_several_sizes_are_passes_of_their_own(counted, tmp_path):
     assert all(result.scores[0].value > 60 for result in results.values()), "colours are told apart"
 
 
-def asked(data: Data, out: Path, **settings: Any) -> ProbeResult:
+def asked(data: EvalData, out: Path, **settings: Any) -> ProbeResult:
     """What the probe of a dense task says of the small model."""
     config = dataclasses.replace(PROBES[data.task].config, steps=5, **settings)
     return answers(small_vit(), data, {data.task: config}, out)[data.task].result
@@ -151,10 +153,10 @@ def asked(data: Data, out: Path, **settings: Any) -> ProbeResult:
 
 def test_another_scale_is_not_answered_with_the_figures_of_the_first(tmp_path):
     root, out = str(squares(tmp_path / "data", train=4, val=2)), tmp_path / "out"
-    first, other = (asked(Data("depth", *open_depth(root, scale=scale), SIZE), out) for scale in (0.001, 0.0005))
+    first, other = (asked(EvalData("depth", *open_depth(root, scale=scale), SIZE), out) for scale in (0.001, 0.0005))
     assert first.details["training_mean"] == pytest.approx(2 * other.details["training_mean"])
     assert first.scores[0].value != other.scores[0].value
-    again = asked(Data("depth", *open_depth(root), SIZE), out)
+    again = asked(EvalData("depth", *open_depth(root), SIZE), out)
     assert again.scores[0].value == first.scores[0].value
     assert len(list((out / "features").iterdir())) == 2, "features do not depend on targets"
 
@@ -162,7 +164,7 @@ def test_another_scale_is_not_answered_with_the_figures_of_the_first(tmp_path):
 def test_another_ignored_class_is_not_answered_with_the_figures_of_the_first(tmp_path):
     root, out = str(squares(tmp_path / "data", train=4, val=2)), tmp_path / "out"
     first, other = (
-        asked(Data("segmentation", *open_segmentation(root, ignore=ignore), SIZE), out) for ignore in (None, 2)
+        asked(EvalData("segmentation", *open_segmentation(root, ignore=ignore), SIZE), out) for ignore in (None, 2)
     )
     assert [len(result.details["IoU"]) for result in (first, other)] == [3, 2]
 
@@ -175,22 +177,22 @@ def test_replaced_masks_are_not_answered_with_the_figures_of_the_first(part, tmp
         mask = np.asarray(Image.open(path))
         path.unlink()
         Image.fromarray(mask).save(path.with_suffix(".bmp"))
-    first = asked(Data("segmentation", *open_segmentation(str(root)), SIZE), out)
+    first = asked(EvalData("segmentation", *open_segmentation(str(root)), SIZE), out)
     for path in (root / part / "masks").iterdir():
         before, mask = path.stat(), np.asarray(Image.open(path))
         Image.fromarray(np.where(mask == 0, 1, mask)).save(path)
         os.utime(path, ns=(before.st_atime_ns, before.st_mtime_ns))
         assert path.stat().st_size == before.st_size
-    other = asked(Data("segmentation", *open_segmentation(str(root)), SIZE), out)
+    other = asked(EvalData("segmentation", *open_segmentation(str(root)), SIZE), out)
     assert other.details["IoU"] != first.details["IoU"]
 
 
 def test_replaced_images_are_computed_again(tmp_path):
     root, out = squares(tmp_path / "data", train=4, val=2), tmp_path / "out"
-    first = asked(Data("depth", *open_depth(str(root)), SIZE), out)
+    first = asked(EvalData("depth", *open_depth(str(root)), SIZE), out)
     for path in (root / "val" / "images").iterdir():
         Image.fromarray(np.asarray(Image.open(path))[::-1]).save(path)
-    assert asked(Data("depth", *open_depth(str(root)), SIZE), out).scores[0].value != first.scores[0].value
+    assert asked(EvalData("depth", *open_depth(str(root)), SIZE), out).scores[0].value != first.scores[0].value
 
 
 def test_sizes_are_those_of_the_protocol(classification, tmp_path):
@@ -198,16 +200,16 @@ def test_sizes_are_those_of_the_protocol(classification, tmp_path):
     vit = small_vit()
     knn, zero_shot = PROBES["knn"], PROBES["zero-shot"]
     assert preprocessing(vit, knn, classification) == vit.preprocess
-    large = Preprocess(size=(512, 512), crop_fraction=1.0)
+    large = Preprocess(size=(512, 512), crop_pct=1.0)
     vit.config = dataclasses.replace(vit.config, preprocess=large)
     found = preprocessing(vit, knn, classification)
-    assert (found.size, found.crop, found.crop_fraction) == ((224, 224), "center", 0.875)
+    assert (found.size, found.crop, found.crop_pct) == ((224, 224), "center", 0.875)
     assert preprocessing(vit, zero_shot, classification) == large
     asked = dataclasses.replace(classification, size=(100, 100))
     assert [preprocessing(vit, probe, asked).size for probe in (knn, zero_shot)] == [(96, 96)] * 2
-    dense = Data("depth", *open_depth(str(squares(tmp_path, train=2, val=2))))
+    dense = EvalData("depth", *open_depth(str(squares(tmp_path, train=2, val=2))))
     found = preprocessing(vit, PROBES["depth"], dense)
-    assert (found.size, found.crop, found.crop_fraction) == ((480, 720), "squash", 1.0)
+    assert (found.size, found.crop, found.crop_pct) == ((480, 720), "squash", 1.0)
     assert preprocessing(vit, PROBES["depth"], dataclasses.replace(dense, size=(3, 33))).size == (16, 32)
 
 
@@ -256,7 +258,7 @@ def test_a_class_folder_that_vanishes_ends_the_pass_which_goes_on_when_it_is_bac
         (tmp_path / "data" / "ab"[i % 2]).mkdir(parents=True, exist_ok=True)
         images.picture(i).save(tmp_path / "data" / "ab"[i % 2] / f"{i}.png")
     opened = open_image_set(tmp_path / "data")
-    data, probes = Data("classification", opened, opened), {"knn": SHORT["knn"]}
+    data, probes = EvalData("classification", opened, opened), {"knn": SHORT["knn"]}
     away, vit = tmp_path / "away", small_vit()
 
     def move_away(*_: object) -> None:

@@ -165,7 +165,7 @@ def test_features_of_something_else_are_refused_with_both_names(images, test_dat
     other = small_vit(seed=1)
     with pytest.raises(ValueError, match=r"another model: small \(weights (\w+)\), not small \(weights (?!\1)\w+\)"):
         extract(other, images, out, BLOCKS)
-    wider = vitreg.Preprocess(size=(64, 80), crop_fraction=1.0)
+    wider = vitreg.Preprocess(size=(64, 80), crop_pct=1.0)
     with pytest.raises(ValueError, match=r"preprocessing: size \(64, 64\), not size \(64, 80\); choose another folder"):
         extract(vit, images, out, BLOCKS, preprocess=wider)
     with pytest.raises(ValueError, match=r"another set of pictures: .*val.parquet \(30 .*, not .*\(29 pictures"):

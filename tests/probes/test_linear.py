@@ -21,8 +21,8 @@ from peers import error
 from probes.labelled import ALL_BLOCKS, KILLED, pictures_of, small_stores, train_killed
 from probes.small import small_vit
 from vitreg.probes import FeaturesConfig, FeatureStore, extract
+from vitreg.probes.heads.linear_grid import LinearConfig, LinearGrid
 from vitreg.probes.tasks.linear import _Input, _inputs, _table, linear, linear_blocks
-from vitreg.probes.heads.linear_grid import Heads, LinearConfig
 
 SHORT = LinearConfig(learning_rates=(0.01, 0.1), epochs=1, epoch_length=20, head_batch_size=16)
 Stores = tuple[FeatureStore, FeatureStore]
@@ -40,7 +40,7 @@ def test_heads_train_as_with_torch():
     table, inputs = torch.randn(48, 9), (slice(2, 7), slice(0, 9))
     features = [table[:, columns] for columns in inputs]
     config = LinearConfig(learning_rates=(0.05, 2.0), epochs=2, epoch_length=4, head_batch_size=20)
-    heads = Heads(table, inputs, labels, 3, config, "cpu")
+    heads = LinearGrid(table, inputs, labels, 3, config, "cpu")
     peers: list[list[nn.Linear]] = []
     for number, each in enumerate(features):
         weights = heads.tensors[f"weight.{number}"].clone().split(3)
@@ -82,13 +82,13 @@ def test_heads_train_as_with_torch():
 
 def test_a_head_that_has_diverged_is_never_right():
     labels = torch.zeros(20, dtype=torch.long)
-    heads = Heads(torch.randn(20, 4), [slice(4)], labels, 2, LinearConfig(learning_rates=(0.1, 0.2)), "cpu")
+    heads = LinearGrid(torch.randn(20, 4), [slice(4)], labels, 2, LinearConfig(learning_rates=(0.1, 0.2)), "cpu")
     heads.tensors["weight.0"][2:] = torch.nan
     assert not heads.right(torch.randn(20, 4), labels)[1].any()
 
 
 def test_weights_start_as_in_the_protocol():
-    heads = Heads(torch.randn(10, 400), [slice(400)], torch.arange(10) % 5, 5, LinearConfig(), "cpu")
+    heads = LinearGrid(torch.randn(10, 400), [slice(400)], torch.arange(10) % 5, 5, LinearConfig(), "cpu")
     assert heads.tensors["weight.0"].shape == (13 * 5, 400)
     assert heads.tensors["weight.0"].std().item() == pytest.approx(0.01, rel=0.03)
     assert not heads.tensors["bias.0"].any()

@@ -23,7 +23,7 @@ CLASSES = 6
 
 def pixels(data: Path, part: str, each: int) -> tuple[Tensor, Tensor]:
     """6 x 6 colours of pictures, from 0 to 1, in float64."""
-    pictures, preprocess = pictures_of(data, part, range(CLASSES), each), Preprocess(size=(64, 64), crop_fraction=1.0)
+    pictures, preprocess = pictures_of(data, part, range(CLASSES), each), Preprocess(size=(64, 64), crop_pct=1.0)
     stack = torch.stack([preprocess.pixels(pictures.picture(i)) for i in range(len(pictures))]).double() / 255
     return adaptive_avg_pool2d(stack, 6).flatten(1), torch.tensor(pictures.labels)
 

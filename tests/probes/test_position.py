@@ -17,9 +17,9 @@ from sklearn.linear_model import LogisticRegression
 from probes.small import Pictures, small_vit, validation
 from vitreg.images import open_image_set
 from vitreg.probes import FeaturesConfig, FeatureStore, extract
+from vitreg.probes.heads.position_head import PositionConfig
 from vitreg.probes.tasks.patch_kinds import SUBJECTS
 from vitreg.probes.tasks.position import position
-from vitreg.probes.heads.position_head import PositionConfig
 
 STORED = FeaturesConfig(dtype="float32", shard_size=32)
 NAMES = [subject.name for subject in SUBJECTS]

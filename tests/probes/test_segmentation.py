@@ -21,8 +21,8 @@ from probes.dense import CONFIG, all_patches, squares, stores, with_patches
 from probes.small import small_vit
 from vitreg.images import IGNORED, open_segmentation
 from vitreg.probes import FeaturesConfig, extract
-from vitreg.probes.store.dense_features import DenseFeatures, dense_preprocess, read_targets
 from vitreg.probes.heads.dense_head import LinearHead, Upsampling
+from vitreg.probes.store.dense_features import DenseFeatures, dense_preprocess, read_targets
 from vitreg.probes.tasks.segmentation import SegmentationConfig, Segmenter, fit_segmentation, linear_segmentation
 
 SHORT = SegmentationConfig(steps=150)

@@ -15,7 +15,7 @@ from peers import perturb
 from probes.small import small_vit, validation
 from vitreg.checkpoints.from_open_clip import from_open_clip
 from vitreg.checkpoints.text_tower import TextTower
-from vitreg.images import Part, evenly, open_image_set
+from vitreg.images import Subset, open_image_set, spaced_indices
 from vitreg.probes import FeaturesConfig, extract
 from vitreg.probes.tasks.templates import class_names
 from vitreg.probes.tasks.text_encoders import OpenClipText, load_text_encoder
@@ -154,7 +154,7 @@ def test_refusals(test_data, tmp_path):
             zero_shot(store, vit, text, config=ZeroShotConfig(templates))
     photographs = open_image_set(test_data / "imagenet-samples")
     assert photographs.labels is None
-    unlabelled = extract(vit, Part(photographs, evenly(1000, 4)), tmp_path / "unlabelled", STORED)
+    unlabelled = extract(vit, Subset(photographs, spaced_indices(1000, 4)), tmp_path / "unlabelled", STORED)
     with pytest.raises(ValueError, match="has no labels; zero-shot classification needs pictures with classes"):
         zero_shot(unlabelled, vit, text)
 

@@ -53,7 +53,7 @@ def plant(vit: vitreg.VisionTransformer, block: int, units: Sequence[int], image
     assert on > off, "the planted patches cannot be told from the others"
     steepness = 40 / (on - off)
     offset = -steepness * (on + off) / 2
-    scale = vit.blocks[block].scale1 if vit.config.parallel else vit.blocks[block].scale2
+    scale = vit.blocks[block].ls1 if vit.config.parallel else vit.blocks[block].ls2
     massive = 30 * trace.patch_norms[block].median() / len(units)
     generator = torch.Generator().manual_seed(block)
     for unit in units:

@@ -38,7 +38,7 @@ def fixed(_tiny_vit):
 def algorithm_2(vit, image, neurons, count: int = 1):
     """Jiang et al., Algorithm 2, literally: one image, one unit at a time, with the tokens in a plain list order."""
     config = vit.config
-    patches = vit.patch_embed(image[None]).flatten(2).transpose(1, 2) + vit.positions
+    patches = vit.patch_embed(image[None]).flatten(2).transpose(1, 2) + vit.pos_embed
     x = torch.cat([vit.cls_token, patches, torch.zeros(1, count, config.embed_dim)], 1)  # appended, as published
     for b, block in enumerate(vit.blocks):
         q, k, v = (
@@ -217,7 +217,7 @@ def test_artifacts_that_no_unit_writes_are_left(photographs):
     """Position embeddings write these."""
     vit = random_vit("vit_small_patch16_224", embed_dim=96, num_heads=3)
     with torch.no_grad():
-        vit.positions[:, [3, 40]] *= 1000
+        vit.pos_embed[:, [3, 40]] *= 1000
     assert "removes no outliers, so something else writes them" in unchanged(vit, photos(photographs, vit))
 
 

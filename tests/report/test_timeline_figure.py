@@ -7,8 +7,8 @@ import pytest
 
 from report.layout import check_texts, visible_texts
 from training.runs import real_diagnoses, write_run
-from vitreg.report import timeline_figure
 from vitreg.artifacts.timeline import read_timeline
+from vitreg.report import timeline_figure
 
 THRESHOLD, REGISTER = (255, 90, 60), (11, 122, 59)
 

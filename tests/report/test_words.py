@@ -4,8 +4,8 @@ import numpy as np
 import pytest
 
 from report.diagnoses import make_examples, make_summary
-from vitreg.report import write_report
 from vitreg.common.words import counted, number, percent, shorten
+from vitreg.report import write_report
 
 
 def test_two_implementations_that_round_differently_on_one_page(tmp_path, open_page):

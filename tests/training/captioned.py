@@ -8,13 +8,13 @@ from pathlib import Path
 from PIL import Image
 
 from vitreg.images import ImageSet, read_image
-from vitreg.training.recipes.clip import Contrastive, ContrastiveConfig
+from vitreg.training.recipes.clip import CLIP, CLIPConfig
 from vitreg.training.recipes.sizes import sized
 
 MODEL = sized(
     "micro", patch_size=16, image_size=64, num_registers=4, depth=2, embed_dim=64, num_classes=32, head_bias=False
 )
-CONFIG = ContrastiveConfig(text_width=32, text_layers=2, text_heads=2, context_length=24)
+CONFIG = CLIPConfig(text_width=32, text_layers=2, text_heads=2, context_length=24)
 
 
 class Photographs(ImageSet):
@@ -42,6 +42,6 @@ class Photographs(ImageSet):
         return self.sentences[index]
 
 
-def tiny_method() -> Contrastive:
+def tiny_method() -> CLIP:
     """Small towers."""
-    return Contrastive(MODEL, CONFIG)
+    return CLIP(MODEL, CONFIG)

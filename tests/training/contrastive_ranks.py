@@ -13,9 +13,9 @@ from torch.nn.parallel import DistributedDataParallel
 
 from training.captioned import tiny_method
 from vitreg.images import ImageSet
-from vitreg.training.recipes.clip import Contrastive
+from vitreg.training.engine.distributed import full_tensor
 from vitreg.training.engine.method import Batch
-from vitreg.training.engine.distributed import whole
+from vitreg.training.recipes.clip import CLIP
 
 
 def random_batch(num: int) -> Batch:
@@ -26,7 +26,7 @@ def random_batch(num: int) -> Batch:
     return {"image": torch.randn(num, 3, 64, 64, generator=generator), "text": text}
 
 
-def seeded_method() -> Contrastive:
+def seeded_method() -> CLIP:
     torch.manual_seed(0)
     return tiny_method()
 
@@ -64,11 +64,11 @@ def two_steps(rank: int, world_size: int, folder: Path) -> None:
             outcome[name] = mean = scalar.detach().clone()
             dist.all_reduce(mean)
             mean /= world_size
-        text = {name: whole(tensor).detach() for name, tensor in method.text.state_dict().items()}
+        text = {name: full_tensor(tensor).detach() for name, tensor in method.text.state_dict().items()}
         outcome["figures"] = method.evaluate(seeded_method().vit, {"text": text}, Noise(), 4)
         for name, parameter in method.named_parameters():
             gradient = parameter.grad
-            outcome[name] = whole(gradient)
+            outcome[name] = full_tensor(gradient)
         torch.optim.AdamW(method.parameters()).step()
         method.after_step(0.0)
         if rank == 0:
@@ -76,7 +76,7 @@ def two_steps(rank: int, world_size: int, folder: Path) -> None:
     dist.destroy_process_group()
 
 
-def sharded(method: Contrastive) -> Contrastive:
+def sharded(method: CLIP) -> CLIP:
     for block in method.vit.blocks:
         fully_shard(block)
     return fully_shard(method)

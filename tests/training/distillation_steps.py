@@ -12,7 +12,7 @@ from torch.nn.parallel import DistributedDataParallel
 
 from peers import perturb
 from vitreg.training.data.multi_crop import MultiCropConfig, locate_hidden
-from vitreg.training.recipes.dinov2 import SelfDistillation, SelfDistillationConfig
+from vitreg.training.recipes.dinov2 import DINOv2, DINOv2Config
 from vitreg.training.recipes.sizes import sized
 
 CASES = [
@@ -23,14 +23,12 @@ CASES = [
 ]
 
 
-def small_method(centering="sinkhorn", **options) -> SelfDistillation:
+def small_method(centering="sinkhorn", **options) -> DINOv2:
     """Two blocks for pictures of 32 pixels; no parameter at its initial value."""
     torch.manual_seed(0)
     model = sized("micro", patch_size=8, image_size=32, num_registers=3, layer_scale=True, embed_dim=32, depth=2)
     crops = MultiCropConfig(num_local=2, local_size=16)
-    config = SelfDistillationConfig(
-        crops, num_prototypes=64, hidden_dim=48, bottleneck_dim=16, centering=centering, **options
-    )
+    config = DINOv2Config(crops, num_prototypes=64, hidden_dim=48, bottleneck_dim=16, centering=centering, **options)
     method = config.build(model)
     perturb(method)
     return method.train()

@@ -8,7 +8,7 @@ from typing import Any
 
 from vitreg.images import tars
 from vitreg.training import open_data
-from vitreg.training.engine.distributed import Processes
+from vitreg.training.engine.distributed import Distributed
 
 
 def run(rank: int, world: int, port: int, archive: Path, folder: Path) -> None:
@@ -24,4 +24,4 @@ def run(rank: int, world: int, port: int, archive: Path, folder: Path) -> None:
     images = open_data(archive, device="cpu").images
     found = [f"{images.name(i)} {images.picture(i).size} {images.labels[i]}" for i in range(len(images))]
     (folder / f"{rank}.txt").write_text("\n".join([str(len(scans)), *found]))
-    Processes.join("cpu").leave()
+    Distributed.join("cpu").leave()

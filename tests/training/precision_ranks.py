@@ -15,9 +15,9 @@ from training.distillation_steps import random_batch as crops
 from training.distillation_steps import small_method
 from vitreg.model import VisionTransformer
 from vitreg.training import TrainingConfig, clip, dinov2
-from vitreg.training.engine.train_state import Learner
 from vitreg.training.data.multi_crop import locate_hidden
-from vitreg.training.engine.distributed import Processes
+from vitreg.training.engine.distributed import Distributed
+from vitreg.training.engine.train_state import TrainState
 
 STEPS = 20
 
@@ -37,14 +37,14 @@ def run(rank: int, world: int, folder: Path) -> None:
     """What came of the steps, written down by the first process."""
     torch.set_num_threads(1)
     dist.init_process_group("gloo", init_method=f"file://{folder}/store", rank=rank, world_size=world)
-    processes = Processes(rank, world, torch.device("cpu"))
+    processes = Distributed(rank, world, torch.device("cpu"))
     for recipe, make in (("clip", captioned), ("dinov2", crops)):
         batch = {name: rows.chunk(world)[rank] for name, rows in make(8).items() if "hidden" not in name}
         if recipe == "dinov2":
             batch |= locate_hidden(batch["mask"])
         for sharding in ("ddp", "fsdp"):
-            learner = Learner(small_config(recipe, sharding), processes)
-            vit, seen = learner.method.vit, {}
+            train_state = TrainState(small_config(recipe, sharding), processes)
+            vit, seen = train_state.method.vit, {}
 
             def look(norm: nn.Module, inputs: tuple, vit: VisionTransformer = vit, seen: dict = seen) -> None:
                 seen.setdefault("tokens", inputs[0].detach().clone())
@@ -52,8 +52,8 @@ def run(rank: int, world: int, folder: Path) -> None:
                 seen.setdefault("matrices", vit.blocks[0].attn.qkv.weight.dtype)
 
             vit.blocks[0].norm1.register_forward_pre_hook(look)
-            logged = [learner.advance([batch]) for _ in range(STEPS)]
-            product = learner.product()
+            logged = [train_state.advance([batch]) for _ in range(STEPS)]
+            product = train_state.export_model()
             if rank:
                 assert product is None
                 continue

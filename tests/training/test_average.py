@@ -6,12 +6,12 @@ import torch
 
 from training.small import small_config
 from vitreg.model import VisionTransformer
-from vitreg.training.engine.ema import Average, follow
+from vitreg.training.engine.ema import WeightEma, ema_update
 
 
 def test_average_is_the_literal_one():
     vit = VisionTransformer(small_config().model)
-    average = Average(vit, 0.5)
+    average = WeightEma(vit, 0.5)
     expected = {name: parameter.detach().double() for name, parameter in vit.named_parameters()}
     for step in range(1, 15):
         with torch.no_grad():
@@ -28,7 +28,7 @@ def test_average_is_the_literal_one():
 
 def test_momentum_of_one_stays_and_of_zero_jumps():
     here, there = torch.zeros(3), torch.ones(3)
-    follow([here], [there], 1.0)
+    ema_update([here], [there], 1.0)
     assert torch.equal(here, torch.zeros(3))
-    follow([here], [there], 0.0)
+    ema_update([here], [there], 0.0)
     assert torch.equal(here, torch.ones(3))

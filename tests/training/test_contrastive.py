@@ -25,9 +25,9 @@ from peers import error, perturb, pictures
 from training.captioned import CONFIG, MODEL, Photographs, tiny_method
 from training.contrastive_ranks import Noise, random_batch, seeded_method, two_steps
 from vitreg.checkpoints.text_tower import TextTower, load_text_tower
-from vitreg.training.recipes.clip import TEXT_SIZES, Contrastive, ContrastiveConfig
 from vitreg.training.engine.method import Sample
 from vitreg.training.engine.randomness import fixed_randomness
+from vitreg.training.recipes.clip import CLIP, TEXT_SIZES, CLIPConfig
 from vitreg.training.recipes.retrieval import recall
 from vitreg.training.recipes.sizes import SIZES
 
@@ -38,7 +38,7 @@ def photographs(test_data) -> Photographs:
 
 
 @pytest.fixture
-def method() -> Contrastive:
+def method() -> CLIP:
     return tiny_method()
 
 
@@ -81,7 +81,7 @@ PEERS = {
 def test_sizes_are_open_clips(size):
     theirs = open_clip.get_model_config(PEERS[size])
     text = theirs["text_cfg"]
-    ours = ContrastiveConfig.sized(size)
+    ours = CLIPConfig.sized(size)
     assert ours.text_width == theirs["embed_dim"] == text["width"]
     assert (ours.text_layers, ours.text_heads) == (text["layers"], text["heads"])
     assert ours.context_length == text["context_length"]
@@ -89,9 +89,9 @@ def test_sizes_are_open_clips(size):
 
 def test_every_size_has_a_text_tower():
     assert TEXT_SIZES.keys() == SIZES.keys()
-    assert ContrastiveConfig.sized("micro", flip=0.5).flip == 0.5
+    assert CLIPConfig.sized("micro", flip=0.5).flip == 0.5
     with pytest.raises(ValueError, match="size 'enormous' is unknown"):
-        inspect.unwrap(ContrastiveConfig.sized.__func__)(ContrastiveConfig, "enormous")
+        inspect.unwrap(CLIPConfig.sized.__func__)(CLIPConfig, "enormous")
 
 
 def test_text_tower_is_open_clips(method):
@@ -130,7 +130,7 @@ def test_two_processes_equal_one(tmp_path):
 
 
 def views_batch(photographs: Photographs, **options) -> dict[str, torch.Tensor]:
-    views = dataclasses.replace(CONFIG, **options).views(MODEL, photographs)
+    views = dataclasses.replace(CONFIG, **options).augmentation(MODEL, photographs)
     samples = [Sample(photographs.picture(i), None, photographs.captions(i)) for i in range(len(photographs))]
     return torch.utils.data.default_collate([views(sample) for sample in samples])
 
@@ -163,7 +163,7 @@ def test_the_scale_stays_within_open_clips_bounds(method):
 
 
 def test_views(photographs):
-    views = CONFIG.views(MODEL, photographs)
+    views = CONFIG.augmentation(MODEL, photographs)
     sample = Sample(photographs.picture(0), None, photographs.captions(0))
     row = views(sample)
     assert row["image"].shape == (3, 64, 64)
@@ -179,7 +179,7 @@ def test_views(photographs):
 
 def test_the_crop_is_open_clips(photographs):
     theirs = open_clip.image_transform((64, 64), True, mean=MODEL.preprocess.mean, std=MODEL.preprocess.std)
-    views = CONFIG.views(MODEL, photographs)
+    views = CONFIG.augmentation(MODEL, photographs)
     picture = photographs.picture(1)
     torch.manual_seed(5)
     expected = theirs(picture)
@@ -189,8 +189,8 @@ def test_the_crop_is_open_clips(photographs):
 
 def test_flip_and_scale(photographs):
     picture = photographs.picture(1)
-    flipped = dataclasses.replace(CONFIG, flip=1.0, min_scale=1.0).views(MODEL, photographs)
-    plain = dataclasses.replace(CONFIG, min_scale=1.0).views(MODEL, photographs)
+    flipped = dataclasses.replace(CONFIG, flip=1.0, min_scale=1.0).augmentation(MODEL, photographs)
+    plain = dataclasses.replace(CONFIG, min_scale=1.0).augmentation(MODEL, photographs)
     torch.manual_seed(5)
     one = flipped(Sample(picture, None, ("a",)))["image"]
     torch.manual_seed(5)
@@ -247,17 +247,17 @@ def test_evaluate_takes_what_there_is(method, test_data):
     similarity = similarity @ F.normalize(method.text(texts), dim=-1).T
     owners = [row for row, i in enumerate(kept) for _ in images.captions(i)]
     expected = literal_recall(similarity, owners)
-    companions = {"text": method.text.state_dict()}
-    assert method.evaluate(method.vit, companions, images, 4) == pytest.approx(expected)
+    extra_modules = {"text": method.text.state_dict()}
+    assert method.evaluate(method.vit, extra_modules, images, 4) == pytest.approx(expected)
     assert expected["text_to_image_r5"] > 0
     images.files = images.files[2:3]
     images.sentences = {0: ()}
-    assert method.evaluate(method.vit, companions, images, 4) == {}
+    assert method.evaluate(method.vit, extra_modules, images, 4) == {}
 
 
 @pytest.mark.parametrize("num_registers", [0, 4])
 def test_image_tower_in_other_formats(tmp_path, num_registers):
-    method = Contrastive(dataclasses.replace(MODEL, num_registers=num_registers), CONFIG)
+    method = CLIP(dataclasses.replace(MODEL, num_registers=num_registers), CONFIG)
     vit = perturb(method.vit)
     vitreg.save(vit, tmp_path / "timm.safetensors", format="timm")
     vitreg.save(vit, tmp_path / "folder", format="transformers")
@@ -277,10 +277,10 @@ def test_image_tower_in_other_formats(tmp_path, num_registers):
 
 
 def test_text_tower_from_its_file(method, tmp_path):
-    companions = perturb(method).companions()
-    assert set(companions) == {"text"}
+    extra_modules = perturb(method).extra_modules()
+    assert set(extra_modules) == {"text"}
     path = tmp_path / "text.safetensors"
-    save_file(companions["text"].state_dict(), path, companions["text"].metadata)
+    save_file(extra_modules["text"].state_dict(), path, extra_modules["text"].metadata)
     state = torch.get_rng_state()
     tower = load_text_tower(path)
     assert torch.equal(torch.get_rng_state(), state)
@@ -315,10 +315,10 @@ def test_pictures_without_captions_are_refused(photographs, test_data):
     images = Photographs(test_data / "flickr8k-1k", 3)
     images.sentences[1] = ()
     with pytest.raises(ValueError, match=f"1 of the 3 pictures .* the first is {images.name(1)}"):
-        CONFIG.views(MODEL, images)
+        CONFIG.augmentation(MODEL, images)
     images.sentences = dict.fromkeys(range(3), ())
     with pytest.raises(ValueError, match=r"no captions, which clip learns from; give pictures with a captions.csv"):
-        CONFIG.views(MODEL, images)
+        CONFIG.augmentation(MODEL, images)
 
 
 @pytest.mark.parametrize(

@@ -12,9 +12,9 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from training.contrastive_ranks import Noise
 from training.small import small_config
 from vitreg.training import clip, dinov2
-from vitreg.training.engine.train_state import Learner
-from vitreg.training.engine.distributed import Processes
 from vitreg.training.data.samples import SampleStream
+from vitreg.training.engine.distributed import Distributed
+from vitreg.training.engine.train_state import TrainState
 
 ATEN = torch.ops.aten
 # What hands a value, or a shape that depends on values, to Python; and what makes a tensor of Python's numbers, which a
@@ -65,14 +65,14 @@ def test_no_step_of_any_recipe_waits_for_the_device(recipe):
     ema = 0.9 if recipe == "deit3" else 0.0
     config = dataclasses.replace(config, drop_path=0.3, num_steps=4, ema_decay=ema)
     config = dataclasses.replace(config, model=dataclasses.replace(config.model, depth=2))
-    learner = Learner(config, Processes(0, 1, torch.device("cpu")))
+    train_state = TrainState(config, Distributed(0, 1, torch.device("cpu")))
     images = Labelled()
-    batch, _ = SampleStream(images, config.method.views(config.model, images), 0)[range(8)]
-    learner.advance([batch])  # the optimizer's state is there
+    batch, _ = SampleStream(images, config.method.augmentation(config.model, images), 0)[range(8)]
+    train_state.advance([batch])  # the optimizer's state is there
     # LAMB counts steps on the CPU.
-    steps = {group["step"].data_ptr() for group in learner.optimizer.param_groups if "step" in group}
+    steps = {group["step"].data_ptr() for group in train_state.optimizer.param_groups if "step" in group}
     with NoWaiting(steps):
-        logged = learner.advance([batch])
+        logged = train_state.advance([batch])
     assert float(logged["loss"]) > 0
 
 

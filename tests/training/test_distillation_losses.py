@@ -8,9 +8,9 @@ from lightly.models.modules.heads import DINOProjectionHead
 from torch import nn
 
 from peers import error
-from vitreg.training.recipes.dino_losses import MeanCentering, Sinkhorn, entropies, patch_loss, view_loss
 from vitreg.training.data.multi_crop import locate_hidden
-from vitreg.training.recipes.dino_head import PrototypeHead
+from vitreg.training.recipes.dino_head import DINOHead
+from vitreg.training.recipes.dino_losses import MeanCentering, SinkhornKnopp, dino_loss, entropies, ibot_loss
 
 PICTURES, VIEWS, PROTOTYPES = 6, 5, 48
 EXACT = dict(rtol=1e-6, atol=0)
@@ -40,7 +40,7 @@ def test_view_loss_is_lightlys():
         teacher, student = cosines(PICTURES, 2), cosines(PICTURES, VIEWS).requires_grad_()
         expected = theirs(list(teacher.unbind(1)), list(student.unbind(1)), teacher_temp=temperature)
         targets = centering(teacher.flatten(0, 1), temperature).unflatten(0, (PICTURES, 2))
-        loss = view_loss(student, targets, 0.1)
+        loss = dino_loss(student, targets, 0.1)
         torch.testing.assert_close(loss, expected, **EXACT)
         (ours,), (others,) = torch.autograd.grad(loss, student), torch.autograd.grad(expected, student)
         assert error(ours, others) < 1e-6
@@ -52,7 +52,7 @@ def test_a_view_is_not_compared_with_itself():
     student = cosines(PICTURES, 2)
     expected = -(targets[:, 0] * student[:, 1].div(0.1).log_softmax(-1)).sum(-1)
     expected = expected - (targets[:, 1] * student[:, 0].div(0.1).log_softmax(-1)).sum(-1)
-    torch.testing.assert_close(view_loss(student, targets, 0.1), expected.mean() / 2)
+    torch.testing.assert_close(dino_loss(student, targets, 0.1), expected.mean() / 2)
 
 
 def test_patch_loss_is_lightlys(masks):
@@ -61,16 +61,16 @@ def test_patch_loss_is_lightlys(masks):
     for temperature in (0.04, 0.07):
         teacher, student = cosines(int(masks.sum())), cosines(int(masks.sum())).requires_grad_()
         expected = theirs(teacher, student, masks, teacher_temp=temperature)
-        loss = patch_loss(student, centering(teacher, temperature), weights(masks), 0.1)
+        loss = ibot_loss(student, centering(teacher, temperature), weights(masks), 0.1)
         torch.testing.assert_close(loss, expected, **EXACT)
         (ours,), (others,) = torch.autograd.grad(loss, student), torch.autograd.grad(expected, student)
         assert error(ours, others) < 1e-6
 
 
-@pytest.mark.parametrize("centering", [Sinkhorn(), MeanCentering(PROTOTYPES)])
+@pytest.mark.parametrize("centering", [SinkhornKnopp(), MeanCentering(PROTOTYPES)])
 def test_nothing_hidden_is_no_loss(centering):
     student = cosines(0).requires_grad_()
-    loss = patch_loss(student, centering(cosines(0), 0.04), weights(torch.zeros(4, 3, 3, dtype=torch.bool)), 0.1)
+    loss = ibot_loss(student, centering(cosines(0), 0.04), weights(torch.zeros(4, 3, 3, dtype=torch.bool)), 0.1)
     loss.backward()
     assert loss == 0
     assert student.grad is not None
@@ -82,7 +82,7 @@ def test_sinkhorn_is_lightlys(temperature):
     outputs = cosines(20)
     # In double precision theirs does not overflow.
     expected = sinkhorn(outputs.double(), iterations=3, epsilon=temperature)
-    targets = Sinkhorn()(outputs, temperature)
+    targets = SinkhornKnopp()(outputs, temperature)
     torch.testing.assert_close(targets.double(), expected, rtol=2e-5, atol=1e-7)
     torch.testing.assert_close(targets.sum(1), torch.ones(20))
 
@@ -90,7 +90,7 @@ def test_sinkhorn_is_lightlys(temperature):
 def test_sinkhorn_of_opposite_vectors_is_finite():
     outputs = torch.full((4, PROTOTYPES), -1.0)
     outputs[:2, :4] = 1.0
-    targets = Sinkhorn()(outputs, 0.025)
+    targets = SinkhornKnopp()(outputs, 0.025)
     assert targets.isfinite().all()
     torch.testing.assert_close(targets.sum(1), torch.ones(4))
 
@@ -109,13 +109,13 @@ def test_entropies_tell_both_collapses():
 
 def test_sinkhorn_of_equal_pictures_is_uniform():
     # Hence its collapse shows in the entropy of a target, not of the mean target.
-    teacher, marginal = entropies(Sinkhorn()(cosines(1).expand(8, -1), 0.04))
+    teacher, marginal = entropies(SinkhornKnopp()(cosines(1).expand(8, -1), 0.04))
     assert float(teacher) == pytest.approx(1, rel=1e-4)
     assert float(marginal) == pytest.approx(1, rel=1e-4)
 
 
 def test_head_is_lightlys():
-    ours = PrototypeHead(24, 32, 16, PROTOTYPES)
+    ours = DINOHead(24, 32, 16, PROTOTYPES)
     theirs = DINOProjectionHead(24, 32, 16, PROTOTYPES)
     for mine, other in zip(ours.mlp, theirs.layers, strict=True):
         if isinstance(mine, nn.Linear):
@@ -133,7 +133,7 @@ def test_head_is_lightlys():
 
 
 def test_frozen_prototypes_get_gradients_of_zero():
-    head = PrototypeHead(24, 32, 16, PROTOTYPES)
+    head = DINOHead(24, 32, 16, PROTOTYPES)
     tokens = torch.randn(10, 24)
     assert torch.equal(head(tokens, frozen=True), head(tokens))
     head(tokens, frozen=True).square().sum().backward()
@@ -142,7 +142,7 @@ def test_frozen_prototypes_get_gradients_of_zero():
 
 
 def test_head_in_bfloat16_returns_float32():
-    head = PrototypeHead(24, 32, 16, PROTOTYPES)
+    head = DINOHead(24, 32, 16, PROTOTYPES)
     tokens = torch.randn(10, 24)
     with torch.autocast("cpu", torch.bfloat16):
         outputs = head(tokens)

@@ -14,10 +14,10 @@ from torch import nn
 from training.small import small_config
 from vitreg.images import open_image_set
 from vitreg.training import samples
-from vitreg.training.engine.train_state import Learner
-from vitreg.training.engine.distributed import Processes
+from vitreg.training.engine.distributed import Distributed
+from vitreg.training.engine.train_state import TrainState
 
-ALONE = Processes(0, 1, torch.device("cpu"))
+ALONE = Distributed(0, 1, torch.device("cpu"))
 
 
 def batch() -> dict[str, torch.Tensor]:
@@ -26,30 +26,30 @@ def batch() -> dict[str, torch.Tensor]:
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_the_dtype_is_that_of_the_products(dtype):
-    learner = Learner(small_config(dtype=str(dtype).removeprefix("torch.")), ALONE)
+    train_state = TrainState(small_config(dtype=str(dtype).removeprefix("torch.")), ALONE)
     seen = []
-    for module in learner.method.vit.blocks[1].modules():
+    for module in train_state.method.vit.blocks[1].modules():
         if isinstance(module, nn.Linear):
             module.register_forward_hook(lambda _, inputs, output: seen.append(output.dtype))
-    learner.advance([batch()])
+    train_state.advance([batch()])
     assert seen == [dtype] * 4
-    assert {parameter.dtype for parameter in learner.method.parameters()} == {torch.float32}
+    assert {parameter.dtype for parameter in train_state.method.parameters()} == {torch.float32}
 
 
 @pytest.mark.parametrize("recompute", [False, True])
 def test_gradient_checkpointing_runs_blocks_again_instead_of_keeping_what_they_computed(recompute):
-    learner = Learner(small_config(gradient_checkpointing=recompute, drop_path=0.0), ALONE)
+    train_state = TrainState(small_config(gradient_checkpointing=recompute, drop_path=0.0), ALONE)
     calls, kept = [], []
-    learner.method.vit.blocks[0].mlp.fc1.register_forward_hook(lambda *_: calls.append(1))
+    train_state.method.vit.blocks[0].mlp.fc1.register_forward_hook(lambda *_: calls.append(1))
 
     def keep(tensor: torch.Tensor) -> torch.Tensor:
         kept.append(tuple(tensor.shape))
         return tensor
 
     with torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor):
-        learner.advance([batch()])
+        train_state.advance([batch()])
     assert len(calls) == 1 + recompute
-    hidden = (8, 9, learner.config.model.mlp_dim)
+    hidden = (8, 9, train_state.config.model.mlp_dim)
     assert (hidden in kept) != recompute
 
 
@@ -62,7 +62,7 @@ def test_pictures_for_a_gpu_are_put_into_pinned_memory(class_folders, monkeypatc
 
     monkeypatch.setattr(samples, "DataLoader", spy)
     config, images = small_config(), open_image_set(class_folders / "train")
-    stream = samples.SampleStream(images, config.method.views(config.model, images), 0)
+    stream = samples.SampleStream(images, config.method.augmentation(config.model, images), 0)
     for device in ("cpu", "cuda"):
         processes = dataclasses.replace(ALONE, device=torch.device(device))
         samples.fetch(stream, processes, batch_size=8, accumulation=1, steps=range(1), num_workers=0).close()
@@ -74,17 +74,17 @@ COMPILED = """
 import functools, torch
 from torch._dynamo.utils import counters
 from training.small import small_config
-from vitreg.training.engine.train_state import Learner
-from vitreg.training.engine.distributed import Processes
+from vitreg.training.engine.train_state import TrainState
+from vitreg.training.engine.distributed import Distributed
 
 torch.compile = functools.partial(torch.compile, backend="aot_eager")
 losses = []
 for compile in (False, True):
-    learner = Learner(small_config(compile=compile, drop_path=0.4), Processes(0, 1, torch.device("cpu")))
+    train_state = TrainState(small_config(compile=compile, drop_path=0.4), Distributed(0, 1, torch.device("cpu")))
     torch.manual_seed(0)
     batch = {"image": torch.randn(8, 3, 32, 32), "target": torch.rand(8, 4)}
-    losses.append([float(learner.advance([batch])["loss"]) for _ in range(4)])
-    print(bool(counters["stats"]["unique_graphs"]), len(counters["graph_break"]), list(learner.method.state_dict())[-1])
+    losses.append([float(train_state.advance([batch])["loss"]) for _ in range(4)])
+    print(bool(counters["stats"]["unique_graphs"]), len(counters["graph_break"]), list(train_state.method.state_dict())[-1])
 print(max(abs(a - b) for a, b in zip(*losses)) < 1e-4)
 """
 

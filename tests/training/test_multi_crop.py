@@ -7,8 +7,8 @@ import pytest
 import torch
 from PIL import Image
 
-from vitreg.training.engine.method import Sample
 from vitreg.training.data.multi_crop import MultiCrop, MultiCropConfig
+from vitreg.training.engine.method import Sample
 from vitreg.training.engine.randomness import fixed_randomness
 from vitreg.training.recipes.sizes import sized
 

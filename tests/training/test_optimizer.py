@@ -38,7 +38,7 @@ def test_only_matrices_decay():
     matrices = ("attn.qkv.weight", "attn.proj.weight", "mlp.fc1.weight", "mlp.fc2.weight")
     expected = {f"blocks.{i}.{name}" for i in range(3) for name in matrices}
     assert decayed == expected | {"patch_embed.weight", "head.weight"}
-    others = {"registers", "cls_token", "positions", "norm.weight", "patch_embed.bias", "blocks.0.scale1", "head.bias"}
+    others = {"registers", "cls_token", "pos_embed", "norm.weight", "patch_embed.bias", "blocks.0.ls1", "head.bias"}
     assert others <= set(groups) - decayed
     optimizer = build_optimizer(VisionTransformer(MODEL), OptimizerConfig(weight_decay=0.3, final_weight_decay=0.5))
     for step, decay in ((0, 0.3), (5, 0.4), (10, 0.5)):
@@ -81,10 +81,10 @@ def test_layer_decay_is_timms():
         for name, group in by_name(vit, OptimizerConfig(layer_decay=0.6)).items()
     }
     renamed = {
-        "pos_embed": "positions",
+        "pos_embed": "pos_embed",
         "patch_embed.proj": "patch_embed",
-        "ls1.gamma": "scale1",
-        "ls2.gamma": "scale2",
+        "ls1.gamma": "ls1",
+        "ls2.gamma": "ls2",
     }
     for name, (scale, decays) in theirs.items():
         for old, new in renamed.items():

@@ -12,9 +12,9 @@ from PIL import Image
 
 from training.small import small_config
 from vitreg.images import ImageError, ImageSet, open_image_set
-from vitreg.training.engine.method import Batch, Sample, Views
-from vitreg.training.engine.distributed import Processes
 from vitreg.training.data.samples import MAX_ATTEMPTS, SampleStream, fetch, worker_deaths
+from vitreg.training.engine.distributed import Distributed
+from vitreg.training.engine.method import Augmentation, Batch, Sample
 
 CPU = torch.device("cpu")
 CONFIG = small_config()
@@ -40,7 +40,7 @@ class Numbered(ImageSet):
         return f"picture {index}"
 
 
-class Numbers(Views):
+class Numbers(Augmentation):
     """The number of a picture, and what each source of randomness gives it."""
 
     def __call__(self, sample: Sample) -> Batch:
@@ -74,7 +74,7 @@ def batches(stream: SampleStream, *, world=1, accumulation=1, workers=0, steps=r
     parts = [
         fetch(
             stream,
-            Processes(rank, world, CPU),
+            Distributed(rank, world, CPU),
             batch_size=8,
             accumulation=accumulation,
             steps=steps,
@@ -95,7 +95,7 @@ def batches(stream: SampleStream, *, world=1, accumulation=1, workers=0, steps=r
 )
 def test_batches_do_not_depend_on_who_fetches_them(class_folders, world, accumulation, workers):
     images = open_image_set(class_folders / "train")
-    stream = SampleStream(images, CONFIG.method.views(CONFIG.model, images), seed=3)
+    stream = SampleStream(images, CONFIG.method.augmentation(CONFIG.model, images), seed=3)
     expected = batches(stream)
     for ours, theirs in zip(
         batches(stream, world=world, accumulation=accumulation, workers=workers), expected, strict=True
@@ -108,7 +108,7 @@ def test_batches_do_not_depend_on_who_fetches_them(class_folders, world, accumul
 def test_workers_may_be_spawned(class_folders):
     """Where processes are not forked, they are sent a copy."""
     images = open_image_set(class_folders / "train")
-    stream = SampleStream(images, CONFIG.method.views(CONFIG.model, images), seed=3)
+    stream = SampleStream(images, CONFIG.method.augmentation(CONFIG.model, images), seed=3)
     copy = pickle.loads(pickle.dumps(stream))
     for name, rows in stream[range(8)][0].items():
         assert torch.equal(copy[range(8)][0][name], rows)
@@ -139,7 +139,7 @@ def test_nothing_is_left_in_the_global_generators():
 
 
 def fetch_alone(stream: SampleStream, workers: int = 0):
-    return fetch(stream, Processes(0, 1, CPU), batch_size=4, accumulation=1, steps=range(9), num_workers=workers)
+    return fetch(stream, Distributed(0, 1, CPU), batch_size=4, accumulation=1, steps=range(9), num_workers=workers)
 
 
 def test_broken_pictures_are_replaced_and_named():

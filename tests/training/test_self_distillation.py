@@ -10,10 +10,10 @@ from PIL import Image
 
 from peers import error
 from training.distillation_steps import CASES, random_batch, run, small_method, step
-from vitreg.training.engine.method import Sample
 from vitreg.training.data.multi_crop import MultiCrop, MultiCropConfig, locate_hidden
+from vitreg.training.engine.method import Sample
 from vitreg.training.engine.randomness import fixed_randomness
-from vitreg.training.recipes.dinov2 import SelfDistillationConfig
+from vitreg.training.recipes.dinov2 import DINOv2Config
 from vitreg.training.recipes.sizes import sized
 
 NUM_PROCESSES = 2
@@ -57,7 +57,7 @@ def test_the_teacher_moves_by_its_momentum_and_learns_no_gradient():
         torch.testing.assert_close(new, 0.997 * old + 0.003 * learning)
         assert new.grad is None
         assert not new.requires_grad
-    assert method.product is method.teacher_vit
+    assert method.export_model is method.teacher_vit
     assert method.train().vit.training
     assert not method.teacher_vit.training
 
@@ -142,18 +142,18 @@ def test_bfloat16_keeps_losses_in_float32():
 def test_models_that_it_cannot_train_are_refused(wrong):
     model = sized("micro", patch_size=8, image_size=32, num_registers=0, **wrong)
     with pytest.raises(ValueError, match="a class token and without a head"):
-        SelfDistillationConfig(num_prototypes=8).build(model)
+        DINOv2Config(num_prototypes=8).build(model)
 
 
 def test_a_temperature_that_float32_cannot_do_is_refused():
     with pytest.raises(ValueError, match="teacher_temperature is"):
-        SelfDistillationConfig(teacher_temperature=(0.01, 0.07))
+        DINOv2Config(teacher_temperature=(0.01, 0.07))
 
 
 def test_learning_on_real_pictures(test_data):
     """Losses fall, targets neither become uniform nor the same for all pictures, and registers stay different."""
     model = sized("micro", patch_size=16, image_size=64, num_registers=4, layer_scale=True, embed_dim=64, depth=2)
-    config = SelfDistillationConfig(
+    config = DINOv2Config(
         MultiCropConfig(num_local=2, local_size=32),
         num_prototypes=128,
         hidden_dim=128,
@@ -167,8 +167,8 @@ def test_learning_on_real_pictures(test_data):
     views = MultiCrop(model, config.crops)
     for block in [*method.vit.blocks, *method.teacher_vit.blocks]:
         # From 1e-5 it takes hundreds of steps until class tokens of different pictures differ.
-        torch.nn.init.constant_(block.scale1, 0.1)
-        torch.nn.init.constant_(block.scale2, 0.1)
+        torch.nn.init.constant_(block.ls1, 0.1)
+        torch.nn.init.constant_(block.ls2, 0.1)
     optimizer = torch.optim.AdamW([p for p in method.parameters() if p.requires_grad], lr=5e-4)
     history = []
     for number in range(30):
@@ -187,5 +187,5 @@ def test_learning_on_real_pictures(test_data):
     assert last["koleo"] < first["koleo"] - 1
     assert last["marginal_entropy"] > 0.95
     assert 0.5 < last["teacher_entropy"] < 0.99
-    registers = method.product.registers[0].detach()
+    registers = method.export_model.registers[0].detach()
     assert torch.pdist(registers).min() > 0.1 * registers.norm(dim=1).max()

@@ -21,10 +21,10 @@ from training.small import small_config
 from vitreg import cli
 from vitreg.images import open_split
 from vitreg.training import open_data, resume, train
-from vitreg.training.engine.train_state import Learner
-from vitreg.training.recipes.catalogue import config_from_dict
 from vitreg.training.engine.run_folder import RunFolder
-from vitreg.training.recipes.deit3 import Supervised
+from vitreg.training.engine.train_state import TrainState
+from vitreg.training.recipes.catalogue import config_from_dict
+from vitreg.training.recipes.deit3 import DeiT3
 
 pytestmark = pytest.mark.usefixtures("_quick")
 
@@ -71,7 +71,7 @@ def test_a_run_writes_what_it_says(trained):
     assert [line["step"] for line in lines] == [1, 2, 3, 4, 5, 6]
     assert [line["images"] for line in lines] == [8, 16, 24, 32, 40, 48]
     assert all(line.keys() >= {"loss", "lr", "gradient_norm"} for line in lines)
-    assert lines[-1].keys() >= {"images_per_second", "matrix_rate_share", "skipped"}
+    assert lines[-1].keys() >= {"images_per_second", "mfu", "skipped"}
     assert [path.name for path in (trained / "checkpoints").iterdir()] == ["step-00000006"]
     diagnoses = [json.loads(line) for line in (trained / "diagnosis.jsonl").read_text().splitlines()]
     assert [entry["step"] for entry in diagnoses] == [3, 6]
@@ -261,7 +261,7 @@ def test_logs_are_cut_to_the_checkpoint_and_a_torn_last_line_is_dropped(run):
 def test_steps_that_are_done_again_are_in_the_curves_once(class_folders, tmp_path, monkeypatch):
     from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
-    advance, out = Learner.advance, tmp_path / "run"
+    advance, out = TrainState.advance, tmp_path / "run"
 
     def killed(self, batches):
         if self.step == 6:
@@ -269,7 +269,7 @@ def test_steps_that_are_done_again_are_in_the_curves_once(class_folders, tmp_pat
         return advance(self, batches)
 
     with monkeypatch.context() as patch:
-        patch.setattr(Learner, "advance", killed)
+        patch.setattr(TrainState, "advance", killed)
         with pytest.raises(KeyboardInterrupt):
             go(small_config(8, checkpoint_every=4), class_folders, out)
     assert len(log(out)) == 6
@@ -358,14 +358,14 @@ def test_a_broken_picture_is_counted_and_listed(folders, tmp_path):
 
 
 def test_a_class_folder_that_vanishes_during_a_run_costs_its_pictures_only(folders, tmp_path, monkeypatch):
-    advance = Learner.advance
+    advance = TrainState.advance
 
     def vanishing(self, batches):
         if self.step == 2:
             shutil.rmtree(folders / "train" / "class1")
         return advance(self, batches)
 
-    monkeypatch.setattr(Learner, "advance", vanishing)
+    monkeypatch.setattr(TrainState, "advance", vanishing)
     assert go(small_config(12), folders, tmp_path / "run")
     assert len(log(tmp_path / "run")) == 12
     missing = (tmp_path / "run" / "skipped.txt").read_text().splitlines()
@@ -403,25 +403,25 @@ def test_weights_that_explode_stop_the_run_and_keep_the_last_good_ones(watched, 
     assert [line["step"] for line in log(out)] == [1, 2, 3, 4]
 
 
-def infinite(method: Supervised, loss: torch.Tensor) -> torch.Tensor:
+def infinite(method: DeiT3, loss: torch.Tensor) -> torch.Tensor:
     return loss / 0
 
 
-def steep(method: Supervised, loss: torch.Tensor) -> torch.Tensor:
+def steep(method: DeiT3, loss: torch.Tensor) -> torch.Tensor:
     """A finite loss whose gradient is not a number."""
     return loss + (0 * method.vit.registers).sum().sqrt()
 
 
 @pytest.mark.parametrize(("harm", "what"), [(infinite, "the loss is inf"), (steep, "the gradient norm is nan")])
 def test_what_is_not_a_number_is_found_at_its_step(harm, what, class_folders, tmp_path, monkeypatch):
-    forward, calls = Supervised.forward, []
+    forward, calls = DeiT3.forward, []
 
     def infected(self, batch, progress):
         calls.append(progress)
         loss = forward(self, batch, progress)["loss"]
         return {"loss": harm(self, loss) if progress == 0.5 else loss}
 
-    monkeypatch.setattr(Supervised, "forward", infected)
+    monkeypatch.setattr(DeiT3, "forward", infected)
     config = small_config(12, log_every=4, checkpoint_every=4)
     with pytest.raises(ValueError, match=rf"{what} at step 7; the last good .*step-00000004. Start again"):
         go(config, class_folders, tmp_path / "run")
@@ -484,13 +484,13 @@ def test_the_pictures_are_in_memory_once(test_data, tmp_path, monkeypatch):
     import pyarrow
 
     file = test_data / "tiny-imagenet-100" / "val.parquet"
-    before, held, advance = pyarrow.total_allocated_bytes(), [], Learner.advance
+    before, held, advance = pyarrow.total_allocated_bytes(), [], TrainState.advance
 
     def measured(self, batches):
         held.append(pyarrow.total_allocated_bytes() - before)
         return advance(self, batches)
 
-    monkeypatch.setattr(Learner, "advance", measured)
+    monkeypatch.setattr(TrainState, "advance", measured)
     args = ("train", "deit3", "--data", file, "--smoke", "--batch-size", 2, "--steps", 1, "--workers", 0)
     with pytest.raises(SystemExit, match="0"):
         cli.main([*map(str, args), "--device", "cpu", "--out", str(tmp_path / "run")])

@@ -12,18 +12,18 @@ from torch.utils.flop_counter import FlopCounterMode
 from peers import error, perturb, pictures
 from training.small import small_config
 from vitreg.model import VisionTransformer
-from vitreg.training.engine.distributed import Processes
+from vitreg.training.engine.distributed import Distributed
 from vitreg.training.engine.stochastic_depth import StochasticDepth, add_stochastic_depth
 
 CPU = torch.device("cpu")
-ALONE = Processes(0, 1, CPU)
+ALONE = Distributed(0, 1, CPU)
 MODEL = small_config().model
 
 
 def drawn(rate: float, batch: int, rank: int = 0, world: int = 1, depth: int = 3) -> list[tuple[list[int], float]]:
     """Of every branch."""
     np.random.seed(7)
-    blocks = StochasticDepth(rate, depth, Processes(rank, world, CPU))(batch, CPU)
+    blocks = StochasticDepth(rate, depth, Distributed(rank, world, CPU))(batch, CPU)
     return [(images.tolist(), factor) for block in blocks for images, factor in block]
 
 
@@ -68,10 +68,10 @@ def test_subsets_are_branches_that_are_dropped_and_scaled(parallel):
 
     if parallel:
         normed = block.norm1(x)
-        expected = x + dropped((block.attn(normed) + block.mlp(normed)) * block.scale1, 0)
+        expected = x + dropped((block.attn(normed) + block.mlp(normed)) * block.ls1, 0)
     else:
-        expected = x + dropped(block.attn(block.norm1(x)) * block.scale1, 0)
-        expected = expected + dropped(block.mlp(block.norm2(expected)) * block.scale2, 1)
+        expected = x + dropped(block.attn(block.norm1(x)) * block.ls1, 0)
+        expected = expected + dropped(block.mlp(block.norm2(expected)) * block.ls2, 1)
     output = block(x, None, None, subsets)
     assert error(output, expected) < 1e-6
     wanted = torch.randn_like(output)

@@ -22,17 +22,17 @@ from peers import error, perturb, pictures
 from training.small import small_config
 from vitreg.checkpoints.to_timm import to_timm_state
 from vitreg.images import open_image_set, open_split
+from vitreg.training.data.samples import SampleStream
 from vitreg.training.engine.method import Sample
 from vitreg.training.engine.optimizer import build_optimizer
 from vitreg.training.engine.randomness import fixed_randomness
-from vitreg.training.data.samples import SampleStream
-from vitreg.training.recipes.deit3 import Supervised, SupervisedConfig
+from vitreg.training.recipes.deit3 import DeiT3, DeiT3Config
 
 CONFIG = small_config()
 
 
-def small_method(**settings) -> Supervised:
-    return SupervisedConfig(**settings).build(CONFIG.model)
+def small_method(**settings) -> DeiT3:
+    return DeiT3Config(**settings).build(CONFIG.model)
 
 
 def soft_targets() -> torch.Tensor:
@@ -82,7 +82,7 @@ def test_transformers_zero_initialised_registers_stay_identical(class_folders):
     method = small_method()
     stream = SampleStream(
         open_image_set(class_folders / "train"),
-        CONFIG.method.views(CONFIG.model, open_image_set(class_folders / "train")),
+        CONFIG.method.augmentation(CONFIG.model, open_image_set(class_folders / "train")),
         0,
     )
     optimizer = build_optimizer(method, CONFIG.optimizer)
@@ -122,9 +122,9 @@ def test_registers_are_not_in_the_pooled_feature():
 @pytest.mark.parametrize(("mixup", "cutmix"), [(0.8, 0.0), (0.0, 1.0), (0.8, 1.0)])
 def test_pairs_are_mixed_as_timm_does(mixup, cutmix, class_folders):
     images = open_image_set(class_folders / "train")
-    config = SupervisedConfig(mixup=mixup, cutmix=cutmix)
-    views = config.views(CONFIG.model, images)
-    plain = SupervisedConfig(mixup=0.0, cutmix=0.0).views(CONFIG.model, images)
+    config = DeiT3Config(mixup=mixup, cutmix=cutmix)
+    views = config.augmentation(CONFIG.model, images)
+    plain = DeiT3Config(mixup=0.0, cutmix=0.0).augmentation(CONFIG.model, images)
     mixed, unmixed = SampleStream(images, views, 3)[range(8)][0], SampleStream(images, plain, 3)[range(8)][0]
     peer = Mixup(mixup_alpha=mixup, cutmix_alpha=cutmix, label_smoothing=0.0, num_classes=4)
     for first in range(0, 8, 2):
@@ -140,8 +140,8 @@ def test_pairs_are_mixed_as_timm_does(mixup, cutmix, class_folders):
 
 def test_unmixed_targets_and_smoothing_are_timms(class_folders):
     images = open_image_set(class_folders / "train")
-    config = SupervisedConfig(mixup=0.0, cutmix=0.0, loss="ce", smoothing=0.1)
-    batch = SampleStream(images, config.views(CONFIG.model, images), 0)[range(8)][0]
+    config = DeiT3Config(mixup=0.0, cutmix=0.0, loss="ce", smoothing=0.1)
+    batch = SampleStream(images, config.augmentation(CONFIG.model, images), 0)[range(8)][0]
     method = perturb(config.build(CONFIG.model))
     labels = batch["target"].argmax(1)
     peer = LabelSmoothingCrossEntropy(0.1)(method.vit.classify(batch["image"]), labels)
@@ -149,8 +149,8 @@ def test_unmixed_targets_and_smoothing_are_timms(class_folders):
 
 
 def test_pictures_are_normalised_and_what_is_not_augmented_is_left_alone(class_folders):
-    gentle = SupervisedConfig(mixup=0.0, cutmix=0.0, three_augment=False, colour_jitter=0.0, min_crop=1.0)
-    views = gentle.views(CONFIG.model, open_image_set(class_folders / "train"))
+    gentle = DeiT3Config(mixup=0.0, cutmix=0.0, three_augment=False, colour_jitter=0.0, min_crop=1.0)
+    views = gentle.augmentation(CONFIG.model, open_image_set(class_folders / "train"))
     picture = Image.fromarray(np.full((32, 32, 3), (255, 0, 0), np.uint8))
     image = views(Sample(picture, 2))["image"]
     preprocess = CONFIG.model.preprocess
@@ -183,10 +183,10 @@ def test_top1_is_counted_over_the_pictures_that_can_be_read(folders):
 )
 def test_settings_that_make_no_sense(settings, message):
     with pytest.raises(ValueError, match=message):
-        SupervisedConfig(**settings)
+        DeiT3Config(**settings)
 
 
 def test_a_model_of_other_classes_is_refused(class_folders):
     images = open_image_set(class_folders / "train")
     with pytest.raises(ValueError, match="4 classes, the model 5"):
-        SupervisedConfig().views(dataclasses.replace(CONFIG.model, num_classes=5), images)
+        DeiT3Config().augmentation(dataclasses.replace(CONFIG.model, num_classes=5), images)

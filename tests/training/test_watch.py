@@ -12,9 +12,9 @@ import torch
 import vitreg
 from peers import perturb
 from training.small import small_config
-from vitreg.images import Part, evenly, open_image_set
+from vitreg.images import Subset, open_image_set, spaced_indices
 from vitreg.training.data.held_out import stream_pictures
-from vitreg.training.engine.held_out_diagnosis import Watch
+from vitreg.training.engine.held_out_diagnosis import HeldOutDiagnosis
 
 CPU = torch.device("cpu")
 
@@ -23,10 +23,10 @@ def test_a_diagnosis_is_that_of_diagnose(class_folders):
     images = open_image_set(class_folders / "val")
     config = dataclasses.replace(small_config(), num_diagnosed=7)
     method = perturb(config.method.build(config.model))
-    watch = Watch(config, images, CPU)
+    watch = HeldOutDiagnosis(config, images, CPU)
     watch.read(config.model.preprocess)
     seen = watch.look(method, method.vit, {}, final=True)
-    chosen = [images.picture(i) for i in evenly(12, 7).tolist()]
+    chosen = [images.picture(i) for i in spaced_indices(12, 7).tolist()]
     batch = torch.stack([method.vit.preprocess(picture) for picture in chosen])
     expected = vitreg.diagnose(method.vit, batch).to_dict()
     assert seen["num_images"] == 7
@@ -41,7 +41,7 @@ def test_a_diagnosis_is_that_of_diagnose(class_folders):
 
 def test_a_part_has_the_names_and_labels_of_the_set(class_folders):
     images = open_image_set(class_folders / "val")
-    part = Part(images, np.array([1, 5, 11]))
+    part = Subset(images, np.array([1, 5, 11]))
     assert len(part) == 3
     assert images.labels is not None
     assert part.labels == [images.labels[i] for i in (1, 5, 11)]

@@ -10,9 +10,9 @@ from jaxtyping import Bool, Float
 from torch import Tensor
 
 from vitreg.checkpoints.state import build
-from vitreg.model import Block, Tokens, VisionTransformer
-from vitreg.model.positions import resize_positions
 from vitreg.common.words import number
+from vitreg.model import Block, Tokens, VisionTransformer
+from vitreg.model.pos_embed import resize_positions
 
 RATIO = 20.0
 """Norm of what is written, in median patch norms."""
@@ -53,7 +53,7 @@ def plant_artifacts(vit: VisionTransformer, images: Float[Tensor, "B 3 H W"]) ->
     """
     config = vit.config
     name = config.name or config.architecture
-    if vit.positions is None or not config.mlp_bias or config.signed_units or config.parallel or config.depth < 2:
+    if vit.pos_embed is None or not config.mlp_bias or config.signed_units or config.parallel or config.depth < 2:
         raise ValueError(
             f"artifacts cannot be planted in {name or 'this model'}: that needs learned positions, a plain MLP with "
             f"biases, and two blocks one after the other"
@@ -65,13 +65,13 @@ def plant_artifacts(vit: VisionTransformer, images: Float[Tensor, "B 3 H W"]) ->
     index = (config.depth - 1) // 2
 
     generator = torch.Generator().manual_seed(0)
-    mark = F.normalize(torch.randn(config.embed_dim, generator=generator), dim=0).to(vit.positions)
-    positions = resize_positions(vit.positions, config.grid, grid, config.position_interpolation)
+    mark = F.normalize(torch.randn(config.embed_dim, generator=generator), dim=0).to(vit.pos_embed)
+    positions = resize_positions(vit.pos_embed, config.grid, grid, config.position_interpolation)
     median = vit.trace(images).patch_norms[index].median()
     for length in MARKS:
         table = positions + corners.flatten()[:, None].to(mark) * length * median * mark
         resized = dataclasses.replace(config, image_size=(height, width))
-        planted = build(resized, {**vit.state_dict(), "positions": table}, name).to(images.device)
+        planted = build(resized, {**vit.state_dict(), "pos_embed": table}, name).to(images.device)
         entering, queries = _look(planted, images, index)
         marked = torch.cat([torch.zeros(config.num_prefix_tokens, dtype=torch.bool), corners.flatten()])
         detector = _detector(entering.cpu().double(), marked)
@@ -89,7 +89,7 @@ def plant_artifacts(vit: VisionTransformer, images: Float[Tensor, "B 3 H W"]) ->
     weight, bias, fired = detector
     mlp.fc1.weight[unit], mlp.fc1.bias[unit] = weight.to(mlp.fc1.weight), bias.to(mlp.fc1.bias)
     written = _sought(planted, queries, index) * (RATIO * median / fired.to(median))
-    mlp.fc2.weight[:, unit] = written if block.scale2 is None else written / block.scale2
+    mlp.fc2.weight[:, unit] = written if block.ls2 is None else written / block.ls2
 
     said = (
         f"Outliers were planted: unit {unit} of block {index} fires on the four corners of the {grid[0]} x {grid[1]} "

@@ -5,9 +5,9 @@ from __future__ import annotations
 from torch import nn
 
 from vitreg.checkpoints.from_open_clip import from_open_clip
-from vitreg.checkpoints.state import CheckpointError
 from vitreg.checkpoints.from_timm import from_timm
 from vitreg.checkpoints.from_transformers import from_transformers
+from vitreg.checkpoints.state import CheckpointError
 from vitreg.model import VisionTransformer
 
 _CONVERTERS = {"timm": from_timm, "transformers": from_transformers, "open_clip": from_open_clip}

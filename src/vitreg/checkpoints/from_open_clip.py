@@ -11,10 +11,10 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from vitreg.checkpoints.from_timm import from_timm
 from vitreg.checkpoints.hub import downloading, in_checkpoint_folder
 from vitreg.checkpoints.names import empty_model
 from vitreg.checkpoints.state import CheckpointError, build, reading, require
-from vitreg.checkpoints.from_timm import from_timm
 from vitreg.model import PositionInterpolation, Preprocess, VisionTransformer, ViTConfig
 from vitreg.model.preprocess import Crop
 
@@ -120,8 +120,8 @@ def _config(tower: Any) -> ViTConfig:
         head_bias=False,
         pool="token" if pool_type == "tok" else "mean",
         final_norm=final_norm,
-        pool_norm=not final_norm,
-        pre_norm=not _is_identity(tower.ln_pre),
+        fc_norm=not final_norm,
+        norm_pre=not _is_identity(tower.ln_pre),
         patch_bias=tower.conv1.bias is not None,
         qkv_bias=block.attn.in_proj_bias is not None,
         qk_norm=not _is_identity(getattr(block.attn, "ln_q", None)),
@@ -161,7 +161,7 @@ def _preprocess(tower: Any, patch_size: int) -> Preprocess:
         mean=tuple(cfg.get("mean") or getattr(tower, "image_mean", None) or OPENAI_DATASET_MEAN),
         std=tuple(cfg.get("std") or getattr(tower, "image_std", None) or OPENAI_DATASET_STD),
         interpolation="bicubic" if interpolation == "random" else interpolation,
-        crop_fraction=1.0,
+        crop_pct=1.0,
         crop=modes[mode],
         multiple_of=patch_size,
     )
@@ -173,14 +173,14 @@ def _state(tower: Any, config: ViTConfig) -> dict[str, Tensor]:
     state: dict[str, Tensor] = {
         "patch_embed.weight": tower.conv1.weight,
         "cls_token": (tower.class_embedding + of_cls).reshape(1, 1, -1),
-        "positions": positions.unsqueeze(0),
+        "pos_embed": positions.unsqueeze(0),
     }
     if config.patch_bias:
         state["patch_embed.bias"] = tower.conv1.bias
     if tower.proj is not None:
         state["head.weight"] = tower.proj.T
-    state |= _named("pre_norm", tower.ln_pre)
-    state |= _named("norm" if config.final_norm else "pool_norm", tower.ln_post)
+    state |= _named("norm_pre", tower.ln_pre)
+    state |= _named("norm" if config.final_norm else "fc_norm", tower.ln_post)
     for i, block in enumerate(tower.transformer.resblocks):
         state |= {f"blocks.{i}.{name}": tensor for name, tensor in _block(block).items()}
     return state

@@ -11,9 +11,9 @@ from torch import Tensor
 
 from vitreg.checkpoints import registry
 from vitreg.checkpoints.files import unwrap
+from vitreg.checkpoints.from_timm import from_timm
 from vitreg.checkpoints.names import empty_model, unknown_name
 from vitreg.checkpoints.state import CheckpointError, check_keys, reading
-from vitreg.checkpoints.from_timm import from_timm
 from vitreg.model import VisionTransformer
 
 

@@ -103,8 +103,8 @@ def _config(model: Any) -> ViTConfig:
         pool=pool[model.global_pool],
         pool_heads=model.attn_pool.num_heads if model.attn_pool is not None else 0,
         final_norm=not isinstance(model.norm, nn.Identity),
-        pool_norm=not isinstance(model.fc_norm, nn.Identity),
-        pre_norm=not isinstance(model.norm_pre, nn.Identity),
+        fc_norm=not isinstance(model.fc_norm, nn.Identity),
+        norm_pre=not isinstance(model.norm_pre, nn.Identity),
         patch_bias=patch.proj.bias is not None,
         qkv_bias=(block.in_proj.bias is not None) if parallel else qkv is not None and qkv[1] is not None,
         key_bias=not _is(attention, "EvaAttention"),
@@ -195,13 +195,13 @@ def _state(model: Any, config: ViTConfig) -> dict[str, Tensor]:
         of_cls, of_registers = prefix.split((int(config.class_token), config.num_registers), dim=1)
         cls = None if cls is None else cls + of_cls
         registers = None if registers is None else registers + of_registers
-    for name, tensor in (("cls_token", cls), ("registers", registers), ("positions", positions)):
+    for name, tensor in (("cls_token", cls), ("registers", registers), ("pos_embed", positions)):
         if tensor is not None:
             state[name] = tensor
     for ours, theirs in (
-        ("pre_norm", "norm_pre"),
+        ("norm_pre", "norm_pre"),
         ("norm", "norm"),
-        ("pool_norm", "fc_norm"),
+        ("fc_norm", "fc_norm"),
         ("head", "head"),
     ):
         state |= _named(ours, getattr(model, theirs))
@@ -260,7 +260,7 @@ def _parallel_block(block: Any) -> dict[str, Tensor]:
         state["mlp.fc1.bias"] = block.mlp_bias
     scale = _layer_scale(block, 1)
     if scale is not None:
-        state["scale1"] = scale
+        state["ls1"] = scale
     return state
 
 

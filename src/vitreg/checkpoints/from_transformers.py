@@ -33,7 +33,7 @@ class _Family:
     std: tuple[float, float, float]
     interpolation: Interpolation
     crop: Crop = "squash"
-    crop_fraction: float = 1.0
+    crop_pct: float = 1.0
     positions: PositionInterpolation = _PLAIN
 
 
@@ -43,7 +43,7 @@ class _Class:
 
     family: _Family
     pool: Literal["token", "mean", "token+mean", "attention"] = "token"
-    pool_norm: bool = False
+    fc_norm: bool = False
 
 
 _VIT = _Family(HALF, HALF, "bilinear")
@@ -75,9 +75,9 @@ _CLASSES = {
     "Dinov2WithRegistersForImageClassification": _Class(_DINOV2_REG, "token+mean"),
     "DINOv3ViTModel": _Class(_DINOV3),
     "DINOv3ViTBackbone": _Class(_DINOV3),
-    "CLIPModel": _Class(_CLIP, pool_norm=True),
-    "CLIPVisionModel": _Class(_CLIP, pool_norm=True),
-    "CLIPVisionModelWithProjection": _Class(_CLIP, pool_norm=True),
+    "CLIPModel": _Class(_CLIP, fc_norm=True),
+    "CLIPVisionModel": _Class(_CLIP, fc_norm=True),
+    "CLIPVisionModelWithProjection": _Class(_CLIP, fc_norm=True),
     "SiglipModel": _Class(_SIGLIP, "attention"),
     "SiglipVisionModel": _Class(_SIGLIP, "attention"),
     "SiglipForImageClassification": _Class(_SIGLIP, "mean"),
@@ -109,9 +109,9 @@ _RULES = [
         (r"^embeddings\.", ""),
         (r"^(cls_token|class_embedding)$", "cls_token"),
         (r"^register_tokens$", "registers"),
-        (r"^position_embeddings?(\.weight)?$", "positions"),
+        (r"^position_embeddings?(\.weight)?$", "pos_embed"),
         (r"^patch_embeddings?\.(projection\.)?", "patch_embed."),
-        (r"^pre_layrnorm\.", "pre_norm."),
+        (r"^pre_layrnorm\.", "norm_pre."),
         (r"^(layernorm|post_layernorm)\.", "norm."),
         (r"^((encoder|model)\.)?layers?\.", "blocks."),
         (r"\.(attention\.attention|attention|self_attn)\.(q_proj|query)\.", ".attn.q."),
@@ -209,13 +209,13 @@ def preprocess_from_processor(config: Mapping[str, Any], patch_size: int) -> Pre
     kinds: dict[Any, Interpolation] = {0: "nearest", 1: "lanczos", 2: "bilinear", 3: "bicubic"}
     if config.get("resample", 3) not in kinds:
         raise _unknown_processor("resample", config["resample"])
-    size, crop, crop_fraction = _geometry(config)
+    size, crop, crop_pct = _geometry(config)
     return Preprocess(
         size=size,
         mean=tuple(mean),
         std=tuple(std),
         interpolation=kinds[config.get("resample", 3)],
-        crop_fraction=crop_fraction,
+        crop_pct=crop_pct,
         crop=crop,
         multiple_of=patch_size,
     )
@@ -290,9 +290,9 @@ def _config(model: Any, kind: _Class, weights: Mapping[str, Tensor]) -> ViTConfi
         head_bias=head is not None and "head.bias" in weights,
         pool=pool,
         pool_heads=hf.num_attention_heads if pool == "attention" else 0,
-        final_norm=not kind.pool_norm,
-        pool_norm=kind.pool_norm,
-        pre_norm="pre_norm.weight" in weights,
+        final_norm=not kind.fc_norm,
+        fc_norm=kind.fc_norm,
+        norm_pre="norm_pre.weight" in weights,
         patch_bias="patch_embed.bias" in weights,
         qkv_bias=any(biases.values()),
         key_bias=biases["k"] or not any(biases.values()),
@@ -300,17 +300,17 @@ def _config(model: Any, kind: _Class, weights: Mapping[str, Tensor]) -> ViTConfi
         mlp_bias="blocks.0.mlp.fc2.bias" in weights,
         activation=ACTIVATIONS[act],  # pyright: ignore[reportArgumentType]
         gated_mlp=gated,
-        layer_scale="blocks.0.scale1" in weights,
+        layer_scale="blocks.0.ls1" in weights,
         norm_eps=hf.layer_norm_eps,
-        learned_positions="positions" in weights,
+        learned_positions="pos_embed" in weights,
         position_interpolation=family.positions,
-        rope=None if "positions" in weights else _rope(hf),
+        rope=None if "pos_embed" in weights else _rope(hf),
         preprocess=Preprocess(
             size=image_size,
             mean=family.mean,
             std=family.std,
             interpolation=family.interpolation,
-            crop_fraction=family.crop_fraction,
+            crop_pct=family.crop_pct,
             crop=family.crop,
             multiple_of=patch_size[0],
         ),
@@ -341,14 +341,14 @@ def _state(weights: dict[str, Tensor], config: ViTConfig) -> dict[str, Tensor]:
         state.pop("registers", None)
     if "cls_token" in state:
         state["cls_token"] = state["cls_token"].reshape(1, 1, -1)
-    if "positions" in state:
-        positions = state["positions"].reshape(1, -1, config.embed_dim)
+    if "pos_embed" in state:
+        positions = state["pos_embed"].reshape(1, -1, config.embed_dim)
         num_patches = config.grid[0] * config.grid[1]
         if config.class_token and positions.shape[1] == num_patches + 1:
             # A constant added to a learned token: it moves into the token.
             of_cls, positions = positions.split((1, num_patches), dim=1)
             state["cls_token"] = state["cls_token"] + of_cls
-        state["positions"] = positions
+        state["pos_embed"] = positions
     if state["patch_embed.weight"].ndim == 2:
         # SigLIP 2 NaFlex flattens a patch as (row, column, channel) (`convert_image_to_patches`).
         weight = state["patch_embed.weight"].unflatten(1, (config.patch_size, config.patch_size, 3))
@@ -359,9 +359,9 @@ def _state(weights: dict[str, Tensor], config: ViTConfig) -> dict[str, Tensor]:
             state[f"attention_pool.q.{key}"], state[f"attention_pool.kv.{key}"] = q, kv
     else:  # SigLIP's classifier carries the attention pool of pretraining along
         state = {key: tensor for key, tensor in state.items() if not key.startswith("attention_pool.")}
-    if config.pool_norm:
+    if config.fc_norm:
         for key in ("weight", "bias"):
-            state[f"pool_norm.{key}"] = state.pop(f"norm.{key}")
+            state[f"fc_norm.{key}"] = state.pop(f"norm.{key}")
     for i in range(config.depth):
         _join(state, f"blocks.{i}.")
     return state

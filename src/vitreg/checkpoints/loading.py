@@ -11,15 +11,20 @@ from typing import Any
 import torch
 
 from vitreg.checkpoints import registry
-from vitreg.checkpoints.saving import config_from_metadata
 from vitreg.checkpoints.files import WEIGHT_FILES, is_vitreg_file, read_weights
-from vitreg.checkpoints.hub import downloading, in_checkpoint_folder, quiet_transformers, timm_name
-from vitreg.checkpoints.names import empty_model, unknown_name
 from vitreg.checkpoints.from_open_clip import from_open_clip, open_clip_model
-from vitreg.checkpoints.state import CheckpointError, build
 from vitreg.checkpoints.from_state_dict import from_state_dict
 from vitreg.checkpoints.from_timm import from_timm
-from vitreg.checkpoints.from_transformers import canonical_name, check_class, from_transformers, preprocess_from_processor
+from vitreg.checkpoints.from_transformers import (
+    canonical_name,
+    check_class,
+    from_transformers,
+    preprocess_from_processor,
+)
+from vitreg.checkpoints.hub import downloading, in_checkpoint_folder, quiet_transformers, timm_name
+from vitreg.checkpoints.names import empty_model, unknown_name
+from vitreg.checkpoints.saving import config_from_metadata
+from vitreg.checkpoints.state import CheckpointError, build
 from vitreg.common.devices import resolve_device
 from vitreg.model import Preprocess, VisionTransformer
 

@@ -9,8 +9,8 @@ from typing import Any
 import torch
 
 from vitreg.checkpoints import registry
-from vitreg.checkpoints.state import CheckpointError, one_line
 from vitreg.checkpoints.from_timm import from_timm, is_readable
+from vitreg.checkpoints.state import CheckpointError, one_line
 
 
 def empty_model(name: str, **options: Any) -> Any:

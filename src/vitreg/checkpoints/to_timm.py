@@ -10,8 +10,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from vitreg.checkpoints.split_weights import Inexpressible, piece, pieces_of, with_prefix
 from vitreg.checkpoints.from_timm import from_timm
+from vitreg.checkpoints.split_weights import Inexpressible, piece, pieces_of, with_prefix
 from vitreg.model import RopeConfig, VisionTransformer, ViTConfig
 
 # What a timm architecture need not match: free, or said elsewhere.
@@ -44,13 +44,13 @@ def to_timm_state(vit: VisionTransformer) -> tuple[dict[str, Tensor], dict[str, 
 _TIMM_NAMES = {
     "reg_token": "registers",
     "patch_embed.proj": "patch_embed",
-    "norm_pre": "pre_norm",
-    "fc_norm": "pool_norm",
-    "ls1.gamma": "scale1",
-    "ls2.gamma": "scale2",
-    "ls.gamma": "scale1",
-    "gamma_1": "scale1",
-    "gamma_2": "scale2",
+    "norm_pre": "norm_pre",
+    "fc_norm": "fc_norm",
+    "ls1.gamma": "ls1",
+    "ls2.gamma": "ls2",
+    "ls.gamma": "ls1",
+    "gamma_1": "ls1",
+    "gamma_2": "ls2",
     "attn.q_proj": "attn.q",
     "attn.k_proj": "attn.k",
     "attn.v_proj": "attn.v",
@@ -71,7 +71,7 @@ _TIMM_NAMES = {
 
 def _timm_tensor(pieces: Mapping[str, Tensor], block: str, key: str, like: Tensor) -> Tensor:
     if key == "pos_embed":
-        return with_prefix(pieces["positions"], like.shape[1])
+        return with_prefix(pieces["pos_embed"], like.shape[1])
     name, _, kind = key.rpartition(".")
     if name == "in_proj":  # the parallel block's first layer: MLP and attention together
         return torch.cat((pieces[f"{block}mlp.fc1.{kind}"], pieces[f"{block}attn.qkv.{kind}"]))
@@ -176,9 +176,9 @@ def _vit_kwargs(config: ViTConfig) -> dict[str, Any]:
         "mlp_ratio": _ratio(config) * (1 + config.gated_mlp),
         "proj_bias": config.proj_bias or config.mlp_bias,
         "pos_embed": "learn" if config.learned_positions else "none",
-        "pre_norm": config.pre_norm,
-        "final_norm": config.final_norm or config.pool_norm,
-        "fc_norm": config.pool_norm,
+        "norm_pre": config.norm_pre,
+        "final_norm": config.final_norm or config.fc_norm,
+        "fc_norm": config.fc_norm,
         "act_layer": config.activation,
     }
     norms = {"scale_attn_norm": config.attention_norm, "scale_mlp_norm": config.mlp_norm}
@@ -198,9 +198,9 @@ def _eva_kwargs(config: ViTConfig) -> dict[str, Any]:
         "qkv_fused": True,
         "use_abs_pos_emb": config.learned_positions,
         "use_rot_pos_emb": config.rope is not None,
-        "use_pre_transformer_norm": config.pre_norm,
+        "use_pre_transformer_norm": config.norm_pre,
         "use_post_transformer_norm": config.final_norm,
-        "use_fc_norm": config.pool_norm,
+        "use_fc_norm": config.fc_norm,
     }
     if config.rope is not None:
         rope = config.rope

@@ -12,11 +12,11 @@ import torch
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
+from vitreg.checkpoints.from_transformers import ACTIVATIONS, canonical_name
 from vitreg.checkpoints.hub import quiet_transformers
 from vitreg.checkpoints.split_weights import Inexpressible, piece, pieces_of, with_prefix
 from vitreg.checkpoints.state import CheckpointError
 from vitreg.checkpoints.to_timm import snap, theta_of, timm_architecture
-from vitreg.checkpoints.from_transformers import ACTIVATIONS, canonical_name
 from vitreg.common.disk import replace_text, replacing
 from vitreg.model import Preprocess, RopeConfig, VisionTransformer, ViTConfig
 
@@ -57,8 +57,8 @@ def _nest(file: Path) -> None:
 def _transformers_pieces(vit: VisionTransformer) -> dict[str, Tensor]:
     config, pieces = vit.config, pieces_of(vit)
     for key in ("weight", "bias"):
-        if config.pool_norm:
-            pieces[f"norm.{key}"] = pieces[f"pool_norm.{key}"]
+        if config.fc_norm:
+            pieces[f"norm.{key}"] = pieces[f"fc_norm.{key}"]
         if config.pool == "attention":
             parts = [pieces[f"attention_pool.{part}.{key}"] for part in ("q", "kv")]
             pieces[f"attention_pool.in_proj_{key}"] = torch.cat(parts)
@@ -71,8 +71,8 @@ def _transformers_tensor(pieces: Mapping[str, Tensor], key: str, like: Tensor, c
     if name is None or unused_pool or not like.numel():
         # The mask token of pretraining, the pool that SigLIP's classifier carries along, no registers.
         return pieces["patch_embed.weight"].new_zeros(like.shape)
-    if name == "positions":
-        return with_prefix(pieces["positions"], like.shape[-2]).reshape(like.shape)
+    if name == "pos_embed":
+        return with_prefix(pieces["pos_embed"], like.shape[-2]).reshape(like.shape)
     if name == "head.weight" and pieces[name].shape != like.shape:
         return _widened(pieces[name], like, config)
     return piece(pieces, name, like)
@@ -111,24 +111,24 @@ def _transformers_class(vit: VisionTransformer) -> tuple[str, dict[str, Any]]:
     if c.rope is not None:
         return "DINOv3ViTModel", wide | _dinov3(c, refuse)
     refuse(not c.learned_positions, "no positions")
-    if not c.class_token or c.pre_norm:
+    if not c.class_token or c.norm_pre:
         refuse(c.num_registers > 0, "registers without DINOv2's class token and first norm")
         refuse(c.layer_scale or c.gated_mlp, "LayerScale or a gated MLP in CLIP or SigLIP")
     if not c.class_token:
-        refuse(not c.final_norm or c.pool_norm or c.pre_norm, "SigLIP with other norms")
+        refuse(not c.final_norm or c.fc_norm or c.norm_pre, "SigLIP with other norms")
         refuse(c.pool == "attention" and bool(head), "a head after the attention pool")
         refuse(c.pool_heads not in (0, c.num_heads), "an attention pool with other heads")
         if head:
             return "SiglipForImageClassification", {"vision_config": wide, **head}
         return "SiglipVisionModel", wide | {"vision_use_head": c.pool == "attention"}
-    if c.pre_norm:
-        refuse(c.pool != "token" or c.final_norm == c.pool_norm, "CLIP with another pool")
+    if c.norm_pre:
+        refuse(c.pool != "token" or c.final_norm == c.fc_norm, "CLIP with another pool")
         refuse(c.patch_bias, "CLIP with a bias of its patches")
         bias = None if vit.head is None else vit.head.bias
         refuse(bias is not None and bool(bias.any()), "CLIP with a bias of its projection")
         projection = {"projection_dim": c.num_classes} if head else {}
         return ("CLIPVisionModelWithProjection" if head else "CLIPVisionModel"), wide | projection
-    refuse(not c.final_norm or c.pool_norm, "a norm after pooling")
+    refuse(not c.final_norm or c.fc_norm, "a norm after pooling")
     refuse(c.pool == "attention", "an attention pool beside a class token")
     bias = {"qkv_bias": c.qkv_bias}
     if not (c.num_registers or c.layer_scale or c.gated_mlp) and (not head or c.pool == "token"):
@@ -158,7 +158,7 @@ def _dinov3(c: ViTConfig, refuse: Any) -> dict[str, Any]:
     refuse(snap(plain, rope) != rope, "RoPE other than DINOv3's")
     refuse(c.learned_positions, "RoPE and learned positions")
     refuse(
-        not c.class_token or c.pre_norm or c.pool_norm or not c.final_norm,
+        not c.class_token or c.norm_pre or c.fc_norm or not c.final_norm,
         "DINOv3 with other norms or tokens",
     )
     refuse(c.num_classes > 0, "a head on DINOv3")
@@ -176,7 +176,7 @@ def _dinov3(c: ViTConfig, refuse: Any) -> dict[str, Any]:
 
 def _processor(preprocess: Preprocess) -> dict[str, Any] | None:
     """A `preprocessor_config.json`; None where transformers has no processor that does the same."""
-    (height, width), fraction = preprocess.size, preprocess.crop_fraction
+    (height, width), fraction = preprocess.size, preprocess.crop_pct
     if preprocess.crop == "border" or (preprocess.crop != "squash" and height != width):
         return None
     full = [math.floor(side / fraction) for side in (height, width)]

@@ -48,8 +48,8 @@ def attention(
         reading: which images.
         json: print what was written as JSON.
     """
-    from vitreg.images import ImageStream, find_images, spaced
     from vitreg.common.words import counted
+    from vitreg.images import ImageStream, find_images, spaced
 
     out = writable_folder(out)
     # What follows --queries up to the next flag is taken for a query, images too.

@@ -47,8 +47,8 @@ def demo(out: Path = Path("vitreg-out/demo"), json: bool = False) -> int:
         out: folder for report.html, demo.json and demo.png.
         json: print demo.json.
     """
-    from vitreg.report import side_by_side_figure, write_side_by_side
     from vitreg.common.words import counted
+    from vitreg.report import side_by_side_figure, write_side_by_side
 
     start = time.perf_counter()
     out = writable_folder(out)

@@ -10,8 +10,8 @@ from typing import TYPE_CHECKING, Any
 
 from vitreg.cli.options import Batching, Checkpoint, Images, writable_folder
 from vitreg.cli.output import INTERRUPTED, print_json, print_skipped, progress, unused
-from vitreg.discovery.protocol import DEFAULT, Method, Protocol
 from vitreg.common.disk import replace_text, replacing
+from vitreg.discovery.protocol import DEFAULT, Method, Protocol
 
 if TYPE_CHECKING:
     from vitreg import Detection
@@ -48,9 +48,9 @@ def discover(
         overlays: draw what was found on each photograph.
         json: print detections.json.
     """
+    from vitreg.common.words import counted
     from vitreg.discovery.discover import detect, native_stream
     from vitreg.images import find_images, spaced
-    from vitreg.common.words import counted
 
     out = writable_folder(out)
     paths = spaced(find_images(images), reading.limit)

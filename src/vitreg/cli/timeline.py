@@ -28,8 +28,8 @@ def timeline(runs: Runs, *, out: Path = Path("vitreg-out/timeline"), json: bool 
         out: folder for what is written.
         json: print timeline.json.
     """
-    from vitreg.report import timeline_figure
     from vitreg.artifacts.timeline import read_timeline
+    from vitreg.report import timeline_figure
 
     found = read_timeline(runs)
     out = writable_folder(out)

@@ -11,10 +11,10 @@ from typing import Any, get_args
 import torch
 
 from vitreg.checkpoints.digest import digest
+from vitreg.common.disk import replace_text, writing
 from vitreg.discovery.discover import check_size, find_regions, native_stream
 from vitreg.discovery.features import patch_features
 from vitreg.discovery.protocol import DEFAULT, Axis, Protocol
-from vitreg.common.disk import replace_text, writing
 from vitreg.images import BoxedImage, image_size
 from vitreg.model import VisionTransformer
 

@@ -6,7 +6,7 @@ from vitreg.images.boxes import BoxedImage, BoxSet, open_box_set
 from vitreg.images.bundled import bundled_photographs
 from vitreg.images.dense import DenseSet, refuse
 from vitreg.images.depth import MILLIMETRES, DepthSet, open_depth
-from vitreg.images.labelled import ImageSet, Part, evenly, spaced
+from vitreg.images.labelled import ImageSet, Subset, spaced, spaced_indices
 from vitreg.images.masks import IGNORED, SegmentationSet, open_segmentation
 from vitreg.images.reading import EXTENSIONS, MAX_PIXELS, ImageError, as_rgb, find_images, image_size, read_image
 from vitreg.images.sets import check_classes, open_image_set, open_split
@@ -27,14 +27,13 @@ __all__ = [
     "ImageSet",
     "ImageStream",
     "Images",
-    "Part",
     "SegmentationSet",
     "SkippedImage",
+    "Subset",
     "as_rgb",
     "bundled_photographs",
     "check_batch",
     "check_classes",
-    "evenly",
     "find_images",
     "image_size",
     "in_memory",
@@ -47,4 +46,5 @@ __all__ = [
     "read_image",
     "refuse",
     "spaced",
+    "spaced_indices",
 ]

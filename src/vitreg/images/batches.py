@@ -12,7 +12,7 @@ from jaxtyping import Float
 from PIL import Image
 from torch import Tensor
 
-from vitreg.images.labelled import evenly
+from vitreg.images.labelled import spaced_indices
 from vitreg.images.reading import as_rgb, find_images
 from vitreg.images.stream import ImageBatch, ImageStream, SkippedImage
 from vitreg.model.preprocess import Preprocess
@@ -90,7 +90,7 @@ class Batches:
 
     def _numbers(self, total: int) -> list[int]:
         """Which of so many images are used."""
-        numbers = range(total) if self._limit is None else evenly(total, self._limit).tolist()
+        numbers = range(total) if self._limit is None else spaced_indices(total, self._limit).tolist()
         chosen = [i for i in numbers if self._select is None or self._select(i)]
         self.total, self._limit, self._select = len(chosen), None, None
         return chosen

@@ -71,7 +71,7 @@ class ImageSet(ABC):
         return found.hexdigest()
 
 
-class Part(ImageSet):
+class Subset(ImageSet):
     """Some pictures of a set.
 
     Args:
@@ -117,11 +117,11 @@ def source_of(files: Sequence[Path]) -> str:
     return str(files[0]) if len(files) == 1 else f"{files[0]} and {len(files) - 1} more"
 
 
-def evenly(total: int, count: int) -> NDArray[np.int64]:
+def spaced_indices(total: int, count: int) -> NDArray[np.int64]:
     """`count` of `total` numbers, at equal distances; all where there are fewer."""
     return np.linspace(0, total - 1, min(count, total)).round().astype(np.int64)
 
 
 def spaced(items: Sequence[Item], count: int | None) -> list[Item]:
     """`count` of the items, at equal distances; all by default."""
-    return list(items) if count is None else [items[i] for i in evenly(len(items), count)]
+    return list(items) if count is None else [items[i] for i in spaced_indices(len(items), count)]

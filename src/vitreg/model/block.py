@@ -114,11 +114,11 @@ class Block(nn.Module):
         self.norm1 = BlockNorm(config.embed_dim, config.norm_eps)
         self.attn = DifferentialAttention(config, index) if config.differential else Attention(config)
         self.mlp = Mlp(config, tuple(unit for block, unit in config.register_neurons if block == index))
-        self.scale1 = nn.Parameter(torch.empty(config.embed_dim)) if config.layer_scale else None
-        self.norm2 = self.scale2 = None
+        self.ls1 = nn.Parameter(torch.empty(config.embed_dim)) if config.layer_scale else None
+        self.norm2 = self.ls2 = None
         if not self.parallel:
             self.norm2 = BlockNorm(config.embed_dim, config.norm_eps)
-            self.scale2 = nn.Parameter(torch.empty(config.embed_dim)) if config.layer_scale else None
+            self.ls2 = nn.Parameter(torch.empty(config.embed_dim)) if config.layer_scale else None
 
     def forward(
         self,
@@ -136,11 +136,11 @@ class Block(nn.Module):
             subsets: the images that take the first branch and those that take the second; all of them by default.
         """
         first, second = subsets or (None, None)
-        x = _add(x, lambda part: self._attention_branch(part, rotation, record), self.scale1, first)
+        x = _add(x, lambda part: self._attention_branch(part, rotation, record), self.ls1, first)
         if self.norm2 is None:
             return x
         norm2 = self.norm2
-        return _add(x, lambda part: self.mlp(norm2(part), record), self.scale2, second)
+        return _add(x, lambda part: self.mlp(norm2(part), record), self.ls2, second)
 
     def _attention_branch(self, x: Tensor, rotation: Rotation | None, record: Record | None) -> Tensor:
         """Attention; with `parallel` both branches in one."""

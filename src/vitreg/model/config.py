@@ -75,8 +75,8 @@ class ViTConfig:
             attention pool.
         pool_heads: heads of the attention pool.
         final_norm: normalise all tokens after the last block.
-        pool_norm: normalise the pooled feature (instead, for MAE-style and CLIP models).
-        pre_norm: normalise after the position embedding (CLIP).
+        fc_norm: normalise the pooled feature (instead, for MAE-style and CLIP models).
+        norm_pre: normalise after the position embedding (CLIP).
         patch_bias: whether the patch projection has a bias.
         qkv_bias, key_bias: whether queries, keys, values have a bias; DINOv3 masks the keys' part.
         proj_bias, mlp_bias: whether the outputs of attention and the MLP's layers have a bias.
@@ -113,8 +113,8 @@ class ViTConfig:
     pool: Literal["token", "mean", "token+mean", "attention"] = "token"
     pool_heads: int = 0
     final_norm: bool = True
-    pool_norm: bool = False
-    pre_norm: bool = False
+    fc_norm: bool = False
+    norm_pre: bool = False
     patch_bias: bool = True
     qkv_bias: bool = True
     key_bias: bool = True

@@ -41,8 +41,8 @@ class Preprocess:
         mean: Per channel (RGB), of values in 0..1.
         std: Per channel (RGB), of values in 0..1.
         interpolation: Pillow's filter; all but "nearest" are antialiased.
-        crop_fraction: The part of the resized picture that the crop keeps (timm's `crop_pct`).
-        crop: "center" resizes the short side to `size / crop_fraction` and takes the centre. "squash" resizes
+        crop_pct: The part of the resized picture that the crop keeps (timm's `crop_pct`).
+        crop: "center" resizes the short side to `size / crop_pct` and takes the centre. "squash" resizes
             both sides to it, whatever the aspect (SigLIP). "border" resizes the long side to it and pads with
             the mean. "none" keeps the whole picture and its aspect: short side to `min(size)`, both sides to
             the nearest multiple of `multiple_of`, so pictures differ in size; aspects beyond `MAX_ASPECT` are
@@ -57,7 +57,7 @@ class Preprocess:
     mean: tuple[float, ...] = IMAGENET_MEAN
     std: tuple[float, ...] = IMAGENET_STD
     interpolation: Interpolation = "bicubic"
-    crop_fraction: float = 0.875
+    crop_pct: float = 0.875
     crop: Crop = "center"
     multiple_of: int = 1
 
@@ -70,8 +70,8 @@ class Preprocess:
                 raise ValueError(f"{name} is {given!r}; choose one of {', '.join(known)}")
         if len(self.mean) != 3 or len(self.std) != 3 or min(self.std) <= 0:
             raise ValueError(f"mean {self.mean} and std {self.std} must be three numbers each (RGB), std above 0")
-        if not 0 < self.crop_fraction <= 1:
-            raise ValueError(f"crop_fraction is {self.crop_fraction}; it must be above 0 and at most 1")
+        if not 0 < self.crop_pct <= 1:
+            raise ValueError(f"crop_pct is {self.crop_pct}; it must be above 0 and at most 1")
         if self.multiple_of < 1 or len(self.size) != 2 or min(self.size) < self.multiple_of:
             raise ValueError(f"size {self.size} must be height and width, each at least one patch ({self.multiple_of})")
 
@@ -95,7 +95,7 @@ class Preprocess:
             mean=tuple(config.get("mean") or IMAGENET_MEAN),
             std=tuple(config.get("std") or IMAGENET_STD),
             interpolation=config.get("interpolation") or "bicubic",
-            crop_fraction=config.get("crop_pct") or 0.875,
+            crop_pct=config.get("crop_pct") or 0.875,
             crop=config.get("crop_mode") or "center",
             multiple_of=multiple_of,
         )
@@ -166,7 +166,7 @@ class Preprocess:
         if self.crop == "pad":
             rows, columns = (math.ceil(side / self.multiple_of) * self.multiple_of for side in (height, width))
             return _Geometry(height, width, 0, 0, rows, columns)
-        target = [math.floor(side / self.crop_fraction) for side in self.size]
+        target = [math.floor(side / self.crop_pct) for side in self.size]
         if self.crop == "squash":
             resized = target
         elif self.crop == "center" and target[0] == target[1]:

@@ -13,7 +13,7 @@ from vitreg.model.block import Block, Subset
 from vitreg.model.config import ViTConfig
 from vitreg.model.differential import DifferentialAttention
 from vitreg.model.pooling import AttentionPool
-from vitreg.model.positions import resize_positions
+from vitreg.model.pos_embed import resize_positions
 from vitreg.model.preprocess import Preprocess
 from vitreg.model.rope import rotation
 from vitreg.model.tokens import Masked, Tokens
@@ -50,14 +50,14 @@ class VisionTransformer(nn.Module):
         self.patch_embed = nn.Conv2d(3, dim, kernel_size=patch, stride=patch, bias=config.patch_bias)
         self.cls_token = nn.Parameter(torch.empty(1, 1, dim)) if config.class_token else None
         self.registers = nn.Parameter(torch.empty(1, config.num_registers, dim)) if config.num_registers else None
-        self.positions = None
+        self.pos_embed = None
         if config.learned_positions:
-            self.positions = nn.Parameter(torch.empty(1, config.grid[0] * config.grid[1], dim))
-        self.pre_norm = nn.LayerNorm(dim, config.norm_eps) if config.pre_norm else nn.Identity()
+            self.pos_embed = nn.Parameter(torch.empty(1, config.grid[0] * config.grid[1], dim))
+        self.norm_pre = nn.LayerNorm(dim, config.norm_eps) if config.norm_pre else nn.Identity()
         self.blocks = nn.ModuleList(Block(config, i) for i in range(config.depth))
         self.norm = nn.LayerNorm(dim, config.norm_eps) if config.final_norm else nn.Identity()
         self.attention_pool = AttentionPool(config) if config.pool == "attention" else None
-        self.pool_norm = nn.LayerNorm(dim, config.norm_eps) if config.pool_norm else nn.Identity()
+        self.fc_norm = nn.LayerNorm(dim, config.norm_eps) if config.fc_norm else nn.Identity()
         features = dim * (1 + (config.pool == "token+mean"))
         self.head = nn.Linear(features, config.num_classes, bias=config.head_bias) if config.num_classes else None
         self.reset_parameters()
@@ -74,12 +74,12 @@ class VisionTransformer(nn.Module):
             elif isinstance(module, DifferentialAttention):
                 module.reset_lambdas()
             elif isinstance(module, Block):
-                for scale in (module.scale1, module.scale2):
+                for scale in (module.ls1, module.ls2):
                     if scale is not None:
                         nn.init.constant_(scale, 1e-5)
             elif isinstance(module, AttentionPool):
                 nn.init.trunc_normal_(module.latent, std=self.config.embed_dim**-0.5)
-        for token in (self.cls_token, self.positions):
+        for token in (self.cls_token, self.pos_embed):
             if token is not None:
                 nn.init.trunc_normal_(token, std=0.02)
         if self.registers is not None:
@@ -110,14 +110,14 @@ class VisionTransformer(nn.Module):
     def pool(self, tokens: Tokens) -> Float[Tensor, "B F"]:
         """One feature per image, as the checkpoint's head reads it. Registers never take part."""
         if self.attention_pool is not None:
-            return self.pool_norm(self.attention_pool(tokens.patches))
+            return self.fc_norm(self.attention_pool(tokens.patches))
         if self.config.pool == "mean":
-            return self.pool_norm(tokens.patches.mean(1))
+            return self.fc_norm(tokens.patches.mean(1))
         assert tokens.cls is not None  # ViTConfig refuses these pools without one
         pooled = tokens.cls
         if self.config.pool == "token+mean":
             pooled = torch.cat([pooled, tokens.patches.mean(1)], dim=-1)
-        return self.pool_norm(pooled)
+        return self.fc_norm(pooled)
 
     def classify(self, images: Float[Tensor, "B 3 H W"]) -> Float[Tensor, "B classes"]:
         """The output of the checkpoint's head: class logits, or for CLIP the projected image embedding.
@@ -210,12 +210,12 @@ class VisionTransformer(nn.Module):
 
     def _assemble(self, patches: Tensor, grid: tuple[int, int]) -> Tensor:
         """`[cls, registers, patches]`, the patches with their positions."""
-        if self.positions is not None:
+        if self.pos_embed is not None:
             rule = self.config.position_interpolation
-            patches = patches + resize_positions(self.positions, self.config.grid, grid, rule)
+            patches = patches + resize_positions(self.pos_embed, self.config.grid, grid, rule)
         batch = patches.shape[0]
         prefix = [token.expand(batch, -1, -1) for token in (self.cls_token, self.registers) if token is not None]
-        return self.pre_norm(torch.cat([*prefix, patches], dim=1) if prefix else patches)
+        return self.norm_pre(torch.cat([*prefix, patches], dim=1) if prefix else patches)
 
     def _grid(self, images: Tensor) -> tuple[int, int]:
         patch = self.config.patch_size

@@ -9,4 +9,6 @@ if TYPE_CHECKING:
     from vitreg.probes.store.feature_store import FeatureStore
 
 __all__ = ["FeatureStore", "FeaturesConfig", "extract"]
-__getattr__, __dir__ = lazy(__name__, {"features": ["FeaturesConfig", "extract"], "store": ["FeatureStore"]})
+__getattr__, __dir__ = lazy(
+    __name__, {"store.extract": ["FeaturesConfig", "extract"], "store.feature_store": ["FeatureStore"]}
+)

@@ -14,19 +14,19 @@ import torch
 from vitreg.images import DepthSet, ImageSet, SegmentationSet
 from vitreg.model import VisionTransformer
 from vitreg.probes.heads.dense_head import MIN_STEPS
+from vitreg.probes.heads.position_head import PositionConfig
+from vitreg.probes.results.score import ProbeResult
+from vitreg.probes.store.extract import Progress
+from vitreg.probes.store.feature_store import FeatureStore
 from vitreg.probes.tasks.depth import EPOCHS as DEPTH_EPOCHS
 from vitreg.probes.tasks.depth import DepthConfig, depth_blocks, linear_depth
-from vitreg.probes.store.extract import Progress
 from vitreg.probes.tasks.knn import KNNConfig, knn
 from vitreg.probes.tasks.linear import LinearConfig, linear, linear_blocks
 from vitreg.probes.tasks.position import position
-from vitreg.probes.heads.position_head import PositionConfig
 from vitreg.probes.tasks.reconstruction import ReconstructionConfig, reconstruction
-from vitreg.probes.results.score import ProbeResult
 from vitreg.probes.tasks.segmentation import EPOCHS as SEGMENTATION_EPOCHS
 from vitreg.probes.tasks.segmentation import SegmentationConfig, linear_segmentation
 from vitreg.probes.tasks.single_token import SingleTokenConfig, single_token
-from vitreg.probes.store.feature_store import FeatureStore
 from vitreg.probes.tasks.text_encoders import load_text_encoder
 from vitreg.probes.tasks.zero_shot import ZeroShotConfig, zero_shot
 
@@ -34,7 +34,7 @@ Task = Literal["classification", "segmentation", "depth"]
 
 
 @dataclass(frozen=True)
-class Case:
+class ProbeInput:
     """A model on a set of pictures, as probes see it.
 
     Attributes:
@@ -93,7 +93,7 @@ class Probe:
     config: Any
     blocks: Callable[[Any, int], tuple[int, ...]]
     patches: bool
-    ask: Callable[[Case, Any, Progress], ProbeResult]
+    ask: Callable[[ProbeInput, Any, Progress], ProbeResult]
     labels: bool = False
     trains: bool = True
     enlarged: tuple[float, ...] = ()
@@ -117,30 +117,30 @@ def _last_four_blocks(config: Any, depth: int) -> tuple[int, ...]:
     return tuple(range(max(0, depth - 4), depth))
 
 
-def _zero_shot(case: Case, config: ZeroShotConfig, on_progress: Progress) -> ProbeResult:
+def _zero_shot(case: ProbeInput, config: ZeroShotConfig, on_progress: Progress) -> ProbeResult:
     text = load_text_encoder(case.source, device=case.device)
     return zero_shot(case.val, case.vit, text, case.class_names, config, on_progress=on_progress)
 
 
-def _segmentation(s: Case, config: SegmentationConfig, on_progress: Progress) -> ProbeResult:
+def _segmentation(s: ProbeInput, config: SegmentationConfig, on_progress: Progress) -> ProbeResult:
     train, val = s.train_images, s.val_images
     assert isinstance(train, SegmentationSet)
     assert isinstance(val, SegmentationSet)
     return linear_segmentation(s.train, s.vals, (train, val), config, device=s.device, on_progress=on_progress)
 
 
-def _segmentation_ms(s: Case, config: SegmentationConfig, on_progress: Progress) -> ProbeResult:
+def _segmentation_ms(s: ProbeInput, config: SegmentationConfig, on_progress: Progress) -> ProbeResult:
     return _segmentation(
         s, dataclasses.replace(config, blocks=_last_four_blocks(config, s.vit.config.depth)), on_progress
     )
 
 
-def _depth_lin4(s: Case, config: DepthConfig, on_progress: Progress) -> ProbeResult:
+def _depth_lin4(s: ProbeInput, config: DepthConfig, on_progress: Progress) -> ProbeResult:
     blocks = depth_blocks(s.vit.config.depth, "lin.4")
     return _depth(s, dataclasses.replace(config, blocks=blocks), on_progress)
 
 
-def _depth(s: Case, config: DepthConfig, on_progress: Progress) -> ProbeResult:
+def _depth(s: ProbeInput, config: DepthConfig, on_progress: Progress) -> ProbeResult:
     train, val = s.train_images, s.val_images
     assert isinstance(train, DepthSet)
     assert isinstance(val, DepthSet)

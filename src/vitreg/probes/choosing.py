@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import numpy as np
 
-from vitreg.images import DenseSet, ImageSet, Part, evenly
+from vitreg.images import DenseSet, ImageSet, Subset, spaced_indices
 
 _HELD_OUT = 5
 
@@ -25,8 +25,8 @@ def choose(images: ImageSet, count: int | None) -> ImageSet:
         if share := left // len(more):
             taken[more] += np.minimum(share, (sizes - taken)[more])
         else:
-            taken[more[evenly(len(more), left)]] += 1
-    chosen = [rows[evenly(len(rows), number)] for rows, number in zip(classes, taken.tolist(), strict=True)]
+            taken[more[spaced_indices(len(more), left)]] += 1
+    chosen = [rows[spaced_indices(len(rows), number)] for rows, number in zip(classes, taken.tolist(), strict=True)]
     return _part(images, np.sort(np.concatenate(chosen)))
 
 
@@ -60,4 +60,4 @@ def _by_class(images: ImageSet) -> list[np.ndarray]:
 
 
 def _part(images: ImageSet, indices: np.ndarray) -> ImageSet:
-    return images.part(indices.tolist()) if isinstance(images, DenseSet) else Part(images, indices)
+    return images.part(indices.tolist()) if isinstance(images, DenseSet) else Subset(images, indices)

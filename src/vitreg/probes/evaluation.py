@@ -15,17 +15,25 @@ import numpy as np
 from vitreg.common.disk import size_in_words
 from vitreg.images import DenseSet, ImageSet, image_size
 from vitreg.model import Preprocess, VisionTransformer
-from vitreg.probes.catalogue import PROBES, QUICK, Case, Probe, Task
-from vitreg.probes.tasks.classes import classes_of_pictures
+from vitreg.probes.catalogue import PROBES, QUICK, Probe, ProbeInput, Task
+from vitreg.probes.pace import first_steps, in_words, telling_how_long
+from vitreg.probes.results.result_cache import (
+    Answer,
+    Asked,
+    Shown,
+    architecture,
+    load_answer,
+    save_answer,
+    size_in_pixels,
+)
+from vitreg.probes.results.score import ProbeResult
 from vitreg.probes.store.dense_features import dense_preprocess
 from vitreg.probes.store.extract import Progress, extract
-from vitreg.probes.tasks.linear import linear_blocks
+from vitreg.probes.store.feature_store import FeatureStore
 from vitreg.probes.store.manifest import read_manifest
 from vitreg.probes.store.origin import FeaturesConfig, Origin, StoredData, StoredModel
-from vitreg.probes.pace import first_steps, in_words, telling_how_long
-from vitreg.probes.results.result_cache import Answer, Asked, Shown, architecture, load_answer, save_answer, size_in_pixels
-from vitreg.probes.results.score import ProbeResult
-from vitreg.probes.store.feature_store import FeatureStore
+from vitreg.probes.tasks.classes import classes_of_pictures
+from vitreg.probes.tasks.linear import linear_blocks
 
 _CROP = 224 / 256
 """The part of an image that DINOv2's evaluations keep: resized to 256, and the middle 224."""
@@ -34,7 +42,7 @@ Stage = Callable[[str], AbstractContextManager[Progress]]
 
 
 @dataclass(frozen=True)
-class Data:
+class EvalData:
     """What probes are asked on.
 
     Attributes:
@@ -79,7 +87,7 @@ class PassConfig:
 def evaluate(
     vit: VisionTransformer,
     source: str,
-    data: Sequence[Data],
+    data: Sequence[EvalData],
     probes: Mapping[str, Any],
     folder: Path,
     config: PassConfig | None = None,
@@ -121,7 +129,7 @@ def evaluate(
         else:
             yield answer
     cases = asking.cases(open_questions)
-    waiting: list[tuple[_Question, Case]] = []
+    waiting: list[tuple[_Question, ProbeInput]] = []
     seconds: dict[str, float] = {}
     for question, case in zip(open_questions, cases, strict=True):
         with stage(f"{source}: first steps of {question.title}") as on_progress:
@@ -146,7 +154,7 @@ class _Question:
 
     probe: Probe
     settings: Any
-    data: Data
+    data: EvalData
     preprocess: Preprocess
     asked: Asked
     file: Path
@@ -155,10 +163,10 @@ class _Question:
     def title(self) -> str:
         return f"{self.probe.title}{', quick' * self.asked.is_quick}"
 
-    def ask(self, case: Case, on_progress: Progress) -> ProbeResult:
+    def ask(self, case: ProbeInput, on_progress: Progress) -> ProbeResult:
         return self.probe.ask(case, self.settings, on_progress)
 
-    def keep(self, case: Case, result: ProbeResult) -> Answer:
+    def keep(self, case: ProbeInput, result: ProbeResult) -> Answer:
         """The answer, once it is on the disk."""
         skipped = {"training": len(case.train.skipped) * self.probe.trains, "validation": len(case.val.skipped)}
         val = self.data.val
@@ -189,7 +197,7 @@ class _Asking:
     def model(self) -> StoredModel:
         return StoredModel.of(self.vit)
 
-    def question(self, data: Data, name: str, settings: Any, quick: bool) -> _Question:
+    def question(self, data: EvalData, name: str, settings: Any, quick: bool) -> _Question:
         probe, key = PROBES[name], name
         if quick and (cut := probe.quick(settings, len(data.train))) != settings:
             settings, key = cut, name + QUICK
@@ -213,9 +221,9 @@ class _Asking:
         file = self.folder / "answers" / f"{safe_name(self.source)}-{key}.safetensors"
         return _Question(probe, settings, data, preprocess, asked, file)
 
-    def cases(self, questions: Sequence[_Question]) -> list[Case]:
+    def cases(self, questions: Sequence[_Question]) -> list[ProbeInput]:
         """What probes read, from passes that all probes of a size share."""
-        cases: list[Case] = []
+        cases: list[ProbeInput] = []
         for question in questions:
             probe, data, preprocess = question.probe, question.data, question.preprocess
             fellows = [one for one in questions if one.data is data and one.preprocess == preprocess]
@@ -228,10 +236,10 @@ class _Asking:
             )
             train = train or vals[0]
             state = self.folder / "states" / f"{question.file.stem}-{train.id[:12]}.safetensors"
-            cases.append(Case(self.vit, self.source, train, vals, data.train, data.val, data.class_names, state))
+            cases.append(ProbeInput(self.vit, self.source, train, vals, data.train, data.val, data.class_names, state))
         return cases
 
-    def _store(self, data: Data, part: str, preprocess: Preprocess, features: FeaturesConfig) -> FeatureStore:
+    def _store(self, data: EvalData, part: str, preprocess: Preprocess, features: FeaturesConfig) -> FeatureStore:
         """The features of a part of the data: those that are there, if they have all that is needed."""
         images = data.train if part == "training" else data.val
         stored = data.stored[part != "training"]
@@ -290,7 +298,7 @@ def _features_config(
     return FeaturesConfig(tuple(sorted(blocks)), None, tuple(sorted(patch_blocks)))
 
 
-def preprocessing(vit: VisionTransformer, probe: Probe, data: Data, scale: float = 1.0) -> Preprocess:
+def preprocessing(vit: VisionTransformer, probe: Probe, data: EvalData, scale: float = 1.0) -> Preprocess:
     """What is done to images: all of each where every pixel is asked for, else what a checkpoint or a protocol crops.
 
     At a size that is not the checkpoint's own, DINOv2's crop is taken.
@@ -311,7 +319,7 @@ def preprocessing(vit: VisionTransformer, probe: Probe, data: Data, scale: float
     if data.size is None and side >= min(own.size):
         return own
     size = _whole_patches(vit, data.size or (side, side))
-    return own if size == own.size else dataclasses.replace(own, size=size, crop="center", crop_fraction=_CROP)
+    return own if size == own.size else dataclasses.replace(own, size=size, crop="center", crop_pct=_CROP)
 
 
 def _whole_patches(vit: VisionTransformer, size: tuple[int, int], scale: float = 1.0) -> tuple[int, int]:

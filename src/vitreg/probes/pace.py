@@ -5,8 +5,8 @@ from __future__ import annotations
 import time
 from collections.abc import Callable
 
-from vitreg.probes.store.extract import Progress
 from vitreg.probes.results.score import ProbeResult
+from vitreg.probes.store.extract import Progress
 
 _SECONDS = 2.0
 _SLOW = 4 * _SECONDS

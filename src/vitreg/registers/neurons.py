@@ -140,7 +140,7 @@ def output_norms(vit: VisionTransformer) -> Float[Tensor, "depth units"]:
     for block in vit.blocks:
         assert isinstance(block, Block)
         columns = block.mlp.fc2.weight.detach().float()
-        scale = block.scale1 if block.parallel else block.scale2
+        scale = block.ls1 if block.parallel else block.ls2
         norms.append((columns if scale is None else columns * scale.detach().float()[:, None]).norm(dim=0))
     return torch.stack(norms)
 

@@ -6,9 +6,9 @@ import torch
 from torch import nn
 
 from vitreg.checkpoints import from_module
+from vitreg.common.words import counted
 from vitreg.model import REGISTER_STD, VisionTransformer
 from vitreg.registers.insertion import with_registers
-from vitreg.common.words import counted
 
 
 def add_registers(vit: VisionTransformer | nn.Module, count: int = 4, *, seed: int = 0) -> VisionTransformer:

@@ -13,12 +13,12 @@ from torch import nn
 
 from vitreg.artifacts import REMOVED, Diagnosis, diagnose
 from vitreg.checkpoints import from_module
+from vitreg.common.words import counted, percent
 from vitreg.images import Batches, Images
 from vitreg.model import VisionTransformer
 from vitreg.registers.held_back import Effect, HeldBack
 from vitreg.registers.insertion import with_registers
 from vitreg.registers.neurons import RegisterNeuron, find_register_neurons
-from vitreg.common.words import counted, percent
 
 Unit = tuple[int, int]
 

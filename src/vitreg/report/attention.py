@@ -12,8 +12,8 @@ from jaxtyping import Float, UInt8
 from PIL import Image, ImageDraw
 
 from vitreg.common.disk import replacing
-from vitreg.report.sheet import GAP, MARGIN, TITLE, Sheet, root_scale
 from vitreg.common.words import counted
+from vitreg.report.sheet import GAP, MARGIN, TITLE, Sheet, root_scale
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes

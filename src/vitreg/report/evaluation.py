@@ -13,9 +13,9 @@ import numpy as np
 from jaxtyping import Float, Integer, Shaped, UInt8
 from PIL import Image
 
+from vitreg.common.words import number
 from vitreg.report.packing import photo_url
 from vitreg.report.page import write_still_page
-from vitreg.common.words import number
 
 _SIDE = 360
 """Largest side in pixels of a picture in the page."""

@@ -11,9 +11,9 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 from jaxtyping import Bool, Float
 
+from vitreg.common.words import number, percent
 from vitreg.report.examples import ExampleMaps, check_examples, check_pairs
 from vitreg.report.sheet import GAP, MARGIN, QUIET, TITLE, Sheet, root_scale
-from vitreg.common.words import number, percent
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes

@@ -7,8 +7,8 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from vitreg.report.sheet import QUIET
 from vitreg.common.words import percent
+from vitreg.report.sheet import QUIET
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes

@@ -13,10 +13,10 @@ import numpy as np
 from jaxtyping import Bool, Float, UInt8
 from PIL import Image
 
+from vitreg.common.words import number, percent
 from vitreg.report.packing import photo_url
 from vitreg.report.page import write_still_page
 from vitreg.report.sheet import root_scale
-from vitreg.common.words import number, percent
 
 if TYPE_CHECKING:
     from matplotlib.colors import Normalize

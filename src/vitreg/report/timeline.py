@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
+from vitreg.common.words import shorten
 from vitreg.report.norm_axes import (
     DASHES,
     MEDIAN,
@@ -26,7 +27,6 @@ from vitreg.report.norm_axes import (
     share_scale,
 )
 from vitreg.report.sheet import MARGIN, QUIET, TITLE, Sheet
-from vitreg.common.words import shorten
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes

@@ -9,8 +9,8 @@ from typing import Any, Literal
 
 from vitreg.cli.options import Checkpoint, positive, writable_folder
 from vitreg.cli.output import INTERRUPTED, print_json, progress
-from vitreg.discovery.protocol import DEFAULT, Axis
 from vitreg.common.disk import replace_text
+from vitreg.discovery.protocol import DEFAULT, Axis
 
 _ROWS = 15
 

@@ -23,18 +23,18 @@ from vitreg.common.disk import replace_text
 from vitreg.images import BoxedImage, open_box_set
 from vitreg.probes.catalogue import PROBES
 from vitreg.probes.choosing import choose
+from vitreg.probes.evaluation import EvalData, PassConfig, evaluate, safe_name
 from vitreg.probes.results.earlier import with_earlier
-from vitreg.probes.evaluation import Data, PassConfig, evaluate, safe_name
-from vitreg.probes.store.origin import FeaturesConfig, StoredModel
 from vitreg.probes.results.result_cache import Answer, Asked, architecture, save_answer
 from vitreg.probes.results.score import ProbeResult, Score
 from vitreg.probes.results.summary import Evaluated, summarize
 from vitreg.probes.results.tables import LEGEND, headline_table, markdown, tables, write_csv
+from vitreg.probes.store.origin import FeaturesConfig, StoredModel
 from vitreg.probes.tasks.text_encoders import has_text_tower
 
 
 def run_evaluation(
-    options: EvaluationOptions, found: Sequence[Data], probes: Mapping[str, Any], discovery: str | None = None
+    options: EvaluationOptions, found: Sequence[EvalData], probes: Mapping[str, Any], discovery: str | None = None
 ) -> int:
     """Ask the probes of every model, and write and print what they say, with what earlier commands found."""
     start = time.monotonic()
@@ -67,7 +67,7 @@ def run_evaluation(
     return INTERRUPTED if interrupted else 0
 
 
-def _chosen(data: Data, options: EvaluationOptions, probes: Mapping[str, Any]) -> Data:
+def _chosen(data: EvalData, options: EvaluationOptions, probes: Mapping[str, Any]) -> EvalData:
     """The images that flags ask for."""
     count, classes = options.train_images or options.limit, len(set(data.train.labels or ()))
     if count is not None and count < classes and any(PROBES[probe].labels for probe in probes):
@@ -83,7 +83,7 @@ def _chosen(data: Data, options: EvaluationOptions, probes: Mapping[str, Any]) -
 
 def _answers(
     options: EvaluationOptions,
-    found: Sequence[Data],
+    found: Sequence[EvalData],
     probes: Mapping[str, Any],
     discovery: str | None,
     boxes: Sequence[BoxedImage] | None,

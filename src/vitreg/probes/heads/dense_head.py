@@ -21,7 +21,7 @@ AT_ONCE = 2**22
 """Numbers that upsampled logits may have at a time: what stays in the cache is computed twice as fast."""
 
 UPSAMPLING = 4
-"""Heads are trained on maps of so many times the patch grid; on CamVid, 2, 4 and 8 give the same mIoU within 0.2."""
+"""LinearGrid are trained on maps of so many times the patch grid; on CamVid, 2, 4 and 8 give the same mIoU within 0.2."""
 
 MIN_STEPS = 2000
 """Of small sets, which a head needs to converge."""
@@ -66,7 +66,7 @@ class Upsampling:
 
 
 @dataclass(frozen=True)
-class Plan:
+class HeadSchedule:
     """How long a head is trained, on what.
 
     Attributes:
@@ -99,7 +99,7 @@ def train_head(
     loss: Loss,
     optimizer: torch.optim.Optimizer,
     schedule: torch.optim.lr_scheduler.LRScheduler,
-    plan: Plan,
+    plan: HeadSchedule,
     on_progress: Progress | None = None,
 ) -> None:
     """Train it on features that are as they are: computed once, so pictures are not augmented.
@@ -148,7 +148,7 @@ def train_head(
     head.eval()
 
 
-def _batches(num_images: int, plan: Plan) -> Iterator[list[int]]:
+def _batches(num_images: int, plan: HeadSchedule) -> Iterator[list[int]]:
     """Rows for every step: one epoch after another, each in an order of its own."""
     rng = np.random.default_rng(plan.seed)
     waiting: list[int] = []

@@ -14,7 +14,7 @@ from vitreg.probes.protocols import LinearConfig
 _ROWS = 1024
 
 
-class Heads:
+class LinearGrid:
     """All heads of one kind of input are one matrix, so that each kind costs two matrix products an iteration.
 
     Args:

@@ -12,8 +12,8 @@ from scipy.optimize import OptimizeResult, minimize
 from torch import Tensor
 
 from vitreg.common.devices import precise
-from vitreg.probes.tasks.classes import check_every_class, check_finite
 from vitreg.probes.protocols import LogisticConfig
+from vitreg.probes.tasks.classes import check_every_class, check_finite
 
 # Rows whose logits stay in the cache between the two matrix products.
 _CHUNK = 2048

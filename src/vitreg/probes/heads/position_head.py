@@ -12,10 +12,10 @@ import torch.nn.functional as F
 from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
-from vitreg.images import evenly
-from vitreg.probes.tasks.patch_kinds import Group, marked_patches
+from vitreg.images import spaced_indices
 from vitreg.probes.protocols import PositionConfig
 from vitreg.probes.store.feature_store import FeatureStore
+from vitreg.probes.tasks.patch_kinds import Group, marked_patches
 
 
 @dataclass(frozen=True)
@@ -55,7 +55,7 @@ class TrainingSet:
         outlier = torch.cat(marks)
         mean = torch.stack(sums).sum(0) / outlier.numel()
         variance = torch.stack(squares).sum(0) / outlier.numel() - mean.square()
-        held_out = evenly(len(rows), min(config.held_out, len(rows) // 10))
+        held_out = spaced_indices(len(rows), min(config.held_out, len(rows) // 10))
         return cls(
             {group: group.members(outlier).sum(0) for group in Group},
             mean.float(),

@@ -14,8 +14,8 @@ from torch import Tensor
 
 from vitreg.images import DenseSet, ImageError, map_ahead, refuse
 from vitreg.model import Preprocess
-from vitreg.probes.store.origin import check_same
 from vitreg.probes.store.feature_store import FeatureStore
+from vitreg.probes.store.origin import check_same
 
 _TARGETS_AHEAD = 32
 
@@ -28,7 +28,7 @@ def dense_preprocess(preprocess: Preprocess, height: int, width: int) -> Preproc
         height: in pixels, a multiple of the patch size.
         width: likewise.
     """
-    return dataclasses.replace(preprocess, size=(height, width), crop="squash", crop_fraction=1.0)
+    return dataclasses.replace(preprocess, size=(height, width), crop="squash", crop_pct=1.0)
 
 
 class DenseFeatures:

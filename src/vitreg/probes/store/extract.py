@@ -15,12 +15,12 @@ from torch import Tensor
 
 from vitreg.artifacts import OutlierNorms, find_outliers
 from vitreg.common.disk import check_room, lock, writing
-from vitreg.images import ImageError, ImageSet, evenly, map_ahead
+from vitreg.images import ImageError, ImageSet, map_ahead, spaced_indices
 from vitreg.model import Preprocess, VisionTransformer
-from vitreg.probes.store.manifest import Finding, Manifest, read_manifest
+from vitreg.probes.store.feature_store import FeatureStore
+from vitreg.probes.store.manifest import Manifest, StoreStatistics, read_manifest
 from vitreg.probes.store.origin import FeaturesConfig, Origin, check_same
 from vitreg.probes.store.shards import Skipped, open_shard, shard_path, write_shard
-from vitreg.probes.store.feature_store import FeatureStore
 
 _BATCHES_AHEAD = 2
 
@@ -107,7 +107,7 @@ class _Pass:
         self._batch_size, self._on_progress = batch_size, on_progress
         self._device = next(vit.parameters()).device
         count = self._config.patches
-        self._with_patches = None if count is None else frozenset(evenly(len(images), count).tolist())
+        self._with_patches = None if count is None else frozenset(spaced_indices(len(images), count).tolist())
         self._done = 0
         self._absent = frozenset(n for n in range(len(images)) if not os.path.exists(images.file(n)))
 
@@ -239,7 +239,7 @@ def _finish(folder: Path, manifest: Manifest) -> None:
     outliers = OutlierNorms(None, depth - 1, None)
     if looked_at:
         outliers = find_outliers(shard.read("norms").movedim(1, 0) for shard in looked_at)
-    dataclasses.replace(manifest, finding=Finding((rows, columns), depth, outliers)).write(folder)
+    dataclasses.replace(manifest, finding=StoreStatistics((rows, columns), depth, outliers)).write(folder)
 
 
 def _check_empty(folder: Path) -> None:

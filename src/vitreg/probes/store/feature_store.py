@@ -12,7 +12,7 @@ from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
 from vitreg.images import ImageSet
-from vitreg.probes.store.manifest import Finding, Manifest, read_manifest
+from vitreg.probes.store.manifest import Manifest, StoreStatistics, read_manifest
 from vitreg.probes.store.origin import StoredData, check_same
 from vitreg.probes.store.shards import Shard, Skipped, open_shard
 
@@ -38,7 +38,7 @@ class FeatureStore:
         threshold, block, onset_block: as of a `Diagnosis` of the same pictures.
     """
 
-    def __init__(self, path: Path, manifest: Manifest, finding: Finding, shards: tuple[Shard, ...]) -> None:
+    def __init__(self, path: Path, manifest: Manifest, finding: StoreStatistics, shards: tuple[Shard, ...]) -> None:
         self.path, self.id, self.depth = path, manifest.id, finding.depth
         # A shard is empty where none of its pictures could be read.
         self.shards = tuple(shard for shard in shards if shard.num_images)

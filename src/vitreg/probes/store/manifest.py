@@ -16,7 +16,7 @@ FORMAT = "vitreg-features/1"
 
 
 @dataclass(frozen=True)
-class Finding:
+class StoreStatistics:
     """What is known after the last picture.
 
     Attributes:
@@ -44,7 +44,7 @@ class Manifest:
     origin: Origin
     id: str
     classes: tuple[str, ...]
-    finding: Finding | None = None
+    finding: StoreStatistics | None = None
 
     @property
     def num_shards(self) -> int:
@@ -85,5 +85,5 @@ def _parsed(values: dict[str, Any]) -> Manifest:
     finding = values["finding"]
     if finding is not None:
         rows, columns = finding["grid"]
-        finding = Finding((rows, columns), finding["depth"], OutlierNorms(**finding["outliers"]))
+        finding = StoreStatistics((rows, columns), finding["depth"], OutlierNorms(**finding["outliers"]))
     return Manifest(Origin.from_dict(values["origin"]), values["id"], tuple(values["classes"]), finding)

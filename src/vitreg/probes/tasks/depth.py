@@ -13,14 +13,14 @@ from jaxtyping import Bool, Float, Float32
 from torch import Tensor
 from torch.nn import functional
 
-from vitreg.images import DepthSet, evenly, image_size, map_ahead
-from vitreg.probes.store.dense_features import DenseFeatures, check_stores, check_values, read_targets
-from vitreg.probes.heads.dense_head import UPSAMPLING, LinearHead, Plan, Upsampling, num_steps, train_head
-from vitreg.probes.tasks.depth_errors import depth_errors, sig_loss
-from vitreg.probes.store.extract import Progress
+from vitreg.images import DepthSet, image_size, map_ahead, spaced_indices
+from vitreg.probes.heads.dense_head import UPSAMPLING, HeadSchedule, LinearHead, Upsampling, num_steps, train_head
 from vitreg.probes.protocols import DepthConfig
 from vitreg.probes.results.score import NUM_SHOWN, ProbeResult, Score
+from vitreg.probes.store.dense_features import DenseFeatures, check_stores, check_values, read_targets
+from vitreg.probes.store.extract import Progress
 from vitreg.probes.store.feature_store import FeatureStore
+from vitreg.probes.tasks.depth_errors import depth_errors, sig_loss
 
 EPOCHS = 25
 _WARMUP, _CLIP = 1 / 3, 35.0
@@ -105,7 +105,7 @@ def fit_depth(
             f"{targets.source} has no depth from {config.min_depth} to {config.max_depth} m; "
             f"a step of its files is taken for {targets.scale} m: check the scale"
         )
-    plan = Plan(
+    plan = HeadSchedule(
         num_steps(config.steps, len(features), config.head_batch_size, EPOCHS),
         config.head_batch_size, config.seed, device, _CLIP,
     )  # fmt: skip
@@ -179,7 +179,7 @@ class DepthEstimator:
         judged = np.zeros(len(features))
         cropped = targets.eigen_crop if self.config.eigen_crop is None else self.config.eigen_crop
         shown: dict[int, np.ndarray] = {}
-        to_show = set(evenly(len(features), NUM_SHOWN).tolist())
+        to_show = set(spaced_indices(len(features), NUM_SHOWN).tolist())
         with closing(map_ahead(targets.target, features.numbers, ahead=_DEPTHS_AHEAD)) as truths:
             for row, truth in enumerate(truths):
                 counted = self._counted(truth, cropped, targets.target_name(features.numbers[row]))

@@ -10,10 +10,10 @@ from torch import Tensor
 from torch.nn.functional import normalize
 
 from vitreg.common.devices import precise
-from vitreg.probes.tasks.classes import check_classes, check_finite
 from vitreg.probes.protocols import KNNConfig
 from vitreg.probes.results.score import ProbeResult, Score
 from vitreg.probes.store.feature_store import FeatureStore
+from vitreg.probes.tasks.classes import check_classes, check_finite
 
 _QUERIES, _KEYS = 256, 16384
 _LAST_ROW = 2**32 - 1

@@ -18,10 +18,10 @@ from safetensors.torch import save
 from torch import Tensor
 
 from vitreg.common.disk import replacing
-from vitreg.probes.tasks.classes import check_classes, check_finite
-from vitreg.probes.heads.linear_grid import Heads, LinearConfig
+from vitreg.probes.heads.linear_grid import LinearConfig, LinearGrid
 from vitreg.probes.results.score import ProbeResult, Score
 from vitreg.probes.store.feature_store import FeatureStore
+from vitreg.probes.tasks.classes import check_classes, check_finite
 
 _FORMAT = "vitreg-linear/1"
 
@@ -74,7 +74,7 @@ def linear(
     classes = check_classes(train, val)
     inputs = _inputs(train, config)
     features, columns = _table(train, inputs)
-    training = Heads(features, columns, classes.train, classes.num_classes, config, device)
+    training = LinearGrid(features, columns, classes.train, classes.num_classes, config, device)
     saved = None if state is None else _State(state, train, config)
     if saved is not None:
         saved.read_into(training)
@@ -170,7 +170,7 @@ class _State:
             "config": json.dumps(dataclasses.asdict(config)),
         }
 
-    def write(self, training: Heads) -> None:
+    def write(self, training: LinearGrid) -> None:
         """Replace it.
 
         Raises:
@@ -181,7 +181,7 @@ class _State:
         with replacing(self._path) as temporary:
             temporary.write_bytes(save(tensors, {"vitreg": json.dumps(note)}))
 
-    def read_into(self, training: Heads) -> None:
+    def read_into(self, training: LinearGrid) -> None:
         """Go on where it is, if there is one.
 
         Raises:

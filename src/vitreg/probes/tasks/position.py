@@ -22,11 +22,11 @@ from jaxtyping import Float, Int
 from torch import Tensor
 
 from vitreg.common.devices import precise
-from vitreg.probes.store.extract import Progress
-from vitreg.probes.tasks.patch_kinds import SUBJECTS, Counts, Group, Subject, marked_patches
 from vitreg.probes.heads.position_head import PositionConfig, PositionHead, TrainingSet, train_heads
 from vitreg.probes.results.score import ProbeResult, Score
+from vitreg.probes.store.extract import Progress
 from vitreg.probes.store.feature_store import FeatureStore
+from vitreg.probes.tasks.patch_kinds import SUBJECTS, Counts, Group, Subject, marked_patches
 
 
 def position(

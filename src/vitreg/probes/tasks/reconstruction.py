@@ -22,12 +22,12 @@ from torch import Tensor
 from vitreg.common.devices import summing_device
 from vitreg.images import ImageSet, map_ahead
 from vitreg.model.preprocess import IMAGENET_MEAN, IMAGENET_STD
-from vitreg.probes.store.extract import Progress
 from vitreg.probes.heads.least_squares import LinearMap, Moments, fit_linear
-from vitreg.probes.tasks.patch_kinds import SUBJECTS, Counts, Group, marked_patches
 from vitreg.probes.protocols import ReconstructionConfig
 from vitreg.probes.results.score import ProbeResult, Score
+from vitreg.probes.store.extract import Progress
 from vitreg.probes.store.feature_store import FeatureStore
+from vitreg.probes.tasks.patch_kinds import SUBJECTS, Counts, Group, marked_patches
 
 NAME = "reconstruction error"
 _BATCH = 32

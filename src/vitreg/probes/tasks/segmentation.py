@@ -13,12 +13,20 @@ from jaxtyping import Float, Float64, Int64, UInt8
 from torch import Tensor
 from torch.nn import functional
 
-from vitreg.images import IGNORED, SegmentationSet, evenly, image_size, map_ahead
-from vitreg.probes.store.dense_features import DenseFeatures, check_stores, check_values, read_targets
-from vitreg.probes.heads.dense_head import AT_ONCE, UPSAMPLING, LinearHead, Plan, Upsampling, num_steps, train_head
-from vitreg.probes.store.extract import Progress
+from vitreg.images import IGNORED, SegmentationSet, image_size, map_ahead, spaced_indices
+from vitreg.probes.heads.dense_head import (
+    AT_ONCE,
+    UPSAMPLING,
+    HeadSchedule,
+    LinearHead,
+    Upsampling,
+    num_steps,
+    train_head,
+)
 from vitreg.probes.protocols import SegmentationConfig
 from vitreg.probes.results.score import NUM_SHOWN, ProbeResult, Score
+from vitreg.probes.store.dense_features import DenseFeatures, check_stores, check_values, read_targets
+from vitreg.probes.store.extract import Progress
 from vitreg.probes.store.feature_store import FeatureStore
 
 EPOCHS = 32
@@ -81,7 +89,7 @@ def fit_segmentation(
     head = LinearHead(features.channels, len(names), batch_norm=True, seed=config.seed).to(device)
     optimizer = torch.optim.AdamW(head.parameters(), lr=config.lr, betas=config.betas, weight_decay=config.weight_decay)
     schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda step: _rate(step, steps, config.warmup))
-    plan = Plan(steps, config.head_batch_size, config.seed, device)
+    plan = HeadSchedule(steps, config.head_batch_size, config.seed, device)
     train_head(head, features, masks, _per_pixel, _mean, optimizer, schedule, plan, on_progress)
     details = {
         "steps": steps,
@@ -133,7 +141,7 @@ class Segmenter:
         features = [DenseFeatures(store, self.config.blocks) for store in stores]
         sums = []
         shown: dict[int, np.ndarray] = {}
-        to_show = set(evenly(len(features[0]), NUM_SHOWN).tolist())
+        to_show = set(spaced_indices(len(features[0]), NUM_SHOWN).tolist())
         with closing(map_ahead(targets.target, features[0].numbers, ahead=_MASKS_AHEAD)) as truths:
             for row, truth in enumerate(truths):
                 predicted = self._classes(features, row, truth.shape)

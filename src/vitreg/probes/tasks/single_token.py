@@ -11,12 +11,12 @@ import torch
 from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
-from vitreg.probes.tasks.classes import Classes, check_classes, check_finite
 from vitreg.probes.heads.logistic import choose_logistic, fit_logistic
-from vitreg.probes.tasks.patch_kinds import marked_patches
 from vitreg.probes.protocols import SingleTokenConfig
 from vitreg.probes.results.score import ProbeResult, Score
 from vitreg.probes.store.feature_store import FeatureStore
+from vitreg.probes.tasks.classes import Classes, check_classes, check_finite
+from vitreg.probes.tasks.patch_kinds import marked_patches
 
 _DRAWN = ("normal patch", "outlier patch")
 

@@ -12,8 +12,8 @@ import torch
 from jaxtyping import Float, Int
 from torch import Tensor
 
-from vitreg.checkpoints.hub import downloading
 from vitreg.checkpoints.from_open_clip import open_clip_model
+from vitreg.checkpoints.hub import downloading
 from vitreg.checkpoints.state import CheckpointError
 from vitreg.checkpoints.text_tower import TextTower, load_text_tower
 from vitreg.probes.tasks.templates import import_open_clip

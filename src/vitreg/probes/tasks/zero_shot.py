@@ -15,12 +15,12 @@ from jaxtyping import Float
 from torch import Tensor
 
 from vitreg.model import VisionTransformer
-from vitreg.probes.tasks.classes import check_finite
-from vitreg.probes.store.extract import Progress
-from vitreg.probes.store.origin import StoredModel
 from vitreg.probes.protocols import ZeroShotConfig
 from vitreg.probes.results.score import ProbeResult, Score
+from vitreg.probes.store.extract import Progress
 from vitreg.probes.store.feature_store import FeatureStore
+from vitreg.probes.store.origin import StoredModel
+from vitreg.probes.tasks.classes import check_finite
 from vitreg.probes.tasks.templates import class_names, sentences
 from vitreg.probes.tasks.text_encoders import TextEncoder
 

@@ -11,10 +11,10 @@ from torchvision.transforms.v2.functional import pil_to_tensor
 from vitreg.checkpoints.text_tower import tokenize
 from vitreg.images import ImageSet
 from vitreg.model import ViTConfig
-from vitreg.training.engine.method import Batch, Sample, Views
+from vitreg.training.engine.method import Augmentation, Batch, Sample
 
 
-class CaptionViews(Views):
+class CaptionAugmentation(Augmentation):
     """`image` `[3, H, W]`, a random crop, and `text` `[L]`, one of the picture's captions.
 
     The crop is open_clip's (`transform.py: image_transform`): random size and aspect, bicubic, no flip unless asked

@@ -9,7 +9,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from vitreg.images import ImageError, ImageSet, Part, evenly
+from vitreg.images import ImageError, ImageSet, Subset, spaced_indices
 from vitreg.model import Preprocess
 
 
@@ -32,7 +32,7 @@ def stream_pictures(
         except ImageError:
             return None
 
-    chosen = evenly(len(images), limit or len(images)).tolist()
+    chosen = spaced_indices(len(images), limit or len(images)).tolist()
     with ThreadPoolExecutor(2) as pool:
         for start in range(0, len(chosen), batch_size):
             part = chosen[start : start + batch_size]
@@ -46,4 +46,4 @@ def hold_out(images: ImageSet, seed: int) -> tuple[ImageSet, ImageSet]:
     """Training pictures and a twentieth of the set, at most 1000, that is kept from training."""
     order = np.random.default_rng((seed, 20)).permutation(len(images))
     count = max(1, min(1000, len(images) // 20))
-    return Part(images, np.sort(order[count:])), Part(images, np.sort(order[:count]))
+    return Subset(images, np.sort(order[count:])), Subset(images, np.sort(order[:count]))

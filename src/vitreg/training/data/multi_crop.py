@@ -14,7 +14,7 @@ from torchvision import transforms
 
 from vitreg.model import ViTConfig
 from vitreg.training.engine.config import Settings
-from vitreg.training.engine.method import Batch, Sample, Views
+from vitreg.training.engine.method import Augmentation, Batch, Sample
 
 
 @dataclass(frozen=True)
@@ -48,7 +48,7 @@ class MultiCropConfig(Settings):
             raise ValueError(f"mask_probability is {self.mask_probability}; it must be 0 to 1")
 
 
-class MultiCrop(Views):
+class MultiCrop(Augmentation):
     """`dinov2/data/augmentations.py`: crops, flips, colour jitter, grey, blur, and solarisation of the second crop.
 
     Two things differ from the published code. Its blur applies with one minus the probability that it names (1, 0.1 and

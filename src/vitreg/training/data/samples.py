@@ -13,8 +13,8 @@ from torch.utils.data import DataLoader, Dataset
 
 from vitreg.common.devices import available_cores
 from vitreg.images import ImageError, ImageSet
-from vitreg.training.engine.method import Batch, Sample, Views
-from vitreg.training.engine.distributed import Processes
+from vitreg.training.engine.distributed import Distributed
+from vitreg.training.engine.method import Augmentation, Batch, Sample
 from vitreg.training.engine.randomness import fixed_randomness
 
 MAX_ATTEMPTS = 100
@@ -35,8 +35,8 @@ class SampleStream(Dataset[Fetched]):
         seed: of the order and the augmentation.
     """
 
-    def __init__(self, images: ImageSet, views: Views, seed: int) -> None:
-        self.images, self.views, self.seed = images, views, seed
+    def __init__(self, images: ImageSet, views: Augmentation, seed: int) -> None:
+        self.images, self.augmentation, self.seed = images, views, seed
         self._epochs: dict[int, np.ndarray] = {}
 
     def __getitem__(self, positions: range) -> Fetched:
@@ -47,7 +47,9 @@ class SampleStream(Dataset[Fetched]):
         """
         skipped: list[str] = []
         pairs = [self._pair(first, skipped) for first in positions[::2]]
-        return self.views.collate({name: torch.cat([pair[name] for pair in pairs]) for name in pairs[0]}), skipped
+        return self.augmentation.collate(
+            {name: torch.cat([pair[name] for pair in pairs]) for name in pairs[0]}
+        ), skipped
 
     def _pair(self, first: int, skipped: list[str]) -> Batch:
         """Two consecutive positions, the first of them even."""
@@ -55,9 +57,9 @@ class SampleStream(Dataset[Fetched]):
         for position in (first, first + 1):
             sample = self._sample(position, skipped)
             with fixed_randomness(self.seed, position):
-                rows.append(self.views(sample))
+                rows.append(self.augmentation(sample))
         with fixed_randomness(self.seed, first, 1):
-            return self.views.mix({name: torch.stack([row[name] for row in rows]) for name in rows[0]})
+            return self.augmentation.mix({name: torch.stack([row[name] for row in rows]) for name in rows[0]})
 
     def _sample(self, position: int, skipped: list[str]) -> Sample:
         index = self._index(position)
@@ -80,7 +82,7 @@ class SampleStream(Dataset[Fetched]):
 
 
 def fetch(
-    stream: SampleStream, processes: Processes, *, batch_size: int, accumulation: int, steps: range, num_workers: int
+    stream: SampleStream, processes: Distributed, *, batch_size: int, accumulation: int, steps: range, num_workers: int
 ) -> Generator[Fetched, None, None]:
     """This process's micro-batches, step by step; closing it ends the workers.
 
@@ -170,7 +172,7 @@ def worker_deaths() -> Iterator[None]:
         ) from error
 
 
-def default_workers(processes: Processes) -> int:
+def default_workers(processes: Distributed) -> int:
     """Decoding processes: all cores for a GPU; one where the model computes on the same cores."""
     local = int(os.environ.get("LOCAL_WORLD_SIZE", 1))
     return 1 if processes.device.type == "cpu" else max(1, min(16, available_cores() // local))

@@ -10,7 +10,7 @@ from vitreg.model import ViTConfig
 
 if TYPE_CHECKING:
     from vitreg.images import ImageSet
-    from vitreg.training.engine.method import Method, Views
+    from vitreg.training.engine.method import Augmentation, Method
 
 
 # Not `Self`, which beartype knows in classes only that it decorates itself.
@@ -44,7 +44,7 @@ class MethodConfig(Settings):
         """
         raise NotImplementedError
 
-    def views(self, model: ViTConfig, images: ImageSet) -> Views:
+    def augmentation(self, model: ViTConfig, images: ImageSet) -> Augmentation:
         """What is made of the pictures.
 
         Raises:

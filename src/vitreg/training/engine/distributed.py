@@ -22,7 +22,7 @@ from vitreg.training.engine.method import Method
 
 
 @dataclass(frozen=True)
-class Processes:
+class Distributed:
     """Who takes part, and where this one computes.
 
     Attributes:
@@ -36,7 +36,7 @@ class Processes:
     device: torch.device
 
     @classmethod
-    def join(cls, device: str = "auto") -> Processes:
+    def join(cls, device: str = "auto") -> Distributed:
         """Meet the processes that `torchrun` started, or be alone.
 
         Args:
@@ -59,7 +59,7 @@ class Processes:
         return cls(dist.get_rank(), dist.get_world_size(), place)
 
     @property
-    def first(self) -> bool:
+    def is_rank_zero(self) -> bool:
         """Whether this is the one that writes files and talks."""
         return self.rank == 0
 
@@ -69,7 +69,7 @@ class Processes:
             dist.destroy_process_group()
 
     @contextlib.contextmanager
-    def together(self) -> Iterator[None]:
+    def peer_failures(self) -> Iterator[None]:
         """Turns the end of another process, which is noticed in any exchange with it, into a sentence.
 
         Raises:
@@ -96,12 +96,12 @@ class Processes:
         """
         gathered = {}
         for name, tensor in tensors.items():
-            everything = whole(tensor.detach())
-            if self.first:
+            everything = full_tensor(tensor.detach())
+            if self.is_rank_zero:
                 gathered[name] = everything.cpu()
         return gathered
 
-    def on_first(self, work: Callable[[], Any]) -> Any:
+    def on_rank_zero(self, work: Callable[[], Any]) -> Any:
         """Do something on the first process only; all return its result, and all fail where it fails.
 
         Raises:
@@ -109,7 +109,7 @@ class Processes:
         """
         outcome: list[Any] = [None, None]
         error: Exception | None = None
-        if self.first:
+        if self.is_rank_zero:
             try:
                 outcome[0] = work()
             except Exception as caught:
@@ -124,7 +124,7 @@ class Processes:
         return outcome[0]
 
 
-def distribute(method: Method, processes: Processes, sharding: Literal["ddp", "fsdp"], half: bool) -> nn.Module:
+def distribute(method: Method, processes: Distributed, sharding: Literal["ddp", "fsdp"], half: bool) -> nn.Module:
     """The method, ready to be trained by all processes together.
 
     With ddp every process holds everything and gradients are averaged. With fsdp parameters, gradients and optimizer
@@ -156,11 +156,11 @@ def distribute(method: Method, processes: Processes, sharding: Literal["ddp", "f
         return DistributedDataParallel(method, device_ids=device_ids, broadcast_buffers=False)
 
 
-def local(tensor: Tensor) -> Tensor:
+def local_tensor(tensor: Tensor) -> Tensor:
     """This process's part of a sharded tensor; any other as it is."""
     return tensor.to_local() if isinstance(tensor, DTensor) else tensor
 
 
-def whole(tensor: Tensor) -> Tensor:
+def full_tensor(tensor: Tensor) -> Tensor:
     """All parts of a sharded tensor, on every process; any other as it is."""
     return tensor.full_tensor() if isinstance(tensor, DTensor) else tensor

@@ -9,16 +9,16 @@ from torch import Tensor
 from torch.optim.swa_utils import get_ema_multi_avg_fn
 
 from vitreg.model import VisionTransformer
-from vitreg.training.engine.distributed import local
+from vitreg.training.engine.distributed import local_tensor
 
 
 @torch.no_grad()
-def follow(followers: Iterable[Tensor], leaders: Iterable[Tensor], momentum: float) -> None:
+def ema_update(followers: Iterable[Tensor], leaders: Iterable[Tensor], momentum: float) -> None:
     """`follower = momentum * follower + (1 - momentum) * leader`, each process on its own parts."""
-    get_ema_multi_avg_fn(momentum)([local(t) for t in followers], [local(t) for t in leaders], 0)
+    get_ema_multi_avg_fn(momentum)([local_tensor(t) for t in followers], [local_tensor(t) for t in leaders], 0)
 
 
-class Average:
+class WeightEma:
     """An exponential moving average of a model's weights.
 
     In the first steps the average forgets faster, `(1 + step) / (10 + step)`, so that the initial weights do not linger
@@ -34,4 +34,4 @@ class Average:
 
     def update(self, vit: VisionTransformer, step: int) -> None:
         """After optimizer step `step`, counted from 1."""
-        follow(self.tensors.values(), vit.parameters(), min(self.decay, (1 + step) / (10 + step)))
+        ema_update(self.tensors.values(), vit.parameters(), min(self.decay, (1 + step) / (10 + step)))

@@ -8,11 +8,11 @@ import torch
 from torch import Tensor
 
 from vitreg.artifacts import diagnose
-from vitreg.images import ImageSet, Part, evenly
+from vitreg.images import ImageSet, Subset, spaced_indices
 from vitreg.model import Preprocess, VisionTransformer
-from vitreg.training.engine.config import TrainingConfig
 from vitreg.training.data.held_out import stream_pictures
-from vitreg.training.engine.method import Companions, Method
+from vitreg.training.engine.config import TrainingConfig
+from vitreg.training.engine.method import ExtraModules, Method
 
 BATCH_SIZE = 64
 NUM_EVALUATED = 1000
@@ -20,7 +20,7 @@ NUM_EVALUATED = 1000
 LEFT_OUT = ("skipped", "position_frequency", "interrupted", "version")
 
 
-class Watch:
+class HeldOutDiagnosis:
     """Records when artifacts appear.
 
     Args:
@@ -31,7 +31,7 @@ class Watch:
 
     def __init__(self, config: TrainingConfig, images: ImageSet, device: torch.device) -> None:
         self._config, self._images, self._device = config, images, device
-        self._some = Part(images, evenly(len(images), NUM_EVALUATED))
+        self._some = Subset(images, spaced_indices(len(images), NUM_EVALUATED))
         self._kept: list[Tensor] = []
 
     def read(self, preprocess: Preprocess) -> None:
@@ -48,16 +48,18 @@ class Watch:
                 f"none of the held-out pictures of {self._images.source} can be read; give others by --val"
             )
 
-    def look(self, method: Method, vit: VisionTransformer, companions: Companions, *, final: bool) -> dict[str, Any]:
+    def look(
+        self, method: Method, vit: VisionTransformer, extra_modules: ExtraModules, *, final: bool
+    ) -> dict[str, Any]:
         """What `diagnose` says of the model, as JSON types, with the method's `metrics`; after `read`.
 
         Args:
             method: of the run.
             vit: the model as it would be saved.
-            companions: and what goes with it.
+            extra_modules: and what goes with it.
             final: evaluate on all pictures, instead of `NUM_EVALUATED` of them.
         """
         diagnosis = diagnose(vit, iter(self._kept), max_examples=1).to_dict()
         found = {key: value for key, value in diagnosis.items() if key not in LEFT_OUT}
         images = self._images if final else self._some
-        return {"metrics": method.evaluate(vit, companions, images, BATCH_SIZE), **found}
+        return {"metrics": method.evaluate(vit, extra_modules, images, BATCH_SIZE), **found}

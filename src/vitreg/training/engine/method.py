@@ -13,10 +13,10 @@ from vitreg.images import ImageSet
 from vitreg.model import VisionTransformer
 
 Batch = dict[str, Tensor]
-"""What one step trains on, by name; until `Views.collate`, the first axis is the pictures in the epoch's order."""
+"""What one step trains on, by name; until `Augmentation.collate`, the first axis is the pictures in the epoch's order."""
 
 
-Companions = Mapping[str, dict[str, Tensor]]
+ExtraModules = Mapping[str, dict[str, Tensor]]
 """The weights of modules that are saved beside a model, by file name."""
 
 
@@ -35,7 +35,7 @@ class Sample:
     captions: tuple[str, ...] = ()
 
 
-class Views(ABC):
+class Augmentation(ABC):
     """Turns samples into a batch, in worker processes.
 
     Randomness is taken from the global generators of Python, NumPy and PyTorch, which are seeded for every sample, and
@@ -78,11 +78,11 @@ class Method(nn.Module, ABC):
         """What follows an optimizer step, such as moving a teacher."""
 
     @property
-    def product(self) -> VisionTransformer:
+    def export_model(self) -> VisionTransformer:
         """The model that a run is for: what is diagnosed and saved. The student, unless there is a teacher."""
         return self.vit
 
-    def companions(self) -> dict[str, nn.Module]:
+    def extra_modules(self) -> dict[str, nn.Module]:
         """Modules that are saved beside the product, by file name, such as CLIP's text tower.
 
         Their attribute `metadata`, texts by name, goes into the file.
@@ -90,13 +90,13 @@ class Method(nn.Module, ABC):
         return {}
 
     def evaluate(
-        self, vit: VisionTransformer, companions: Companions, images: ImageSet, batch_size: int
+        self, vit: VisionTransformer, extra_modules: ExtraModules, images: ImageSet, batch_size: int
     ) -> dict[str, float]:
         """Figures of merit on held-out pictures, such as top-1 accuracy in percent; may be none.
 
         Args:
             vit: the product as it would be saved, in evaluation mode.
-            companions: and the weights of what would be saved beside it, all on this process.
+            extra_modules: and the weights of what would be saved beside it, all on this process.
             images: pictures that were not trained on.
             batch_size: pictures at a time.
         """

@@ -13,7 +13,7 @@ from vitreg.model import VisionTransformer
 from vitreg.training.engine.config import OptimizerConfig
 
 # Tokens, positions and pooling queries are two- or three-dimensional, yet no matrices that a decay would regularise.
-NEVER_DECAYED = ("cls_token", "registers", "positions", "latent", "positional_embedding")
+NEVER_DECAYED = ("cls_token", "registers", "pos_embed", "latent", "positional_embedding")
 
 
 def parameter_groups(method: nn.Module, config: OptimizerConfig) -> list[dict]:
@@ -56,7 +56,7 @@ def _layer(name: str, depth: int) -> int:
     """0 for the embedding, i + 1 for block i, depth + 1 for the rest."""
     if block := re.match(r"blocks\.(\d+)\.", name):
         return int(block.group(1)) + 1
-    return 0 if name.startswith(("patch_embed", "cls_token", "registers", "positions", "pre_norm")) else depth + 1
+    return 0 if name.startswith(("patch_embed", "cls_token", "registers", "pos_embed", "norm_pre")) else depth + 1
 
 
 def build_optimizer(method: nn.Module, config: OptimizerConfig) -> torch.optim.Optimizer:

@@ -18,14 +18,14 @@ from vitreg.checkpoints import save
 from vitreg.common.disk import replacing, writing
 from vitreg.model import VisionTransformer
 from vitreg.training.engine.config import TrainingConfig
-from vitreg.training.engine.method import Companions, Method
-from vitreg.training.engine.distributed import Processes
+from vitreg.training.engine.distributed import Distributed
+from vitreg.training.engine.method import ExtraModules, Method
 from vitreg.training.engine.run_folder import RunFolder
 from vitreg.training.engine.snapshots import last_good
 from vitreg.training.engine.throughput import matrix_rate
 
 
-class Journal:
+class RunLogger:
     """Collects numbers without waiting for the device, and writes them every `log_every` steps.
 
     Args:
@@ -37,7 +37,7 @@ class Journal:
         self,
         config: TrainingConfig,
         folder: RunFolder,
-        processes: Processes,
+        processes: Distributed,
         on_log: Callable[[dict[str, Any]], None] | None,
     ) -> None:
         self._config, self._folder, self._processes, self._on_log = config, folder, processes, on_log
@@ -51,7 +51,7 @@ class Journal:
     @contextlib.contextmanager
     def open(self, step: int) -> Iterator[None]:
         """Around the steps after `step`; TensorBoard hides what it was given of them before the run was resumed."""
-        if self._processes.first:
+        if self._processes.is_rank_zero:
             try:
                 from torch.utils.tensorboard import SummaryWriter
             except ImportError:
@@ -99,9 +99,9 @@ class Journal:
         self._noted = []
         bad = next((entry for entry in entries if not all(map(math.isfinite, entry.values()))), None)
         entries = entries if bad is None else entries[: entries.index(bad)]
-        if entries and self._processes.first:
+        if entries and self._processes.is_rank_zero:
             share = speed / self._processes.world * self._floor
-            entries[-1] |= {"images_per_second": speed, "matrix_rate_share": share, "skipped": round(skipped)}
+            entries[-1] |= {"images_per_second": speed, "mfu": share, "skipped": round(skipped)}
             self._write(self._folder.log, entries)
         if bad is not None:
             name = next(name for name in ("loss", *bad) if not math.isfinite(bad[name]))
@@ -133,11 +133,11 @@ class Journal:
                 self._board.add_scalar(f"held_out/{name}", value, step)
         self._clock = time.perf_counter()
 
-    def save(self, method: Method, vit: VisionTransformer, companions: Companions) -> None:
+    def save(self, method: Method, vit: VisionTransformer, extra_modules: ExtraModules) -> None:
         """Write the model, and what is trained beside it, each whole or not at all."""
         save(vit, self._folder.model)
-        for name, module in method.companions().items():
-            tensors = {key: tensor.cpu().contiguous() for key, tensor in companions[name].items()}
+        for name, module in method.extra_modules().items():
+            tensors = {key: tensor.cpu().contiguous() for key, tensor in extra_modules[name].items()}
             with replacing(self._folder.path / f"{name}.safetensors") as temporary:
                 save_file(tensors, temporary, module.metadata)  # pyright: ignore[reportArgumentType]
         self._clock = time.perf_counter()

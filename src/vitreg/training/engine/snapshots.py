@@ -16,10 +16,10 @@ from torch.distributed.checkpoint.state_dict_loader import load
 from torch.distributed.checkpoint.state_dict_saver import save
 
 from vitreg.common.disk import put_in_place, writing
-from vitreg.training.engine.train_state import Learner
+from vitreg.training.engine.train_state import TrainState
 
 
-def save_snapshot(folder: Path, learner: Learner) -> None:
+def save_snapshot(folder: Path, train_state: TrainState) -> None:
     """Write `step-N`: first beside it under another name, then renamed, then the older ones are removed.
 
     Randomness needs no room in it: it follows from the seed and the step.
@@ -27,10 +27,10 @@ def save_snapshot(folder: Path, learner: Learner) -> None:
     Raises:
         ValueError: it cannot be written; the one before is still there.
     """
-    final, temporary = folder / f"step-{learner.step:08d}", folder / f".step-{learner.step:08d}.partial"
+    final, temporary = folder / f"step-{train_state.step:08d}", folder / f".step-{train_state.step:08d}.partial"
     if final.exists():
         return
-    state, processes = _state(learner), learner.processes
+    state, processes = _state(train_state), train_state.processes
 
     def prepare() -> None:
         with writing(folder):
@@ -43,24 +43,24 @@ def save_snapshot(folder: Path, learner: Learner) -> None:
         for old in _snapshots(folder)[:-1]:
             shutil.rmtree(old, ignore_errors=True)
 
-    processes.on_first(prepare)
+    processes.on_rank_zero(prepare)
     try:
         with _quiet():
             save(state, checkpoint_id=temporary)
     except (OSError, RuntimeError, CheckpointException) as error:
-        if processes.first:
+        if processes.is_rank_zero:
             shutil.rmtree(temporary, ignore_errors=True)
         raise ValueError(f"cannot write a checkpoint into {folder}: {_reason(error)}; {last_good(folder)}") from error
-    processes.on_first(finish)
+    processes.on_rank_zero(finish)
 
 
-def load_snapshot(path: Path, learner: Learner) -> None:
-    """Put a snapshot's state into a new learner, on any number of processes.
+def load_snapshot(path: Path, train_state: TrainState) -> None:
+    """Put a snapshot's state into a new train_state, on any number of processes.
 
     Raises:
         ValueError: it is damaged, or of a model of another size.
     """
-    state = _state(learner)
+    state = _state(train_state)
     _check_names(path, state)
     try:
         with _quiet():
@@ -68,8 +68,8 @@ def load_snapshot(path: Path, learner: Learner) -> None:
     except (OSError, RuntimeError, ValueError, KeyError, CheckpointException) as error:
         raise ValueError(f"{path} does not fit this run's model, or is damaged ({_reason(error)})") from error
     model, optimizer = state["model"], state["optimizer"]
-    set_state_dict(learner.method, learner.optimizer, model_state_dict=model, optim_state_dict=optimizer)
-    learner.step = int(path.name.removeprefix("step-"))
+    set_state_dict(train_state.method, train_state.optimizer, model_state_dict=model, optim_state_dict=optimizer)
+    train_state.step = int(path.name.removeprefix("step-"))
 
 
 def _check_names(path: Path, state: dict[str, Any]) -> None:
@@ -110,9 +110,9 @@ def _snapshots(folder: Path) -> list[Path]:
     return sorted(folder.glob("step-*"))
 
 
-def _state(learner: Learner) -> dict[str, Any]:
-    model, optimizer = get_state_dict(learner.method, learner.optimizer)
-    average = {} if learner.average is None else learner.average.tensors
+def _state(train_state: TrainState) -> dict[str, Any]:
+    model, optimizer = get_state_dict(train_state.method, train_state.optimizer)
+    average = {} if train_state.ema is None else train_state.ema.tensors
     return {"model": model, "optimizer": optimizer, "average": average}
 
 

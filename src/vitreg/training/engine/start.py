@@ -10,14 +10,14 @@ from pathlib import Path
 from typing import Any
 
 from vitreg.images import ImageSet, check_classes, open_image_set, open_split
-from vitreg.training.engine.config import TrainingConfig
-from vitreg.training.engine.trainer import OnLog, Training
 from vitreg.training.data.held_out import hold_out
-from vitreg.training.engine.memory import out_of_memory
-from vitreg.training.engine.distributed import Processes
-from vitreg.training.recipes.catalogue import config_from_dict
-from vitreg.training.engine.run_folder import RunFolder
 from vitreg.training.data.samples import default_workers
+from vitreg.training.engine.config import TrainingConfig
+from vitreg.training.engine.distributed import Distributed
+from vitreg.training.engine.memory import out_of_memory
+from vitreg.training.engine.run_folder import RunFolder
+from vitreg.training.engine.trainer import OnLog, Trainer
+from vitreg.training.recipes.catalogue import config_from_dict
 
 
 @dataclass(frozen=True)
@@ -60,7 +60,7 @@ def open_data(data: str | Path, val: str | Path | None = None, *, seed: int = 0,
         images, held_out = (images, held_out) if held_out is not None else hold_out(images, seed)
         return TrainingData(images, held_out, _place(data), None if val is None else _place(val))
 
-    return Processes.join(device).on_first(look)
+    return Distributed.join(device).on_rank_zero(look)
 
 
 def train(
@@ -94,7 +94,7 @@ def train(
     """
     if not config.model.name:
         config = dataclasses.replace(config, model=dataclasses.replace(config.model, name=Path(out).name))
-    processes, folder = Processes.join(device), RunFolder(out)
+    processes, folder = Distributed.join(device), RunFolder(out)
     try:
         if not isinstance(data, TrainingData):
             data = open_data(data, val, seed=config.seed, device=device)
@@ -105,7 +105,7 @@ def train(
             "classes": list(data.images.classes),
         }
         description = {**config.to_dict(), "data": source, "version": metadata.version("vitreg")}
-        processes.on_first(lambda: folder.create(description))
+        processes.on_rank_zero(lambda: folder.create(description))
         return _run(config, folder, data, processes, num_workers, on_log)
     finally:
         folder.release()
@@ -143,7 +143,7 @@ def resume(
         config, before = config_from_dict(description), description["data"]
     except (KeyError, TypeError) as error:
         raise ValueError(f"{folder.config} was changed ({error}); restore it from a copy") from error
-    processes = Processes.join(device)
+    processes = Distributed.join(device)
     try:
         opened = open_data(data or before["train"], val or before["val"], seed=config.seed, device=device)
         images = opened.images
@@ -152,7 +152,7 @@ def resume(
                 f"{images.source} has {len(images)} pictures of {len(images.classes)} classes; the run began with "
                 f"{before['num_images']} of {len(before['classes'])}; give the same pictures with --data"
             )
-        processes.on_first(folder.claim)
+        processes.on_rank_zero(folder.claim)
         return _run(config, folder, opened, processes, num_workers, on_log)
     finally:
         folder.release()
@@ -168,12 +168,12 @@ def _run(
     config: TrainingConfig,
     folder: RunFolder,
     data: TrainingData,
-    processes: Processes,
+    processes: Distributed,
     num_workers: int | None,
     on_log: OnLog | None,
 ) -> bool:
     workers = default_workers(processes) if num_workers is None else num_workers
-    with out_of_memory(config.batch_size // (processes.world * config.accumulation)), processes.together():
-        training = Training(config, folder, data.images, data.held_out, processes, num_workers=workers, on_log=on_log)
-        training.restore()
-        return training.run()
+    with out_of_memory(config.batch_size // (processes.world * config.accumulation)), processes.peer_failures():
+        trainer = Trainer(config, folder, data.images, data.held_out, processes, num_workers=workers, on_log=on_log)
+        trainer.restore()
+        return trainer.run()

@@ -7,7 +7,7 @@ import torch
 
 from vitreg.model import VisionTransformer
 from vitreg.model.block import Subset
-from vitreg.training.engine.distributed import Processes
+from vitreg.training.engine.distributed import Distributed
 
 
 class StochasticDepth:
@@ -26,7 +26,7 @@ class StochasticDepth:
         processes: who takes part.
     """
 
-    def __init__(self, rate: float, depth: int, processes: Processes) -> None:
+    def __init__(self, rate: float, depth: int, processes: Distributed) -> None:
         self.rate, self.depth, self.rank, self.world = rate, depth, processes.rank, processes.world
 
     def __call__(self, batch: int, device: torch.device) -> list[tuple[Subset, Subset]]:
@@ -54,7 +54,7 @@ class StochasticDepth:
         return (images, 1 / kept) if len(images) else (np.zeros(1, np.int64), 0.0)
 
 
-def add_stochastic_depth(vit: VisionTransformer, rate: float, processes: Processes) -> None:
+def add_stochastic_depth(vit: VisionTransformer, rate: float, processes: Distributed) -> None:
     """The same rate in every block, as DeiT-III and DINOv2 have it."""
     if rate:
         vit.stochastic_depth = StochasticDepth(rate, vit.config.depth, processes)

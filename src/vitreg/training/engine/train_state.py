@@ -12,19 +12,19 @@ from torch.nn.parallel import DistributedDataParallel
 
 from vitreg.checkpoints.state import build
 from vitreg.model import Block, VisionTransformer
-from vitreg.training.engine.ema import Average
 from vitreg.training.engine.config import TrainingConfig
-from vitreg.training.engine.method import Batch, Companions, Method
+from vitreg.training.engine.distributed import Distributed, distribute, full_tensor, local_tensor
+from vitreg.training.engine.ema import WeightEma
+from vitreg.training.engine.method import Batch, ExtraModules, Method
 from vitreg.training.engine.optimizer import build_optimizer, set_schedules
-from vitreg.training.engine.distributed import Processes, distribute, local, whole
 from vitreg.training.engine.randomness import fixed_randomness, seed_step
 from vitreg.training.engine.stochastic_depth import add_stochastic_depth
 
-Product = tuple[VisionTransformer, Companions]
+Product = tuple[VisionTransformer, ExtraModules]
 """A model, and the weights of what is saved beside it."""
 
 
-class Learner:
+class TrainState:
     """The method, spread over the processes, its optimizer and its averaged weights.
 
     Args:
@@ -38,11 +38,11 @@ class Learner:
         ValueError: settings that do not go together.
     """
 
-    def __init__(self, config: TrainingConfig, processes: Processes) -> None:
+    def __init__(self, config: TrainingConfig, processes: Distributed) -> None:
         self.config, self.processes = config, processes
         with fixed_randomness(config.seed):
             self.method: Method = config.method.build(config.model)
-        if config.ema_decay and (self.method.product is not self.method.vit or self.method.companions()):
+        if config.ema_decay and (self.method.export_model is not self.method.vit or self.method.extra_modules()):
             raise ValueError(
                 f"ema_decay is for models that are saved alone, without a teacher; leave it 0 for {config.recipe}"
             )
@@ -54,7 +54,7 @@ class Learner:
             block.compile()
         self.model = distribute(self.method, processes, config.sharding, config.half)
         self.optimizer = build_optimizer(self.method, config.optimizer)
-        self.average = Average(self.method.vit, config.ema_decay) if config.ema_decay else None
+        self.ema = WeightEma(self.method.vit, config.ema_decay) if config.ema_decay else None
         self.step = 0
 
     def advance(self, batches: Iterable[Batch]) -> dict[str, Tensor | float]:
@@ -77,13 +77,13 @@ class Learner:
                 logged[name] = logged.get(name, 0) + value / config.accumulation
         if config.optimizer.clip_norm is not None:
             trained = [p for p in self.method.parameters() if p.grad is not None]
-            logged["gradient_norm"] = whole(torch.nn.utils.clip_grad_norm_(trained, config.optimizer.clip_norm))
+            logged["gradient_norm"] = full_tensor(torch.nn.utils.clip_grad_norm_(trained, config.optimizer.clip_norm))
         self.optimizer.step()
         self.optimizer.zero_grad(set_to_none=True)
         self.step += 1
         self.method.after_step(self.step / config.num_steps)
-        if self.average is not None:
-            self.average.update(self.method.vit, self.step)
+        if self.ema is not None:
+            self.ema.update(self.method.vit, self.step)
         return logged
 
     def _backward(self, batch: Batch, micro: int, progress: float) -> dict[str, Tensor]:
@@ -103,25 +103,25 @@ class Learner:
 
     def is_finite(self) -> bool:
         """Whether all weights are numbers; every process has to ask."""
-        bad = sum((~torch.isfinite(local(p))).any().float() for p in self.method.parameters())
+        bad = sum((~torch.isfinite(local_tensor(p))).any().float() for p in self.method.parameters())
         return not self.processes.mean(torch.as_tensor(bad))
 
-    def product(self) -> Product | None:
+    def export_model(self) -> Product | None:
         """The model as it would be saved, on the CPU of the first process; every process has to ask."""
-        state = self.method.product.state_dict() | ({} if self.average is None else self.average.tensors)
-        modules = self.method.companions().items()
+        state = self.method.export_model.state_dict() | ({} if self.ema is None else self.ema.tensors)
+        modules = self.method.extra_modules().items()
         gathered = self.processes.gather(state)
-        companions = {name: self.processes.gather(module.state_dict()) for name, module in modules}
-        if not self.processes.first:
+        extra_modules = {name: self.processes.gather(module.state_dict()) for name, module in modules}
+        if not self.processes.is_rank_zero:
             return None
-        return build(self.config.model, gathered, "the model in training").requires_grad_(False), companions
+        return build(self.config.model, gathered, "the model in training").requires_grad_(False), extra_modules
 
 
 @torch.no_grad()
 def _start_layer_scale(method: nn.Module, value: float) -> None:
     """In a teacher, too, which is to start as the student does."""
     for block in _blocks(method):
-        for scale in (block.scale1, block.scale2):
+        for scale in (block.ls1, block.ls2):
             if scale is not None:
                 scale.fill_(value)
 

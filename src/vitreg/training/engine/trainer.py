@@ -8,20 +8,20 @@ from collections.abc import Callable, Iterator
 from typing import Any
 
 from vitreg.images import ImageSet
-from vitreg.training.engine.config import TrainingConfig
-from vitreg.training.engine.run_logger import Journal, not_finite
-from vitreg.training.engine.train_state import Learner, Product
-from vitreg.training.engine.distributed import Processes
-from vitreg.training.engine.run_folder import RunFolder
 from vitreg.training.data.samples import SampleStream, fetch, worker_deaths
+from vitreg.training.engine.config import TrainingConfig
+from vitreg.training.engine.distributed import Distributed
+from vitreg.training.engine.held_out_diagnosis import HeldOutDiagnosis
+from vitreg.training.engine.run_folder import RunFolder
+from vitreg.training.engine.run_logger import RunLogger, not_finite
 from vitreg.training.engine.snapshots import last_good, latest_snapshot, load_snapshot, save_snapshot
-from vitreg.training.engine.held_out_diagnosis import Watch
+from vitreg.training.engine.train_state import Product, TrainState
 
 OnLog = Callable[[dict[str, Any]], None]
 """Called on the first process, every `log_every` steps, with what is logged; and with what is diagnosed."""
 
 
-class Training:
+class Trainer:
     """A run in progress.
 
     Args:
@@ -43,7 +43,7 @@ class Training:
         folder: RunFolder,
         images: ImageSet,
         held_out: ImageSet,
-        processes: Processes,
+        processes: Distributed,
         *,
         num_workers: int,
         on_log: OnLog | None = None,
@@ -58,11 +58,11 @@ class Training:
             raise ValueError(f"{images.source} has {len(images)} pictures, fewer than a batch of {config.batch_size}")
         self.config, self.folder, self.processes = config, folder, processes
         self._num_workers = num_workers
-        self.stream = SampleStream(images, config.method.views(config.model, images), config.seed)
-        self.journal = Journal(config, folder, processes, on_log)
-        self.learner = Learner(config, processes)
-        self.watch = Watch(config, held_out, processes.device)
-        processes.on_first(lambda: self.watch.read(config.model.preprocess))
+        self.stream = SampleStream(images, config.method.augmentation(config.model, images), config.seed)
+        self.logger = RunLogger(config, folder, processes, on_log)
+        self.state = TrainState(config, processes)
+        self.held_out_diagnosis = HeldOutDiagnosis(config, held_out, processes.device)
+        processes.on_rank_zero(lambda: self.held_out_diagnosis.read(config.model.preprocess))
         self._stopped = False
 
     def restore(self) -> None:
@@ -72,8 +72,8 @@ class Training:
             ValueError: the checkpoint is damaged or of another model.
         """
         if (snapshot := latest_snapshot(self.folder.checkpoints)) is not None:
-            load_snapshot(snapshot, self.learner)
-        self.processes.on_first(lambda: self.folder.forget_after(self.learner.step))
+            load_snapshot(snapshot, self.state)
+        self.processes.on_rank_zero(lambda: self.folder.forget_after(self.state.step))
 
     def run(self) -> bool:
         """Train to the end; False where it was interrupted, after a checkpoint.
@@ -81,42 +81,42 @@ class Training:
         Raises:
             ValueError: the loss is not a number, memory or disk is full, picture after picture cannot be read.
         """
-        config, learner = self.config, self.learner
+        config, state = self.config, self.state
         fetched = fetch(
             self.stream,
             self.processes,
             batch_size=config.batch_size,
             accumulation=config.accumulation,
-            steps=range(learner.step, config.num_steps),
+            steps=range(state.step, config.num_steps),
             num_workers=self._num_workers,
         )
-        with self._interruptible(), worker_deaths(), contextlib.closing(fetched), self.journal.open(learner.step):
-            while learner.step < config.num_steps:
+        with self._interruptible(), worker_deaths(), contextlib.closing(fetched), self.logger.open(state.step):
+            while state.step < config.num_steps:
                 batches = []
                 for _ in range(config.accumulation):
                     batch, skipped = next(fetched)
-                    self.journal.skip(skipped)
+                    self.logger.skip(skipped)
                     batches.append(batch)
-                logged = learner.advance(batches)
-                self.journal.note(learner.step, logged)
+                logged = state.advance(batches)
+                self.logger.note(state.step, logged)
                 if self._pause():
                     return False
         return True
 
     def _pause(self) -> bool:
         """What is due after a step; returns whether to stop before the end."""
-        step, config = self.learner.step, self.config
+        step, config = self.state.step, self.config
         done = step == config.num_steps
         saved = done or step % config.checkpoint_every == 0
         watched = done or (config.diagnose_every > 0 and step % config.diagnose_every == 0)
         stop = False
-        # Processes have to agree on stopping, so several of them do it where they meet anyway.
+        # Distributed have to agree on stopping, so several of them do it where they meet anyway.
         if saved or watched or step % config.log_every == 0 or (self._stopped and self.processes.world == 1):
-            stop = self.journal.flush(self._stopped)
+            stop = self.logger.flush(self._stopped)
         if watched or saved or stop:
-            if not self.learner.is_finite():
+            if not self.state.is_finite():
                 raise not_finite(f"weights are not finite after step {step}", self.folder)
-            product = self.learner.product()
+            product = self.state.export_model()
             if watched:
                 self.diagnose(product)
             if saved or stop:
@@ -135,10 +135,10 @@ class Training:
 
         def save() -> None:
             assert product is not None
-            self.journal.save(self.learner.method, *product)
+            self.logger.save(self.state.method, *product)
 
-        self.processes.on_first(save)
-        save_snapshot(self.folder.checkpoints, self.learner)
+        self.processes.on_rank_zero(save)
+        save_snapshot(self.folder.checkpoints, self.state)
 
     def diagnose(self, product: Product | None) -> None:
         """Look at held-out pictures and note what is seen.
@@ -146,22 +146,24 @@ class Training:
         Raises:
             ValueError: the model's tokens are not finite, or what is seen cannot be written.
         """
-        step = self.learner.step
+        step = self.state.step
 
         def look() -> None:
             assert product is not None
-            vit, companions = product
+            vit, extra_modules = product
             vit.to(self.processes.device)
             try:
-                found = self.watch.look(self.learner.method, vit, companions, final=step == self.config.num_steps)
+                found = self.held_out_diagnosis.look(
+                    self.state.method, vit, extra_modules, final=step == self.config.num_steps
+                )
             except ValueError as error:
                 raise ValueError(
                     f"cannot diagnose step {step}: {error}; {last_good(self.folder.checkpoints)}"
                 ) from error
             vit.cpu()
-            self.journal.diagnosed(step, found)
+            self.logger.diagnosed(step, found)
 
-        self.processes.on_first(look)
+        self.processes.on_rank_zero(look)
 
     @contextlib.contextmanager
     def _interruptible(self) -> Iterator[None]:

@@ -12,12 +12,12 @@ from collections.abc import Callable
 from typing import Any
 
 from vitreg.model import ViTConfig
-from vitreg.training.engine.config import OptimizerConfig, TrainingConfig
-from vitreg.training.recipes.clip import ContrastiveConfig
 from vitreg.training.data.multi_crop import MultiCropConfig
-from vitreg.training.recipes.dinov2 import SelfDistillationConfig
+from vitreg.training.engine.config import OptimizerConfig, TrainingConfig
+from vitreg.training.recipes.clip import CLIPConfig
+from vitreg.training.recipes.deit3 import DeiT3Config
+from vitreg.training.recipes.dinov2 import DINOv2Config
 from vitreg.training.recipes.sizes import Size, sized
-from vitreg.training.recipes.deit3 import SupervisedConfig
 
 
 def deit3(
@@ -32,7 +32,7 @@ def deit3(
     epochs: int | float | None = None,
     smoke: bool = False,
 ) -> TrainingConfig:
-    """Supervised, as DeiT-III (arXiv 2204.07118, table 1, ImageNet-1k column; github.com/facebookresearch/deit).
+    """DeiT3, as DeiT-III (arXiv 2204.07118, table 1, ImageNet-1k column; github.com/facebookresearch/deit).
 
     3-Augment, mixup or CutMix, binary cross-entropy, LAMB 3e-3 at batch size 2048, LayerScale, stochastic depth.
     Repeated augmentation is left out; pictures are mixed in pairs, each pair in its own way, instead of a whole batch
@@ -67,7 +67,7 @@ def deit3(
     return TrainingConfig(
         recipe="deit3",
         model=model,
-        method=SupervisedConfig(**gentle, loss="ce", smoothing=0.1) if smoke else SupervisedConfig(),
+        method=DeiT3Config(**gentle, loss="ce", smoothing=0.1) if smoke else DeiT3Config(),
         optimizer=OptimizerConfig(
             name="lamb",
             lr=1e-2 if smoke else 3e-3 * math.sqrt(batch_size / 2048),
@@ -98,7 +98,7 @@ def dinov2(
 ) -> TrainingConfig:
     """Self-supervised, as DINOv2 (arXiv 2304.07193; `dinov2/configs/train/vitl14.yaml`): the paper's main training.
 
-    DINO, iBOT with a head of its own, KoLeo 0.1, Sinkhorn centring, two crops of 224 and eight of 98 pixels, teacher
+    DINO, iBOT with a head of its own, KoLeo 0.1, SinkhornKnopp centring, two crops of 224 and eight of 98 pixels, teacher
     momentum 0.994 to 1, weight decay 0.04 to 0.2, AdamW 2e-4 at batch size 1024 (by the square root for others). The
     teacher is what is saved. Labels are not used.
 
@@ -125,7 +125,7 @@ def dinov2(
     return TrainingConfig(
         recipe="dinov2",
         model=sized(size, patch_size=patch_size, image_size=image_size, num_registers=num_registers, layer_scale=True),
-        method=SelfDistillationConfig(
+        method=DINOv2Config(
             crops=crops,
             teacher_temperature=(0.03, 0.03) if smoke else (0.04, 0.07),
             teacher_momentum=0.98 if smoke else 0.994,
@@ -185,7 +185,7 @@ def clip(
     batch_size = batch_size or 4096
     steps_per_epoch = num_images / batch_size
     num_steps = math.ceil((epochs or 32) * steps_per_epoch)
-    method = ContrastiveConfig.sized(size, **({"min_scale": 0.5, "flip": 0.5} if smoke else {}))
+    method = CLIPConfig.sized(size, **({"min_scale": 0.5, "flip": 0.5} if smoke else {}))
     return TrainingConfig(
         recipe="clip",
         model=sized(
@@ -216,7 +216,7 @@ def clip(
 
 RECIPES: dict[str, Callable[..., TrainingConfig]] = {"deit3": deit3, "dinov2": dinov2, "clip": clip}
 
-_METHODS = {"deit3": SupervisedConfig, "dinov2": SelfDistillationConfig, "clip": ContrastiveConfig}
+_METHODS = {"deit3": DeiT3Config, "dinov2": DINOv2Config, "clip": CLIPConfig}
 
 
 def _above_zero(**given: int | float | None) -> None:

@@ -14,12 +14,12 @@ from torch import Tensor, nn
 from vitreg.checkpoints.text_tower import TextTower
 from vitreg.images import ImageSet
 from vitreg.model import VisionTransformer, ViTConfig
-from vitreg.training.data.captions import CaptionViews, check_captions
+from vitreg.training.data.captions import CaptionAugmentation, check_captions
 from vitreg.training.engine.config import MethodConfig
-from vitreg.training.engine.method import Batch, Companions, Method
+from vitreg.training.engine.method import Batch, ExtraModules, Method
+from vitreg.training.engine.throughput import block_flops, forward_flops
 from vitreg.training.recipes.retrieval import retrieval
 from vitreg.training.recipes.sizes import Size
-from vitreg.training.engine.throughput import block_flops, forward_flops
 
 # Width (and width of the common space), layers, heads, context length. From tiny on those of open_clip's ViT-S-16-alt,
 # ViT-S-16, ViT-B-16, ViT-L-14, ViT-H-14 and ViT-g-14.
@@ -35,7 +35,7 @@ TEXT_SIZES: dict[str, tuple[int, int, int, int]] = {
 
 
 @dataclass(frozen=True)
-class ContrastiveConfig(MethodConfig):
+class CLIPConfig(MethodConfig):
     """CLIP's text tower and augmentation; `num_classes` of the model is the width of the common space.
 
     Attributes:
@@ -61,7 +61,7 @@ class ContrastiveConfig(MethodConfig):
             raise ValueError(f"min_scale {self.min_scale} must be above 0, flip {self.flip} at least 0, both at most 1")
 
     @classmethod
-    def sized(cls, size: Size, **fields: Any) -> ContrastiveConfig:
+    def sized(cls, size: Size, **fields: Any) -> CLIPConfig:
         """The one that goes with a size of the model; the model's `num_classes` is to be the `text_width`.
 
         Args:
@@ -76,30 +76,30 @@ class ContrastiveConfig(MethodConfig):
         names = ("text_width", "text_layers", "text_heads", "context_length")
         return cls(**(dict(zip(names, TEXT_SIZES[size], strict=True)) | fields))
 
-    def build(self, model: ViTConfig) -> Contrastive:
+    def build(self, model: ViTConfig) -> CLIP:
         """The method, with freshly initialised towers.
 
         Raises:
             ValueError: the model has no projection, or open_clip is not installed.
         """
-        return Contrastive(model, self)
+        return CLIP(model, self)
 
     def flops(self, model: ViTConfig, kept: float) -> float:
         """Those of both towers, each caption of full length."""
         text = self.text_layers * block_flops(self.context_length, self.text_width, 8 * self.text_width)
         return 3 * (forward_flops(model, model.grid, kept) + text)
 
-    def views(self, model: ViTConfig, images: ImageSet) -> CaptionViews:
+    def augmentation(self, model: ViTConfig, images: ImageSet) -> CaptionAugmentation:
         """One caption and one crop of a picture at a time.
 
         Raises:
             ValueError: there are pictures without a caption.
         """
         check_captions(images)
-        return CaptionViews(model, context_length=self.context_length, min_scale=self.min_scale, flip=self.flip)
+        return CaptionAugmentation(model, context_length=self.context_length, min_scale=self.min_scale, flip=self.flip)
 
 
-class Contrastive(Method):
+class CLIP(Method):
     """An image and a text tower under open_clip's loss (Radford et al., arXiv 2103.00020, figure 3).
 
     Every picture is compared with the captions of all processes; their gradients' mean is that of one process with the
@@ -113,7 +113,7 @@ class Contrastive(Method):
         ValueError: the model has no projection, or open_clip is not installed.
     """
 
-    def __init__(self, model: ViTConfig, config: ContrastiveConfig) -> None:
+    def __init__(self, model: ViTConfig, config: CLIPConfig) -> None:
         super().__init__()
         if not model.num_classes:
             raise ValueError(
@@ -151,13 +151,13 @@ class Contrastive(Method):
         """Logits are at most 100 cosines, as in open_clip (`train.py`)."""
         self.text.logit_scale.clamp_(0, math.log(100))
 
-    def companions(self) -> dict[str, nn.Module]:
+    def extra_modules(self) -> dict[str, nn.Module]:
         """The text tower, for `load_text_tower`."""
         return {"text": self.text}
 
     def evaluate(
-        self, vit: VisionTransformer, companions: Companions, images: ImageSet, batch_size: int
+        self, vit: VisionTransformer, extra_modules: ExtraModules, images: ImageSet, batch_size: int
     ) -> dict[str, float]:
         """Retrieval: `image_to_text_r1`, `_r5`, `text_to_image_r1`, `_r5` in percent."""
-        tower = TextTower.from_state(self.text.options, companions["text"]).to(next(vit.parameters()).device)
+        tower = TextTower.from_state(self.text.options, extra_modules["text"]).to(next(vit.parameters()).device)
         return retrieval(vit, tower, images, batch_size)

@@ -1,4 +1,4 @@
-"""Supervised training as in DeiT-III: 3-Augment, mixup or CutMix, one binary cross-entropy per class."""
+"""DeiT3 training as in DeiT-III: 3-Augment, mixup or CutMix, one binary cross-entropy per class."""
 
 from __future__ import annotations
 
@@ -12,14 +12,14 @@ from torchvision.transforms import v2
 
 from vitreg.images import ImageSet
 from vitreg.model import Preprocess, VisionTransformer, ViTConfig
-from vitreg.training.engine.config import MethodConfig
 from vitreg.training.data.held_out import stream_pictures
-from vitreg.training.engine.method import Batch, Companions, Method, Sample, Views
+from vitreg.training.engine.config import MethodConfig
+from vitreg.training.engine.method import Augmentation, Batch, ExtraModules, Method, Sample
 from vitreg.training.engine.throughput import forward_flops
 
 
 @dataclass(frozen=True)
-class SupervisedConfig(MethodConfig):
+class DeiT3Config(MethodConfig):
     """DeiT-III's training signal ("DeiT III: Revenge of the ViT", arXiv 2204.07118, and its repository).
 
     Attributes:
@@ -45,15 +45,15 @@ class SupervisedConfig(MethodConfig):
         if self.loss == "bce" and self.smoothing:
             raise ValueError("smoothing would make every class a target of bce; leave it at 0, or choose loss ce")
 
-    def build(self, model: ViTConfig) -> Supervised:
+    def build(self, model: ViTConfig) -> DeiT3:
         """A classifier."""
-        return Supervised(self, model)
+        return DeiT3(self, model)
 
     def flops(self, model: ViTConfig, kept: float) -> float:
         """Those of the model; its head is too small to count."""
         return 3 * forward_flops(model, model.grid, kept)
 
-    def views(self, model: ViTConfig, images: ImageSet) -> SupervisedViews:
+    def augmentation(self, model: ViTConfig, images: ImageSet) -> DeiT3Augmentation:
         """Augmented pictures with soft targets.
 
         Raises:
@@ -66,17 +66,17 @@ class SupervisedConfig(MethodConfig):
                 f"{images.source} has {len(images.classes)} classes, the model {model.num_classes}; "
                 f"train on the set that the run began with"
             )
-        return SupervisedViews(self, model.preprocess, model.num_classes)
+        return DeiT3Augmentation(self, model.preprocess, model.num_classes)
 
 
-class SupervisedViews(Views):
+class DeiT3Augmentation(Augmentation):
     """3-Augment of each picture (timm's "3a" policy), then mixup or CutMix of neighbours (timm's `Mixup`).
 
     Pictures 2i and 2i + 1 of the order are mixed, each pair in its own way, so that it does not matter how a batch is
     split over processes.
     """
 
-    def __init__(self, config: SupervisedConfig, preprocess: Preprocess, num_classes: int) -> None:
+    def __init__(self, config: DeiT3Config, preprocess: Preprocess, num_classes: int) -> None:
         from timm.data.auto_augment import auto_augment_transform
         from timm.data.mixup import Mixup
 
@@ -118,10 +118,10 @@ class SupervisedViews(Views):
         return {"image": images, "target": target}
 
 
-class Supervised(Method):
+class DeiT3(Method):
     """A Vision Transformer with a linear classifier on its pooled feature, which registers never reach."""
 
-    def __init__(self, config: SupervisedConfig, model: ViTConfig) -> None:
+    def __init__(self, config: DeiT3Config, model: ViTConfig) -> None:
         super().__init__()
         from timm.loss.binary_cross_entropy import BinaryCrossEntropy
         from timm.loss.cross_entropy import SoftTargetCrossEntropy
@@ -136,7 +136,7 @@ class Supervised(Method):
 
     @torch.inference_mode()
     def evaluate(
-        self, vit: VisionTransformer, companions: Companions, images: ImageSet, batch_size: int
+        self, vit: VisionTransformer, extra_modules: ExtraModules, images: ImageSet, batch_size: int
     ) -> dict[str, float]:
         """`top1`: per cent of the pictures whose class has the largest logit."""
         if images.labels is None:

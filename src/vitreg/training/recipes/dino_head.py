@@ -8,7 +8,7 @@ from jaxtyping import Float
 from torch import Tensor, nn
 
 
-class PrototypeHead(nn.Module):
+class DINOHead(nn.Module):
     """An MLP, then the cosine to every prototype (DINO, arXiv 2104.14294, appendix C, with a normalised last layer).
 
     The same function as lightly's `DINOProjectionHead`, whose `weight_norm` keeps a derived tensor on the module, so

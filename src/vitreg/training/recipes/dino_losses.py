@@ -18,7 +18,7 @@ CENTER_MOMENTUM = 0.9
 SINKHORN_ITERATIONS = 3
 
 
-class Sinkhorn(nn.Module):
+class SinkhornKnopp(nn.Module):
     """Targets in which all prototypes are used equally often (SwAV, arXiv 2006.09882; DINOv2, section 4).
 
     Three rounds of Sinkhorn-Knopp on `exp(cosines / temperature)` over the global batch. The matrix stays as it is, and
@@ -62,7 +62,7 @@ class MeanCentering(nn.Module):
         return targets
 
 
-def view_loss(
+def dino_loss(
     student: Float[Tensor, "B V K"], targets: Float[Tensor, "B 2 K"], temperature: float
 ) -> Float[Tensor, ""]:
     """The loss of DINO: the mean cross-entropy over all pairs of a teacher's view and another view of the same picture.
@@ -81,7 +81,7 @@ def view_loss(
     return total / (num_pictures * 2 * (num_views - 1))
 
 
-def patch_loss(
+def ibot_loss(
     student: Float[Tensor, "M K"], targets: Float[Tensor, "M K"], weights: Float[Tensor, " M"], temperature: float
 ) -> Float[Tensor, ""]:
     """The loss of iBOT (arXiv 2111.07832): the mean over a crop's hidden patches, then over crops.
@@ -118,7 +118,7 @@ def entropies(targets: Float[Tensor, "M K"]) -> tuple[Float[Tensor, ""], Float[T
 
     Their difference is how much a target tells of its picture. It is 0 in both kinds of collapse: where all pictures
     get the same prototype, both are 0; where every target is uniform, both are 1. Training goes well while the second
-    stays near 1 and the first far below it. Sinkhorn keeps the second high whatever happens, so that there a
+    stays near 1 and the first far below it. SinkhornKnopp keeps the second high whatever happens, so that there a
     collapse shows in the first, which rises to 1.
     """
     largest = math.log(targets.shape[1])

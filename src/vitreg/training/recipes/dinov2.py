@@ -12,24 +12,24 @@ from torch import Tensor, nn
 
 from vitreg.images import ImageSet
 from vitreg.model import Masked, Tokens, VisionTransformer, ViTConfig
-from vitreg.training.engine.ema import follow
+from vitreg.training.data.multi_crop import MultiCrop, MultiCropConfig
 from vitreg.training.engine.config import MethodConfig
+from vitreg.training.engine.ema import ema_update
+from vitreg.training.engine.method import Batch, Method
+from vitreg.training.engine.throughput import forward_flops
+from vitreg.training.recipes.dino_head import DINOHead
 from vitreg.training.recipes.dino_losses import (
     MeanCentering,
-    Sinkhorn,
+    SinkhornKnopp,
+    dino_loss,
     entropies,
     gather_features,
-    patch_loss,
-    view_loss,
+    ibot_loss,
 )
-from vitreg.training.engine.method import Batch, Method
-from vitreg.training.data.multi_crop import MultiCrop, MultiCropConfig
-from vitreg.training.recipes.dino_head import PrototypeHead
-from vitreg.training.engine.throughput import forward_flops
 
 
 @dataclass(frozen=True)
-class SelfDistillationConfig(MethodConfig):
+class DINOv2Config(MethodConfig):
     """DINOv2's settings (`dinov2/configs/ssl_default_config.yaml` and `train/vitl14.yaml`).
 
     Attributes:
@@ -67,17 +67,17 @@ class SelfDistillationConfig(MethodConfig):
             raise ValueError(f"teacher_temperature is {self.teacher_temperature}; below 0.025 float32 does not reach")
 
     @classmethod
-    def from_dict(cls, values: dict[str, Any]) -> SelfDistillationConfig:
+    def from_dict(cls, values: dict[str, Any]) -> DINOv2Config:
         """The inverse of `dataclasses.asdict`, from JSON."""
         return super().from_dict(values | {"crops": MultiCropConfig.from_dict(values["crops"])})
 
-    def build(self, model: ViTConfig) -> SelfDistillation:
+    def build(self, model: ViTConfig) -> DINOv2:
         """Student and teacher, equal at the start.
 
         Raises:
             ValueError: the model has no class token, or has a head, which nothing would train; or lightly is missing.
         """
-        return SelfDistillation(model, self)
+        return DINOv2(model, self)
 
     def flops(self, model: ViTConfig, kept: float) -> float:
         """Those of student, teacher and heads, with as many hidden patches as are to be expected."""
@@ -90,12 +90,12 @@ class SelfDistillationConfig(MethodConfig):
         head = 2 * (hidden_dim * (model.embed_dim + hidden_dim + bottleneck_dim) + bottleneck_dim * self.num_prototypes)
         return 3 * (student + (2 + crops.num_local + hidden) * head) + teacher + (2 + hidden) * head
 
-    def views(self, model: ViTConfig, images: ImageSet) -> MultiCrop:
+    def augmentation(self, model: ViTConfig, images: ImageSet) -> MultiCrop:
         """The crops; labels are not needed."""
         return MultiCrop(model, self.crops)
 
 
-class SelfDistillation(Method):
+class DINOv2(Method):
     """A student that is taught by the moving average of itself (`dinov2/train/ssl_meta_arch.py`).
 
     The teacher sees two large crops of a picture. The student sees these, with patches hidden in half of them, and
@@ -113,7 +113,7 @@ class SelfDistillation(Method):
         teacher_heads: the teacher's.
     """
 
-    def __init__(self, model: ViTConfig, config: SelfDistillationConfig) -> None:
+    def __init__(self, model: ViTConfig, config: DINOv2Config) -> None:
         super().__init__()
         if model.num_classes or not model.class_token:
             raise ValueError(
@@ -128,15 +128,15 @@ class SelfDistillation(Method):
         self.vit = VisionTransformer(model)
         self.mask_token = nn.Parameter(torch.zeros(model.embed_dim))
         shape = model.embed_dim, config.hidden_dim, config.bottleneck_dim, config.num_prototypes
-        self.heads = nn.ModuleList(PrototypeHead(*shape) for _ in range(1 + config.separate_heads))
+        self.heads = nn.ModuleList(DINOHead(*shape) for _ in range(1 + config.separate_heads))
         self.teacher_vit = copy.deepcopy(self.vit).requires_grad_(False).eval()
         self.teacher_heads = copy.deepcopy(self.heads).requires_grad_(False)
         sinkhorn = config.centering == "sinkhorn"
-        self.center_views = Sinkhorn() if sinkhorn else MeanCentering(config.num_prototypes)
-        self.center_patches = Sinkhorn() if sinkhorn else MeanCentering(config.num_prototypes)
+        self.center_views = SinkhornKnopp() if sinkhorn else MeanCentering(config.num_prototypes)
+        self.center_patches = SinkhornKnopp() if sinkhorn else MeanCentering(config.num_prototypes)
         self.koleo = KoLeoLoss()
 
-    def train(self, mode: bool = True) -> SelfDistillation:
+    def train(self, mode: bool = True) -> DINOv2:
         """The teacher stays in evaluation mode: its targets have no stochastic depth."""
         super().train(mode)
         self.teacher_vit.eval()
@@ -155,8 +155,8 @@ class SelfDistillation(Method):
         view_outputs = self.heads[0](torch.cat([large_cls, small_cls], dim=1), frozen=frozen)
         patch_outputs = self.heads[-1](_some(large, hidden), frozen=frozen)
         with _float32(views):
-            dino = view_loss(view_outputs, targets, config.student_temperature)
-            ibot = patch_loss(patch_outputs, patch_targets, batch["hidden_weight"], config.student_temperature)
+            dino = dino_loss(view_outputs, targets, config.student_temperature)
+            ibot = ibot_loss(patch_outputs, patch_targets, batch["hidden_weight"], config.student_temperature)
             # View by view: crops of one picture are meant to be close.
             koleo = torch.stack([self.koleo(gather_features(view.float())) for view in large_cls.unbind(1)]).sum()
             teacher_entropy, marginal_entropy = entropies(targets.flatten(0, 1))
@@ -194,10 +194,10 @@ class SelfDistillation(Method):
         """Move the teacher towards the student."""
         teacher = [*self.teacher_vit.parameters(), *self.teacher_heads.parameters()]
         student = [*self.vit.parameters(), *self.heads.parameters()]
-        follow(teacher, student, self.teacher_momentum(progress))
+        ema_update(teacher, student, self.teacher_momentum(progress))
 
     @property
-    def product(self) -> VisionTransformer:
+    def export_model(self) -> VisionTransformer:
         """The teacher."""
         return self.teacher_vit
 

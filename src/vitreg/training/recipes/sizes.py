@@ -40,7 +40,7 @@ def sized(size: Size, *, patch_size: int, image_size: int, num_registers: int, *
         raise ValueError(f"image size {image_size} is not a multiple of the patch size {patch_size}")
     width, depth, heads, hidden = SIZES[size]
     swiglu = {"gated_mlp": True, "activation": "silu"} if size == "giant" else {}
-    preprocess = Preprocess(size=(image_size, image_size), crop_fraction=1.0, multiple_of=patch_size)
+    preprocess = Preprocess(size=(image_size, image_size), crop_pct=1.0, multiple_of=patch_size)
     return ViTConfig(
         **{
             "embed_dim": width,

@@ -1,0 +1,1 @@
+"""Scores, answers that are kept, and tables."""

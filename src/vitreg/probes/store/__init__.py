@@ -1,0 +1,1 @@
+"""What a feature pass keeps, and reading it back."""

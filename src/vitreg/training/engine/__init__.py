@@ -1,0 +1,1 @@
+"""The loop that all recipes share: state, optimizer, processes, checkpoints, logs."""
