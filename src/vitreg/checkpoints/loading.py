@@ -26,6 +26,7 @@ from vitreg.checkpoints.names import empty_model, unknown_name
 from vitreg.checkpoints.saving import config_from_metadata
 from vitreg.checkpoints.state import CheckpointError, build
 from vitreg.common.devices import resolve_device
+from vitreg.common.renamed import current_tensors
 from vitreg.model import Preprocess, VisionTransformer
 
 
@@ -99,7 +100,7 @@ def _named(vit: VisionTransformer, name: str) -> VisionTransformer:
 def _from_file(path: Path, architecture: str | None, name: str) -> VisionTransformer:
     state, metadata = read_weights(path)
     if (config := config_from_metadata(metadata)) is not None:
-        vit = build(config, state, str(path))
+        vit = build(config, current_tensors(state), str(path))
         return vit if config.name else _named(vit, name)
     named = _architecture_of(name)
     if named is None or registry.find(named) is None:  # a short name also says whose position rule it is

@@ -6,6 +6,7 @@ import dataclasses
 from dataclasses import dataclass, field
 from typing import Any, Literal
 
+from vitreg.common.renamed import current_fields
 from vitreg.model.preprocess import Preprocess
 
 
@@ -220,14 +221,14 @@ class ViTConfig:
         Raises:
             ValueError: a key is unknown, as in a file of a newer vitreg.
         """
+        values = current_fields(values)
         known = {f.name for f in dataclasses.fields(cls)}
         if unknown := sorted(set(values) - known):
             raise ValueError(
                 f"unknown ViTConfig keys {unknown[:5]}: the file is from a newer vitreg, upgrade to read it"
             )
-        values = dict(values)
         values["position_interpolation"] = PositionInterpolation(**values["position_interpolation"])
-        values["preprocess"] = Preprocess(**_tuples(values["preprocess"]))
+        values["preprocess"] = Preprocess(**_tuples(current_fields(values["preprocess"])))
         if values.get("rope"):
             values["rope"] = RopeConfig(**_tuples(values["rope"]))
         values["register_neurons"] = [tuple(neuron) for neuron in values.get("register_neurons", ())]

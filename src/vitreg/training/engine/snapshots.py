@@ -16,6 +16,7 @@ from torch.distributed.checkpoint.state_dict_loader import load
 from torch.distributed.checkpoint.state_dict_saver import save
 
 from vitreg.common.disk import put_in_place, writing
+from vitreg.common.renamed import has_old_names, with_new_names, with_old_names
 from vitreg.training.engine.train_state import TrainState
 
 
@@ -61,23 +62,30 @@ def load_snapshot(path: Path, train_state: TrainState) -> None:
         ValueError: it is damaged, or of a model of another size.
     """
     state = _state(train_state)
-    _check_names(path, state)
+    stored = _stored_names(path)
+    old = has_old_names(stored)
+    state = with_old_names(state) if old else state
+    _check_names(path, state, stored)
     try:
         with _quiet():
             load(state, checkpoint_id=path)
     except (OSError, RuntimeError, ValueError, KeyError, CheckpointException) as error:
         raise ValueError(f"{path} does not fit this run's model, or is damaged ({_reason(error)})") from error
+    state = with_new_names(state) if old else state
     model, optimizer = state["model"], state["optimizer"]
     set_state_dict(train_state.method, train_state.optimizer, model_state_dict=model, optim_state_dict=optimizer)
     train_state.step = int(path.name.removeprefix("step-"))
 
 
-def _check_names(path: Path, state: dict[str, Any]) -> None:
-    """Refuses what would be loaded in part: a model of fewer blocks or registers than the snapshot's."""
+def _stored_names(path: Path) -> list[str]:
     try:
-        stored = FileSystemReader(path).read_metadata().state_dict_metadata
+        return list(FileSystemReader(path).read_metadata().state_dict_metadata)
     except Exception as error:  # a pickle, damaged, raises whatever it trips over
         raise ValueError(f"{path} is damaged: its list of tensors cannot be read ({error})") from error
+
+
+def _check_names(path: Path, state: dict[str, Any], stored: list[str]) -> None:
+    """Refuses what would be loaded in part: a model of fewer blocks or registers than the snapshot's."""
     wanted = {f"{part}.{name}" for part in ("model", "average") for name in state[part]}
     if more := sorted(name for name in stored if name.startswith(("model.", "average.")) and name not in wanted):
         raise ValueError(f"{path} does not fit this run's model, which has no {more[0]}; restore the run's config.json")

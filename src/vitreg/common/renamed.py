@@ -1,0 +1,48 @@
+"""Names that files of version 0.1 have for what is called otherwise now, so that they load as before."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Mapping
+from typing import Any
+
+_FIELDS = {"pre_norm": "norm_pre", "pool_norm": "fc_norm", "crop_fraction": "crop_pct"}
+_TENSORS = {"pre_norm": "norm_pre", "pool_norm": "fc_norm", "scale1": "ls1", "scale2": "ls2", "positions": "pos_embed"}
+
+
+def current_fields(values: Mapping[str, Any]) -> dict[str, Any]:
+    """The fields of a config under their names of today."""
+    return {_FIELDS.get(name, name): value for name, value in values.items()}
+
+
+def current_tensors(state: Mapping[str, Any]) -> dict[str, Any]:
+    """A state dict under the names of today."""
+    return {_replaced(name, _TENSORS): value for name, value in state.items()}
+
+
+def has_old_names(names: list[str]) -> bool:
+    """Whether tensors are called as in 0.1."""
+    return any(_replaced(name, _TENSORS) != name for name in names)
+
+
+def with_old_names(value: Any) -> Any:
+    """What `torch.distributed.checkpoint` was given in 0.1: the same tensors, in the same nesting, under their old names."""
+    return _renested(value, {new: old for old, new in _TENSORS.items()})
+
+
+def with_new_names(value: Any) -> Any:
+    """The inverse of `with_old_names`."""
+    return _renested(value, _TENSORS)
+
+
+def _renested(value: Any, names: Mapping[str, str]) -> Any:
+    if isinstance(value, dict):
+        return {_replaced(k, names) if isinstance(k, str) else k: _renested(v, names) for k, v in value.items()}
+    if isinstance(value, list):  # the names of an optimizer's groups
+        return [_replaced(one, names) if isinstance(one, str) else one for one in value]
+    return value
+
+
+def _replaced(name: str, names: Mapping[str, str]) -> str:
+    """A dotted name, part by part."""
+    return re.sub(r"[^.]+", lambda part: names.get(part[0], part[0]), name)
