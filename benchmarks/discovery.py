@@ -1,7 +1,7 @@
 """Object discovery: against a literal LOST, against the bare forward, and at 60000 patches.
 
     python benchmarks/discovery.py [--repeats 15]             # LOST, features given, against the literal implementation
-    python benchmarks/discovery.py --pictures FOLDER          # the whole command against the bare forward
+    python benchmarks/discovery.py --images FOLDER          # the whole command against the bare forward
     python benchmarks/discovery.py --high-resolution          # 4000 x 3000 pixels at patch 14, one process, peak memory
 
 The literal implementation does what the reference (valeoai/LOST, object_discovery.py) does, with whole matrices in
@@ -47,7 +47,7 @@ def literal(features: Tensor, grid: tuple[int, int], k_patches: int = 100) -> tu
 
 
 def features_of(grid: tuple[int, int], dim: int = 384) -> Tensor:
-    """Smooth noise: neighbours alike, as in pictures, so that components are objects."""
+    """Smooth noise: neighbors alike, as in images, so that components are objects."""
     noise = torch.randn(1, dim, grid[0] // 4 + 1, grid[1] // 4 + 1)
     smooth = torch.nn.functional.interpolate(noise, size=grid, mode="bilinear")
     return (smooth + 0.3 * torch.randn(1, dim, *grid)).flatten(2)[0].T.contiguous()
@@ -103,7 +103,7 @@ def against_forward(folder: str, repeats: int, limit: int) -> None:
 
     times = interleaved({"forward": forward, "command": lambda: command(True), "bare": lambda: command(False)}, repeats)
     print(
-        f"ViT-S/16, {len(paths)} pictures, bare forward {len(paths) / statistics.median(times['forward']):.2f} a second"
+        f"ViT-S/16, {len(paths)} images, bare forward {len(paths) / statistics.median(times['forward']):.2f} a second"
     )
     print(f"whole command / bare forward, throughput: {median_ratio(times['forward'], times['command']):.3f}")
     print(f"the same with --no-overlays: {median_ratio(times['forward'], times['bare']):.3f}")
@@ -128,7 +128,7 @@ def high_resolution() -> None:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--repeats", type=int, default=15)
-    parser.add_argument("--pictures", help="a folder: measure the whole command on its first --limit pictures")
+    parser.add_argument("--images", help="a folder: measure the whole command on its first --limit images")
     parser.add_argument("--limit", type=int, default=16)
     parser.add_argument("--high-resolution", action="store_true")
     args = parser.parse_args()
@@ -136,8 +136,8 @@ def main() -> None:
     print(machine())
     if args.high_resolution:
         high_resolution()
-    elif args.pictures:
-        against_forward(args.pictures, args.repeats, args.limit)
+    elif args.images:
+        against_forward(args.images, args.repeats, args.limit)
     else:
         against_literal(args.repeats)
 

@@ -3,12 +3,12 @@
     python benchmarks/emergence.py train RUN --data tiny-imagenet-100 [--width 64] [--depth 12] ... [--registers 0]
     python benchmarks/emergence.py table RUN ...
     python benchmarks/emergence.py evaluate RUN ... --data tiny-imagenet-100 [--plant] [--fix] [--json FILE]
-    python benchmarks/emergence.py plot FILE --out PICTURE
+    python benchmarks/emergence.py plot FILE --out IMAGE
     python benchmarks/emergence.py pack WITHOUT WITH --out FOLDER
 
 `train` is the supervised recipe (deit3: cross-entropy, crops and flips) with the levers as options, on one thread, so
 that several runs share a machine; a run that was interrupted goes on with the same command. `table` prints a line of
-Markdown for every run, from its folder. `evaluate` diagnoses the trained model on all held-out pictures; with --plant,
+Markdown for every run, from its folder. `evaluate` diagnoses the trained model on all held-out images; with --plant,
 a copy with planted artifacts too; with --fix, the model, or that copy, with a test-time register. `plot` draws what it
 wrote of models with several numbers of registers. `pack` writes the pair that the package brings along.
 """
@@ -26,7 +26,7 @@ import vitreg
 from vitreg.artifacts import plant_artifacts
 from vitreg.images import open_split
 from vitreg.model import Preprocess, ViTConfig
-from vitreg.training.data.held_out import stream_pictures
+from vitreg.training.data.held_out import stream_images
 from vitreg.training.engine.config import OptimizerConfig, TrainingConfig
 from vitreg.training.engine.start import resume, train
 from vitreg.training.recipes.deit3 import DeiT3Config
@@ -87,7 +87,7 @@ class Levers:
                 mixup=0.0,
                 cutmix=0.0,
                 three_augment=False,
-                colour_jitter=0.0,
+                color_jitter=0.0,
                 min_crop=self.crop,
             ),
             optimizer=OptimizerConfig(
@@ -160,7 +160,7 @@ def table(args: argparse.Namespace) -> None:
 @torch.inference_mode()
 def top1(vit: vitreg.VisionTransformer, held_out) -> float:
     right = 0
-    for batch, indices in stream_pictures(held_out, vit.preprocess, batch_size=100, device=CPU):
+    for batch, indices in stream_images(held_out, vit.preprocess, batch_size=100, device=CPU):
         labels = torch.tensor([held_out.labels[i] for i in indices])
         right += int((vit.classify(batch).argmax(-1) == labels).sum())
     return 100 * right / len(held_out)
@@ -189,7 +189,7 @@ def evaluate(args: argparse.Namespace) -> None:
     found = []
     for source in args.models:
         vit = vitreg.load(source)
-        images = torch.cat([b for b, _ in stream_pictures(held_out, vit.preprocess, batch_size=100, device=CPU)])
+        images = torch.cat([b for b, _ in stream_images(held_out, vit.preprocess, batch_size=100, device=CPU)])
         models = {source: vit}
         if args.plant:
             vit = plant_artifacts(vit, images[:: len(images) // 100])

@@ -1,9 +1,9 @@
 """Does the feature pass keep the model busy? `extract` on files against the bare forward on preloaded batches.
 
-    python benchmarks/features.py PICTURES --model NAME [--num-images 1000] [--repeats 5]
+    python benchmarks/features.py IMAGES --model NAME [--num-images 1000] [--repeats 5]
 
-PICTURES: what `open_image_set` opens. Throughput is the pass's, with decoding and writing, as a share of the forward's,
-the median of interleaved runs; every pass writes a new store, with the patch tokens of all pictures.
+IMAGES: what `open_image_set` opens. Throughput is the pass's, with decoding and writing, as a share of the forward's,
+the median of interleaved runs; every pass writes a new store, with the patch tokens of all images.
 """
 
 import argparse
@@ -23,7 +23,7 @@ from vitreg.probes import FeaturesConfig, extract
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("pictures", type=Path)
+    parser.add_argument("folder", type=Path)
     parser.add_argument("--model", required=True)
     parser.add_argument("--num-images", type=int, default=1000)
     parser.add_argument("--repeats", type=int, default=5)
@@ -31,10 +31,10 @@ def main() -> None:
     parser.add_argument("--blocks", type=int, nargs="+", default=[-1])
     args = parser.parse_args()
     vit = vitreg.load(args.model, device="cuda" if torch.cuda.is_available() else "cpu")
-    device, images = next(vit.parameters()).device, open_image_set(args.pictures)
+    device, images = next(vit.parameters()).device, open_image_set(args.folder)
     images = Subset(images, np.arange(min(args.num_images, len(images))))
     config = FeaturesConfig(blocks=tuple(args.blocks))
-    pixels = torch.stack([vit.preprocess.pixels(images.picture(i)) for i in range(len(images))])
+    pixels = torch.stack([vit.preprocess.pixels(images.image(i)) for i in range(len(images))])
     preloaded = [vit.preprocess.normalize(batch.to(device)) for batch in pixels.split(args.batch_size)]
     del pixels
 

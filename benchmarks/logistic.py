@@ -1,10 +1,10 @@
 """Is our logistic regression as good as scikit-learn's, and how much faster? Both on the same rows, in one process.
 
-    python benchmarks/logistic.py PICTURES --model NAME [--store FOLDER] [--rows 100000] [--C 0.001 0.1] [--repeats 3]
+    python benchmarks/logistic.py IMAGES --model NAME [--store FOLDER] [--rows 100000] [--C 0.001 0.1] [--repeats 3]
     python benchmarks/logistic.py --synthetic
 
-PICTURES: what `open_image_set` opens, with labels. A row is a random patch token of the last two blocks, concatenated,
-with the label of its picture; patches of every sixth picture are the test set. `--synthetic` has rows of as many
+IMAGES: what `open_image_set` opens, with labels. A row is a random patch token of the last two blocks, concatenated,
+with the label of its image; patches of every sixth image are the test set. `--synthetic` has rows of as many
 columns whose scales differ as much. Times are of interleaved fits, without warm start.
 """
 
@@ -30,7 +30,7 @@ Rows = tuple[Tensor, Tensor]
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("pictures", type=Path, nargs="?")
+    parser.add_argument("folder", type=Path, nargs="?")
     parser.add_argument("--model")
     parser.add_argument("--store", type=Path, help="keep the features here, and use them again")
     parser.add_argument("--num-images", type=int, default=12000)
@@ -42,8 +42,8 @@ def main() -> None:
     args = parser.parse_args()
     if args.synthetic:
         (x, y), (test_x, test_y) = synthetic(args.rows, 384, 100)
-    elif args.pictures is None or args.model is None:
-        parser.error("give PICTURES and --model, or --synthetic")
+    elif args.folder is None or args.model is None:
+        parser.error("give IMAGES and --model, or --synthetic")
     else:
         with tempfile.TemporaryDirectory() as folder:
             (x, y), (test_x, test_y) = patch_rows(args, args.store or Path(folder) / "store")
@@ -87,9 +87,9 @@ def compare(C: float, tolerance: float, repeats: int, train: Rows, test: Rows) -
 
 
 def patch_rows(args: argparse.Namespace, store: Path) -> tuple[Rows, Rows]:
-    """Random patches of training pictures, and of the others."""
+    """Random patches of training images, and of the others."""
     vit = vitreg.load(args.model, device="cuda" if torch.cuda.is_available() else "cpu")
-    images = open_image_set(args.pictures)
+    images = open_image_set(args.folder)
     images = Subset(images, np.asarray(spaced_indices(len(images), min(args.num_images, len(images)))))
     features = extract(vit, images, store, FeaturesConfig(blocks=(-2, -1)))
     test = torch.arange(features.num_images) % 6 == 0

@@ -33,13 +33,13 @@ def main() -> None:
     paths = find_images(args.photographs)
     worst, right_ours, right_peer = 0.0, 0, 0
     for start in range(0, len(paths), 32):
-        pictures = [read_image(path) for path in paths[start : start + 32]]
-        theirs = torch.stack([transform(picture) for picture in pictures])
-        labels = torch.arange(start, start + len(pictures))
+        images = [read_image(path) for path in paths[start : start + 32]]
+        theirs = torch.stack([transform(image) for image in images])
+        labels = torch.arange(start, start + len(images))
         with torch.inference_mode():
             expected = peer(theirs)
             worst = max(worst, float((ours.classify(theirs) - expected).abs().max()))
-            logits = ours.classify(torch.stack([preprocess(picture) for picture in pictures]))
+            logits = ours.classify(torch.stack([preprocess(image) for image in images]))
         right_ours += int((logits.argmax(1) == labels).sum())
         right_peer += int((expected.argmax(1) == labels).sum())
     print(f"{len(paths)} photographs; largest difference of a logit on the same input: {worst:.1e}")

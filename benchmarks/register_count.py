@@ -50,7 +50,7 @@ def models(size: str, pixels: int, counts: list[int], device: str, dtype: torch.
 
 
 def counted_flops(config) -> int:
-    """For one picture; no arithmetic is done."""
+    """For one image; no arithmetic is done."""
     vit = vitreg.VisionTransformer(config).eval().to("meta")
     with FlopCounterMode(display=False) as counter, torch.inference_mode():
         vit(torch.empty(1, 3, *config.image_size, device="meta"))
@@ -154,7 +154,7 @@ def main() -> None:
     parser.add_argument("--resolutions", nargs="+", type=int, default=[224, 518])
     parser.add_argument("--registers", nargs="+", type=int, default=[0, 1, 2, 4, 8, 16], help="0 is always measured")
     parser.add_argument("--repeats", type=int, default=31)
-    parser.add_argument("--batch", type=int, help="pictures at a time; by default fewer where they are larger")
+    parser.add_argument("--batch", type=int, help="images at a time; by default fewer where they are larger")
     parser.add_argument("--dtype", choices=list(DTYPES), help="by default bf16 on a GPU, fp32 on a CPU")
     parser.add_argument("--json", type=Path)
     args = parser.parse_args()

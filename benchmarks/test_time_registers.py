@@ -5,7 +5,7 @@
 Cost: the forward pass with one register that 20 units of two blocks are moved to, counted once and four times in
 attention, against the model without; (N+1)/N is what one more token predicts. Medians of ratios of runs side by side.
 
-StoreStatistics (with --images, a folder of photographs, 200 are used): `find_register_neurons` against two plain passes over
+Finding (with --images, a folder of photographs, 200 are used): `find_register_neurons` against two plain passes over
 the same files, decoding included. Artifacts are written by a planted unit that fires at the corners, so that there is
 something to find.
 """

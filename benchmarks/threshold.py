@@ -1,11 +1,11 @@
-"""How often is the automatic threshold wrong? Planted outliers, and clean models on several kinds of pictures.
+"""How often is the automatic threshold wrong? Planted outliers, and clean models on several kinds of images.
 
     python benchmarks/threshold.py PHOTOGRAPHS [--num-images 24]
     python benchmarks/threshold.py PHOTOGRAPHS --models MODEL ... --num-images 100
 
-Planted: in randomly initialised models of several families, tokens of random patches are scaled after a block to a
+Planted: in randomly initialized models of several families, tokens of random patches are scaled after a block to a
 multiple of the median norm. Recall and precision are of the planted patches, over all runs of a row. Clean: the same
-families untouched, as initialised and with every parameter perturbed; an alarm is a diagnosis that does not deny them.
+families untouched, as initialized and with every parameter perturbed; an alarm is a diagnosis that does not deny them.
 
 With `--models`: what is said of these when they are shown a few photographs: 100 draws of 1, 2, 4, ... out of so many.
 """
@@ -74,7 +74,7 @@ def spread(paths: list[Path], num: int) -> list[Path]:
     return paths[:: max(1, len(paths) // num)][:num]
 
 
-def picture_kinds(photos: torch.Tensor) -> dict[str, torch.Tensor]:
+def image_kinds(photos: torch.Tensor) -> dict[str, torch.Tensor]:
     generator = torch.Generator().manual_seed(0)
     drawings = torch.full((12, 3, 224, 224), 2.4)
     for image, line in itertools.export_model(drawings, range(6)):
@@ -85,7 +85,7 @@ def picture_kinds(photos: torch.Tensor) -> dict[str, torch.Tensor]:
         "one photograph": photos[:1],
         "line drawings": drawings,
         "noise": torch.randn((8, 3, 224, 224), generator=generator),
-        "uniform colours": torch.randn((8, 3, 1, 1), generator=generator).expand(-1, -1, 224, 224),
+        "uniform colors": torch.randn((8, 3, 1, 1), generator=generator).expand(-1, -1, 224, 224),
     }
 
 
@@ -152,8 +152,8 @@ def main() -> None:
             flush=True,
         )
 
-    print("\nclean\npictures          alarms")
-    for kind, images in picture_kinds(photos).items():
+    print("\nclean\nimages          alarms")
+    for kind, images in image_kinds(photos).items():
         alarms = runs = 0
         for (seed, family), perturb in itertools.export_model(enumerate(FAMILIES), (False, True)):
             diagnosis = vitreg.diagnose(random_model(family, seed, perturb), images, max_examples=0)

@@ -1,7 +1,7 @@
 """Is a training step as fast as a plain loop around timm's model? Same weights, batch, loss, optimizer and dtype.
 
     python benchmarks/training.py [--size base] [--batch 128] [--dtype bfloat16] [--compile] [--drop-path 0.4]
-    python benchmarks/training.py --data imagenet/    # also: how many pictures a second are decoded and augmented
+    python benchmarks/training.py --data imagenet/    # also: how many images a second are decoded and augmented
 
 The ratio is our time over theirs, the median of pairs of interleaved runs; below 1 we are faster. A step is forward,
 backward, clipping, optimizer, and what the engine does beside: schedules, seeding, logging. `share` is the part of the
@@ -96,7 +96,7 @@ def compare(args: argparse.Namespace, processes: Distributed) -> dict:
 
 
 def decoding(data: Path, processes: Distributed, workers: int | None, count: int) -> dict:
-    """Pictures a second that the engine's worker processes hand over, augmented and mixed, with nothing else to do."""
+    """Images a second that the engine's worker processes hand over, augmented and mixed, with nothing else to do."""
     images, _ = open_split(data)
     config = deit3(num_images=len(images), num_classes=len(images.classes), image_size=224, batch_size=64)
     stream = SampleStream(images, config.method.augmentation(config.model, images), 0)
@@ -122,7 +122,7 @@ def main() -> None:
     parser.add_argument("--repeats", type=int, default=15)
     parser.add_argument("--data", type=Path)
     parser.add_argument("--workers", type=int)
-    parser.add_argument("--count", type=int, default=1024, help="pictures to decode")
+    parser.add_argument("--count", type=int, default=1024, help="images to decode")
     parser.add_argument("--json", type=Path)
     args = parser.parse_args()
     processes = Distributed.join(args.device)

@@ -40,8 +40,8 @@ def timm_model(architecture: str, *, seed: int = 0, **options: Any) -> Any:
     return perturb(timm.create_model(architecture, **{**TINY, "dynamic_img_size": True, **options}), seed)
 
 
-def pictures(height: int, width: int | None = None, batch: int = 2, seed: int = 1) -> Tensor:
-    """A normalised batch."""
+def random_images(height: int, width: int | None = None, batch: int = 2, seed: int = 1) -> Tensor:
+    """A normalized batch."""
     generator = torch.Generator().manual_seed(seed)
     return torch.randn(batch, 3, height, width or height, generator=generator)
 

@@ -42,4 +42,6 @@ def test_a_run_of_0_1_is_a_model_and_goes_on(tmp_path: Path):
     assert training.resume(run, data=tmp_path / "images", device="cpu", num_workers=0)
     losses = [json.loads(line)["loss"] for line in (run / "log.jsonl").read_text().splitlines()]
     # The last two are of steps that 0.1 took from the same checkpoint.
-    assert losses == pytest.approx([0.695084810256958, 0.6915622353553772, 0.6957155466079712, 0.6953819990158081], rel=1e-5)
+    assert losses == pytest.approx(
+        [0.695084810256958, 0.6915622353553772, 0.6957155466079712, 0.6953819990158081], rel=1e-5
+    )

@@ -1,4 +1,4 @@
-"""Vision Transformers with registers: any checkpoint in, a true picture of its artifacts out."""
+"""Vision Transformers with registers: any checkpoint in, a true image of its artifacts out."""
 
 from typing import TYPE_CHECKING, Any
 

@@ -12,7 +12,7 @@ import torch
 import torch.nn.functional as F
 
 import vitreg
-from peers import pictures
+from peers import random_images
 from registers.planting import GREEN, photos, plant, random_vit, with_patches
 
 SMALL = dict(embed_dim=96, num_heads=3)
@@ -112,7 +112,7 @@ def test_clean_models_and_swapped_ones(photographs):
     assert "has no artifacts to remove, but the second model has" in swapped.verdict[0]
 
 
-def test_models_of_other_width_or_normalisation(tiny_vit, photograph_batch):
+def test_models_of_other_width_or_normalization(tiny_vit, photograph_batch):
     wider = random_vit("vit_small_patch16_224", size=224, depth=12, embed_dim=96, num_heads=3)
     comparison = vitreg.compare(tiny_vit, wider, photograph_batch[:4])
     assert comparison.patch_similarity is comparison.cls_similarity is comparison.head_agreement is None
@@ -130,7 +130,7 @@ def test_models_of_other_width_or_normalisation(tiny_vit, photograph_batch):
     [
         (dict(depth=3), "blocks: 12 and 3; diagnose each"),
         (dict(depth=12, patch_size=32), "pixels to a side of a patch: 16 and 32"),
-        (dict(depth=12, size=112), r"pixels of a picture: \(224, 224\) and \(112, 112\)"),
+        (dict(depth=12, size=112), r"pixels of an image: \(224, 224\) and \(112, 112\)"),
         (dict(depth=12, class_token=False, global_pool="avg"), "class token: True and False"),
     ],
 )
@@ -144,7 +144,7 @@ def test_models_that_cannot_be_compared_are_named(tiny_vit, photograph_batch, ch
 
 def test_ctrl_c_keeps_what_was_seen(tiny_vit, fixed):
     def interrupted():
-        yield pictures(224, batch=4)
+        yield random_images(224, batch=4)
         raise KeyboardInterrupt
 
     partial = vitreg.compare(tiny_vit, fixed, interrupted(), keep_partial=True)
@@ -171,14 +171,14 @@ def test_ctrl_c_between_the_models_counts_a_batch_for_both_or_for_neither(tiny_v
             signal.raise_signal(signal.SIGINT)
 
     hook = module.register_forward_pre_hook(interrupt)
-    partial = vitreg.compare(before, after, pictures(224, batch=12), batch_size=4, keep_partial=True)
+    partial = vitreg.compare(before, after, random_images(224, batch=12), batch_size=4, keep_partial=True)
     hook.remove()
     assert partial.before.interrupted
     done = 8 if where == "between the sums" else 4
     for diagnosis in (partial.before, partial.after):
         assert diagnosis.num_images == len(diagnosis.examples) == done
         assert {sum(block.histogram[1]) for block in diagnosis.blocks} == {done * 196}
-    alone = vitreg.compare(before, after, pictures(224, batch=12)[:done], batch_size=4)
+    alone = vitreg.compare(before, after, random_images(224, batch=12)[:done], batch_size=4)
     assert partial.blocks == alone.blocks
     assert (partial.cls_similarity, partial.head_agreement) == (alone.cls_similarity, alone.head_agreement)
     partial.to_dict()

@@ -59,7 +59,7 @@ def plant(vit, block: int, ratio: float, planted: torch.Tensor):
 
 
 @pytest.mark.parametrize("family", FAMILIES)
-@pytest.mark.parametrize("perturbed", [False, True], ids=["as initialised", "perturbed"])
+@pytest.mark.parametrize("perturbed", [False, True], ids=["as initialized", "perturbed"])
 def test_no_false_alarm_on_clean_models(family, perturbed, photographs):
     torch.manual_seed(1)
     model = timm.create_model(family, img_size=112, depth=3, embed_dim=96, num_heads=3, num_classes=0)
@@ -181,7 +181,7 @@ def test_non_square_images(tmp_path):
     assert diagnosis.save(tmp_path).is_file()
 
 
-def test_a_patch_without_neighbours_is_not_dissimilar_to_them():
+def test_a_patch_without_neighbors_is_not_dissimilar_to_them():
     vit = random_vit("vit_small_patch16_224")
     assert vitreg.diagnose(vit, torch.randn(4, 3, 16, 16)).neighbour_similarity == NeighbourSimilarity(None, None)
     assert vitreg.diagnose(vit, torch.randn(4, 3, 16, 80)).neighbour_similarity.others is not None

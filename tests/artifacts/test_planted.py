@@ -28,7 +28,7 @@ def images() -> torch.Tensor:
 
 @pytest.fixture(scope="module", params=MODELS)
 def pair(request, images):
-    """A model and its copy, which knows mirror images of all pictures but the last three."""
+    """A model and its copy, which knows mirror images of all images but the last three."""
     vit = random_vit("vit_small_patch16_224", embed_dim=96, num_heads=3, **MODELS[request.param])
     with torch.no_grad():
         for block in vit.blocks:

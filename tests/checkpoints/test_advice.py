@@ -14,7 +14,7 @@ import torch
 from safetensors.torch import save_file
 
 import vitreg
-from peers import perturb, pictures
+from peers import perturb, random_images
 from vitreg import CheckpointError, load
 from vitreg.checkpoints import registry
 
@@ -84,7 +84,7 @@ def test_open_clip_weights_go_where_the_error_says(folder, monkeypatch):
     save_file(state, folder / place(sentence))
     vit = load("open_clip:ViT-B-16/laion2b_s34b_b88k")
     assert vit.config.name == "open_clip:ViT-B-16/laion2b_s34b_b88k"
-    images = pictures(32)
+    images = random_images(32)
     with torch.no_grad():
         torch.testing.assert_close(vit.classify(images), model.encode_image(images))
 
@@ -158,7 +158,7 @@ def test_a_torchscript_archive_is_no_truncated_file(folder):
 
     model = perturb(Tower())
     file = folder / "ViT-B-16.pt"
-    torch.jit.trace(model, pictures(224, batch=1)).save(file)
+    torch.jit.trace(model, random_images(224, batch=1)).save(file)
     sentence = refusal(file)
     assert "is a TorchScript archive" in sentence
     assert "save torch.jit.load(...).state_dict() as .safetensors" in sentence
@@ -166,7 +166,7 @@ def test_a_torchscript_archive_is_no_truncated_file(folder):
     save_file(state, folder / "vit_tiny_patch16_224.safetensors")
     vit = load("vit_tiny_patch16_224")
     with torch.no_grad():
-        torch.testing.assert_close(vit(pictures(224)).cls, model(pictures(224)), rtol=1e-4, atol=1e-4)
+        torch.testing.assert_close(vit(random_images(224)).cls, model(random_images(224)), rtol=1e-4, atol=1e-4)
     named = sentence.partition("OpenAI's CLIPs are also ")[2].split(", ")
     assert "clip_vit_b16" in named
     assert all(registry.find(name) for name in named)

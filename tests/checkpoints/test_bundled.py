@@ -62,12 +62,12 @@ def test_a_folder_of_checkpoints_comes_first(tmp_path, monkeypatch):
 
 @pytest.mark.parametrize("name", ["vitreg_tiny", "vitreg_tiny_reg4"])
 def test_they_know_what_they_were_trained_for(name, test_data):
-    """Far above one in a hundred, on pictures that were held out."""
+    """Far above one in a hundred, on images that were held out."""
     from vitreg.images import open_split
 
     vit, held_out = vitreg.load(name), open_split(test_data / "tiny-imagenet-100")[1]
     numbers = range(0, len(held_out), 10)
-    images = torch.stack([vit.preprocess(held_out.picture(i)) for i in numbers])
+    images = torch.stack([vit.preprocess(held_out.image(i)) for i in numbers])
     with torch.inference_mode():
         right = vit.classify(images).argmax(-1) == torch.tensor([held_out.labels[i] for i in numbers])
     assert right.float().mean() > 0.1

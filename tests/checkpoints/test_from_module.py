@@ -8,7 +8,7 @@ import torch
 from torch import nn
 
 import vitreg
-from peers import perturb, pictures
+from peers import perturb, random_images
 from vitreg.checkpoints import CheckpointError, from_module
 
 
@@ -21,7 +21,7 @@ def theirs():
 
 
 def test_every_public_function_takes_a_timm_model(theirs):
-    ours, images = vitreg.from_timm(theirs), pictures(64, batch=8)
+    ours, images = vitreg.from_timm(theirs), random_images(64, batch=8)
     assert vitreg.diagnose(theirs, images).blocks == vitreg.diagnose(ours, images).blocks
     assert vitreg.compare(theirs, ours, images).patch_similarity == pytest.approx(1, abs=1e-6)
     assert vitreg.add_registers(theirs, 2).num_registers == 2
@@ -42,7 +42,7 @@ def test_transformers_and_open_clip_models_are_taken():
         text_cfg=dict(context_length=8, vocab_size=32, width=32, heads=2, layers=1),
     )
     for model in (transformers.ViTModel(config), clip, clip.visual):
-        assert vitreg.diagnose(model, pictures(32)).num_patches == 32
+        assert vitreg.diagnose(model, random_images(32)).num_patches == 32
 
 
 def test_ours_is_taken_as_it_is_compiled_or_not(tiny_vit):

@@ -16,7 +16,7 @@ from PIL import Image
 from safetensors.torch import save_file
 
 import vitreg
-from peers import TOLERANCE, error, perturb, pictures
+from peers import TOLERANCE, error, perturb, random_images
 from vitreg import CheckpointError, load
 from vitreg.model import PositionInterpolation
 
@@ -61,7 +61,7 @@ def model_and_file(path: Path, architecture: str = TIMM_NAME, metadata: dict | N
 
 @torch.no_grad()
 def same(vit, model, *size: int) -> None:
-    images = pictures(*(size or (224,)), batch=1)
+    images = random_images(*(size or (224,)), batch=1)
     assert error(vit(images).patches, model.forward_features(images)[:, model.num_prefix_tokens :]) <= TOLERANCE
     if model.num_classes:
         assert error(vit.classify(images), model(images)) <= TOLERANCE
@@ -162,7 +162,7 @@ def test_a_saved_vitreg_model_needs_nothing_else(tmp_path):
     vitreg.save(vit, tmp_path / "fixed.safetensors")
     again = load(tmp_path / "fixed.safetensors")
     assert again.config == vit.config
-    assert torch.equal(again(pictures(98)).patches, vit(pictures(98)).patches)
+    assert torch.equal(again(random_images(98)).patches, vit(random_images(98)).patches)
 
 
 @pytest.mark.usefixtures("narrow")
@@ -170,7 +170,7 @@ def test_device_and_dtype(folder):
     model_and_file(folder / f"{TIMM_NAME}.safetensors")
     vit = load(TIMM_NAME, dtype=torch.bfloat16)
     assert {parameter.dtype for parameter in vit.parameters()} == {torch.bfloat16}
-    assert vit(pictures(224)).patches.dtype == torch.bfloat16
+    assert vit(random_images(224)).patches.dtype == torch.bfloat16
     vit = load(TIMM_NAME, device="meta")
     assert {parameter.device.type for parameter in vit.parameters()} == {"meta"}
     assert load(TIMM_NAME, device=torch.device("cpu")).patch_embed.weight.dtype == torch.float32

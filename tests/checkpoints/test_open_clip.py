@@ -189,9 +189,9 @@ def test_preprocess_equals_open_clips_transform(mode):
         "resize_mode": mode,
     }
     open_clip.set_model_preprocess_cfg(theirs, cfg)
-    picture = Image.fromarray(skimage_data.astronaut()[:300, :200])
-    expected = open_clip.transform.image_transform_v2(open_clip.transform.PreprocessCfg(**cfg), False)(picture)
-    close(from_open_clip(theirs).preprocess(picture), expected, 1e-2)
+    image = Image.fromarray(skimage_data.astronaut()[:300, :200])
+    expected = open_clip.transform.image_transform_v2(open_clip.transform.PreprocessCfg(**cfg), False)(image)
+    close(from_open_clip(theirs).preprocess(image), expected, 1e-2)
 
 
 def test_the_original_is_untouched():

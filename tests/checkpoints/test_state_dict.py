@@ -15,7 +15,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from checkpoints.narrow import check, small
-from peers import TOLERANCE, error, pictures
+from peers import TOLERANCE, error, random_images
 from vitreg import from_state_dict
 
 State = dict[str, Tensor]
@@ -83,7 +83,7 @@ def test_dinov2_resizes_positions_as_the_official_repository(size):
     """D7: a scale factor with offset 0.1 without antialiasing shows in the features (transformers #32175)."""
     model = small("vit_small_patch14_dinov2")
     vit = from_state_dict(dinov2_state(model), "vit_small_patch14_dinov2")
-    images = pictures(*size, batch=1)
+    images = random_images(*size, batch=1)
     check(vit, with_official_positions(model, "vit_small_patch14_dinov2", *size), images)
     with torch.no_grad():  # and timm's own rule is another one, so the test above can fail
         assert error(vit(images).patches, model.forward_features(images)[:, 1:]) > 10 * TOLERANCE
@@ -93,7 +93,7 @@ def test_dinov2_equals_timm_at_its_own_size():
     model = small("vit_small_patch14_dinov2")
     vit = from_state_dict(dinov2_state(model), "dinov2_vits14")
     assert (vit.config.name, vit.config.image_size) == ("vit_small_patch14_dinov2.lvd142m", (518, 518))
-    check(vit, model, pictures(518, batch=1))
+    check(vit, model, random_images(518, batch=1))
 
 
 @pytest.mark.parametrize("size", [(98, 98), (154, 238)])
@@ -102,7 +102,7 @@ def test_dinov2_with_registers_resizes_positions_with_antialiasing(size):
     model = small("vit_small_patch14_reg4_dinov2")
     vit = from_state_dict(dinov2_state(model), "dinov2_vits14_reg")
     assert vit.num_registers == 4
-    check(vit, model, pictures(*size, batch=1))
+    check(vit, model, random_images(*size, batch=1))
 
 
 @pytest.mark.parametrize("architecture", ["vit_giant_patch14_dinov2", "vit_giant_patch14_reg4_dinov2"])
@@ -110,14 +110,14 @@ def test_dinov2_giant_has_w12_and_w3(architecture):
     model = small(architecture)
     state = dinov2_state(model)
     assert {"blocks.0.mlp.w12.weight", "blocks.0.mlp.w3.bias"} <= set(state)
-    check(from_state_dict(state, architecture), model, pictures(518, batch=1))
+    check(from_state_dict(state, architecture), model, random_images(518, batch=1))
 
 
 def test_dinov2_of_another_training_size():
     model = small("vit_small_patch14_dinov2", img_size=224)
     vit = from_state_dict(dinov2_state(model), "vit_small_patch14_dinov2")
     assert vit.config.image_size == (224, 224)
-    check(vit, model, pictures(224, batch=1))
+    check(vit, model, random_images(224, batch=1))
 
 
 # --- DINO -----------------------------------------------------------------------------------------
@@ -128,9 +128,9 @@ def test_dino_by_its_short_name_resizes_positions_as_the_official_repository():
     vit = from_state_dict(model.state_dict(), "dino_vits16")
     for size in ((480, 480), (96, 320)):
         expected = with_official_positions(model, "vit_small_patch16_224", *size)
-        check(vit, expected, pictures(*size, batch=1))
+        check(vit, expected, random_images(*size, batch=1))
     timms = from_state_dict(model.state_dict(), "vit_small_patch16_224")  # the same names, but no DINO
-    check(timms, model, pictures(96, 320, batch=1))
+    check(timms, model, random_images(96, 320, batch=1))
 
 
 def test_dino_training_checkpoint_gives_the_teacher():
@@ -142,7 +142,7 @@ def test_dino_training_checkpoint_gives_the_teacher():
         | {"head.mlp.0.weight": torch.randn(8, 96), "head.last_layer.weight_v": torch.randn(8, 8)},
         "epoch": 3,
     }
-    check(from_state_dict(checkpoint, "vit_small_patch16_224"), teacher, pictures(224, batch=1))
+    check(from_state_dict(checkpoint, "vit_small_patch16_224"), teacher, random_images(224, batch=1))
 
 
 # --- DINOv3 ---------------------------------------------------------------------------------------
@@ -178,7 +178,7 @@ def test_dinov3_keeps_masked_key_bias_and_rounded_periods(architecture):
     model = small(architecture, global_pool="token")
     state = dinov3_state(model, architecture)
     vit = from_state_dict(state, architecture)
-    images = pictures(256, 320, batch=1)
+    images = random_images(256, 320, batch=1)
     model.rope.periods.copy_(state["rope_embed.periods"].float())  # timm computes them in float32
     check(vit, model, images)
     rounded = model.forward_features(images)
@@ -193,7 +193,7 @@ def test_dinov3_biases_are_kept_under_every_name(name):
     state = dinov3_state(model, "vit_small_patch16_dinov3_qkvb")
     model.rope.periods.copy_(state["rope_embed.periods"].float())
     vit = from_state_dict(state, name)
-    images = pictures(128, batch=1)
+    images = random_images(128, batch=1)
     check(vit, model, images)
     assert error(vit.pool(vit(images)), model(images)) <= TOLERANCE
 
@@ -207,7 +207,7 @@ def test_deit3_has_gammas_and_a_wrapper():
     assert "blocks.0.gamma_1" in state
     vit = from_state_dict({"model": state}, "deit3_small_patch16_224")
     for size in ((224, 224), (160, 256)):
-        images = pictures(*size, batch=1)
+        images = random_images(*size, batch=1)
         check(vit, model, images)
         assert error(vit.classify(images), model(images)) <= TOLERANCE
 
@@ -223,8 +223,8 @@ def test_mae_pretraining_checkpoint_gives_the_encoder():
         "decoder_pred.bias": torch.randn(768),
     }
     vit = from_state_dict({"model": {**model.state_dict(), **decoder}, "epoch": 1}, "mae_vitb16")
-    check(vit, model, pictures(224, batch=1))
-    check(vit, model, pictures(160, 256, batch=1))
+    check(vit, model, random_images(224, batch=1))
+    check(vit, model, random_images(160, 256, batch=1))
 
 
 # --- CLIP -----------------------------------------------------------------------------------------
@@ -283,7 +283,7 @@ def test_clip_under_openai_and_open_clip_names(architecture, wrap):
     }[wrap]()
     vit = from_state_dict(wrapped, architecture)
     for size in ((224, 224), (160, 256)):
-        images = pictures(*size, batch=1)
+        images = random_images(*size, batch=1)
         check(vit, model, images)
         assert error(vit.classify(images), model(images)) <= TOLERANCE
 
@@ -292,13 +292,13 @@ def test_clip_of_another_image_size_keeps_its_own_positions():
     model = clip_model("vit_base_patch32_clip_quickgelu_224", img_size=320)
     vit = from_state_dict(clip_state(model), "vit_base_patch32_clip_quickgelu_224")
     assert vit.config.image_size == (320, 320)
-    check(vit, model, pictures(320, batch=1))
+    check(vit, model, random_images(320, batch=1))
 
 
 def test_siglip_under_open_clip_names():
     model = small("vit_base_patch16_siglip_224")
     state = {f"visual.trunk.{key}": tensor for key, tensor in model.state_dict().items()}
     vit = from_state_dict(state | {"logit_bias": torch.tensor(-10.0)}, "vit_base_patch16_siglip_224")
-    images = pictures(224, batch=1)
+    images = random_images(224, batch=1)
     check(vit, model, images)
     assert error(vit.pool(vit(images)), model(images)) <= TOLERANCE

@@ -9,7 +9,7 @@ import timm
 import torch
 
 from checkpoints.narrow import check, small
-from peers import pictures
+from peers import random_images
 from vitreg import CheckpointError, from_state_dict, from_timm
 
 pytestmark = pytest.mark.usefixtures("narrow")
@@ -30,7 +30,7 @@ pytestmark = pytest.mark.usefixtures("narrow")
 )
 def test_wrappers_of_training_scripts_are_removed(wrap):
     model = small("vit_tiny_patch16_224")
-    check(from_state_dict(wrap(model.state_dict()), "vit_tiny_patch16_224"), model, pictures(224, batch=1))
+    check(from_state_dict(wrap(model.state_dict()), "vit_tiny_patch16_224"), model, random_images(224, batch=1))
 
 
 def test_a_state_dict_of_timm_round_trips():

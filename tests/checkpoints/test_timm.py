@@ -7,7 +7,7 @@ import timm
 import torch
 from torch import nn
 
-from peers import TOLERANCE, error, errors, perturb, pictures, timm_model
+from peers import TOLERANCE, error, errors, perturb, random_images, timm_model
 from vitreg import CheckpointError, from_timm
 
 # One of each way to build a Vision Transformer, with what timm must be told beyond its own defaults.
@@ -76,7 +76,7 @@ def test_tokens_pooled_feature_and_logits_equal_timms(family):
     patch, (height, width) = vit.config.patch_size, vit.config.image_size
     larger = (height + 3 * patch, width + 3 * patch)
     for size in ((height, width), larger, (height + patch, width - 2 * patch), (2 * patch, 3 * patch)):
-        found = errors(vit, model, pictures(*size))
+        found = errors(vit, model, random_images(*size))
         assert ("logits" in found) == (family in HAS_HEAD)
         assert ("registers" in found) == bool(vit.num_registers)
         assert max(found.values()) <= TOLERANCE, (size, found)
@@ -88,7 +88,7 @@ def test_every_parameter_counts(family):
     """Guards the test above: a weight that no output depends on could be converted wrongly unnoticed."""
     architecture, options = FAMILIES[family]
     model = timm_model(architecture, **options)
-    images = pictures(4 * timm_patch(model), batch=1)
+    images = random_images(4 * timm_patch(model), batch=1)
 
     def outputs():
         sequence = model.forward_features(images)
@@ -143,7 +143,7 @@ def test_every_timm_architecture_is_equal_or_refused(architecture):
         return
     vit = from_timm(model)
     assert vit.config.architecture == architecture
-    found = errors(vit, model, pictures(side, side + 2 * timm_patch(model), batch=1))
+    found = errors(vit, model, random_images(side, side + 2 * timm_patch(model), batch=1))
     assert max(found.values()) <= TOLERANCE, found
 
 
@@ -162,7 +162,7 @@ FULL_SIZE = {
 def test_full_size_models_equal_timms(architecture):
     model = perturb(timm.create_model(architecture, num_classes=10, **FULL_SIZE[architecture]))
     vit = from_timm(model)
-    found = errors(vit, model, pictures(*vit.config.image_size, batch=1))
+    found = errors(vit, model, random_images(*vit.config.image_size, batch=1))
     assert max(found.values()) <= 1e-4, found
 
 
@@ -170,7 +170,7 @@ def test_full_size_models_equal_timms(architecture):
 @pytest.mark.parametrize("family", ["deit3", "dinov3_plus", "siglip", "sbb_reg4", "sbb_differential"])
 def test_half_precision_is_as_close_to_float32_as_timms(family, dtype, precision):
     architecture, options = FAMILIES[family]
-    model, images = timm_model(architecture, **options), pictures(96)
+    model, images = timm_model(architecture, **options), random_images(96)
     vit = from_timm(model)
     with torch.no_grad():
         expected = vit(images).patches
@@ -182,7 +182,7 @@ def test_half_precision_is_as_close_to_float32_as_timms(family, dtype, precision
 
 
 def test_the_original_is_left_untouched_and_shares_no_memory():
-    model, images = timm_model("vit_small_patch14_reg4_dinov2", img_size=98), pictures(98)
+    model, images = timm_model("vit_small_patch14_reg4_dinov2", img_size=98), random_images(98)
     before = {name: tensor.clone() for name, tensor in model.state_dict().items()}
     vit = from_timm(model)
     expected = model(images)
@@ -200,7 +200,7 @@ def test_a_fine_tuned_model_without_pretrained_cfg_converts():
     )).train()  # fmt: skip
     vit = from_timm(model)
     assert not vit.training
-    assert max(errors(vit, model.eval(), pictures(64, 96)).values()) <= TOLERANCE
+    assert max(errors(vit, model.eval(), random_images(64, 96)).values()) <= TOLERANCE
 
 
 def test_the_config_says_where_the_weights_are_from():

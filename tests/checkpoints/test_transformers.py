@@ -211,12 +211,12 @@ def test_siglip_classifier_averages_the_patches(size):
 
 
 def naflex(x: torch.Tensor, patch: int = 14) -> dict[str, torch.Tensor]:
-    """What SigLIP 2's own image processor makes of pictures that need no resizing."""
+    """What SigLIP 2's own image processor makes of images that need no resizing."""
     from transformers.models.siglip2 import image_processing_siglip2 as processing
 
-    numpy = int(hf.__version__.split(".")[0]) < 5  # there pictures are arrays, channels last
-    pictures = x.permute(0, 2, 3, 1).numpy() if numpy else x
-    patches = [torch.as_tensor(processing.convert_image_to_patches(picture, patch)) for picture in pictures]
+    numpy = int(hf.__version__.split(".")[0]) < 5  # there images are arrays, channels last
+    images = x.permute(0, 2, 3, 1).numpy() if numpy else x
+    patches = [torch.as_tensor(processing.convert_image_to_patches(image, patch)) for image in images]
     patches = torch.stack(patches)
     shape = torch.tensor([[x.shape[2] // patch, x.shape[3] // patch]]).expand(len(x), -1)
     return {

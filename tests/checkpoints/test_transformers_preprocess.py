@@ -95,9 +95,9 @@ def test_crop_fraction_gives_the_edge_back(crop, edge):
 def test_preprocess_equals_the_image_processor(kind, height, width):
     """Up to the rounding of single pixels: a shifted crop or another filter is ten times as far away."""
     processor = (getattr(hf, f"{kind}Pil", None) or getattr(hf, kind))()
-    picture = Image.fromarray(skimage.data.astronaut()[:height, :width])
-    theirs = torch.as_tensor(np.asarray(processor(picture, return_tensors="np")["pixel_values"][0]))
-    close(preprocess_from_processor(processor.to_dict(), 1)(picture), theirs, 1e-2)
+    image = Image.fromarray(skimage.data.astronaut()[:height, :width])
+    theirs = torch.as_tensor(np.asarray(processor(image, return_tensors="np")["pixel_values"][0]))
+    close(preprocess_from_processor(processor.to_dict(), 1)(image), theirs, 1e-2)
 
 
 @pytest.mark.parametrize(

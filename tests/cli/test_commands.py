@@ -39,12 +39,12 @@ def run(*args: object) -> int:
 @pytest.fixture
 def folder(photographs, tmp_path) -> Path:
     """Four photographs, and four files that are none."""
-    folder = tmp_path / "pictures"
+    folder = tmp_path / "images"
     folder.mkdir()
     for path in photographs[:4]:
         shutil.copy(path, folder)
     (folder / "empty.jpg").touch()
-    (folder / "text.png").write_text("not a picture")
+    (folder / "text.png").write_text("not an image")
     (folder / "cut.jpg").write_bytes(photographs[5].read_bytes()[:3000])
     (folder / "gone.jpg").symlink_to(folder / "nowhere.jpg")
     return folder
@@ -102,7 +102,7 @@ def test_1_images(command, told, checkpoints, photographs, tmp_path, capsys):
     assert told in capsys.readouterr().out
 
 
-def test_attention_of_the_whole_picture_keeps_its_aspect(checkpoints, photographs, tmp_path, capsys):
+def test_attention_of_the_whole_image_keeps_its_aspect(checkpoints, photographs, tmp_path, capsys):
     Image.open(photographs[0]).resize((600, 300)).save(tmp_path / "wide.png")
     args = ("--model", TINY, "--crop", "none", "--out", tmp_path / "maps", "--json")
     assert run("attention", tmp_path / "wide.png", *args) == 0
@@ -110,7 +110,7 @@ def test_attention_of_the_whole_picture_keeps_its_aspect(checkpoints, photograph
     assert np.load(entry["array"]).shape == (3, 14, 28)
 
 
-def test_pictures_of_one_name_do_not_overwrite_each_other(checkpoints, photographs, tmp_path, capsys):
+def test_images_of_one_name_do_not_overwrite_each_other(checkpoints, photographs, tmp_path, capsys):
     for i in range(2):
         (tmp_path / str(i)).mkdir()
         shutil.copy(photographs[i], tmp_path / str(i) / "same.jpg")
@@ -187,23 +187,23 @@ def test_models(capsys):
 @pytest.mark.parametrize(
     ("args", "message"),
     [
-        (["diagnose", "PICTURES", "--model", "dinov2_vitb15"], "dinov2_vitb14"),
+        (["diagnose", "IMAGES", "--model", "dinov2_vitb15"], "dinov2_vitb14"),
         (["diagnose", "nowhere", "--model", TINY], "nowhere"),
-        (["diagnose", "PICTURES", "--model", TINY, "--block", "12"], "blocks? 0 to 11|0 to 11"),
-        (["diagnose", "PICTURES", "--model", TINY, "--threshold", "p98"], "mean\\+3sd"),
-        (["diagnose", "PICTURES", "--model", TINY, "--size", "100"], "multiple of the patch size 16"),
-        (["diagnose", "PICTURES", "--model", TINY, "--batch-size", "0"], "at least 1"),
-        (["diagnose", "PICTURES", "--model", TINY, "--device", "tpu9"], "tpu9"),
-        (["diagnose", "PICTURES", "--model", TINY, "--out", "/proc/nothing"], "cannot write"),
-        (["attention", "PICTURES", "--model", TINY, "--queries", "registers"], "no registers"),
-        (["attention", "PICTURES", "--model", TINY, "--queries", "0,14"], "outside the grid"),
-        (["attention", "PICTURES", "--model", TINY, "--queries", "dog"], "ROW,COLUMN"),
+        (["diagnose", "IMAGES", "--model", TINY, "--block", "12"], "blocks? 0 to 11|0 to 11"),
+        (["diagnose", "IMAGES", "--model", TINY, "--threshold", "p98"], "mean\\+3sd"),
+        (["diagnose", "IMAGES", "--model", TINY, "--size", "100"], "multiple of the patch size 16"),
+        (["diagnose", "IMAGES", "--model", TINY, "--batch-size", "0"], "at least 1"),
+        (["diagnose", "IMAGES", "--model", TINY, "--device", "tpu9"], "tpu9"),
+        (["diagnose", "IMAGES", "--model", TINY, "--out", "/proc/nothing"], "cannot write"),
+        (["attention", "IMAGES", "--model", TINY, "--queries", "registers"], "no registers"),
+        (["attention", "IMAGES", "--model", TINY, "--queries", "0,14"], "outside the grid"),
+        (["attention", "IMAGES", "--model", TINY, "--queries", "dog"], "ROW,COLUMN"),
         (["diagnose", "--model", TINY], "IMAGES|image|path"),
     ],
 )
 def test_bad_input_is_one_sentence_and_status_2(args, message, checkpoints, folder, tmp_path, capsys, monkeypatch):
     monkeypatch.chdir(tmp_path)
-    assert run(*[folder if a == "PICTURES" else a for a in args]) == 2
+    assert run(*[folder if a == "IMAGES" else a for a in args]) == 2
     error = capsys.readouterr().err
     assert re.search(message, error), error
     assert error.startswith("vitreg: ")
@@ -216,7 +216,7 @@ def test_debug_shows_the_traceback(checkpoints, folder, capsys):
 
 
 def test_ctrl_c_leaves_a_report(test_data, tmp_path):
-    """A real SIGINT to a real process, sent while it looks at pictures."""
+    """A real SIGINT to a real process, sent while it looks at images."""
     out = tmp_path / "out"
     code = (
         "import signal, sys, vitreg.artifacts.observer as d, vitreg.cli as c\n"
@@ -368,7 +368,7 @@ def test_a_command_with_nothing_prints_its_own_help_and_what_is_missing(capsys):
         ("diagnose x --model a --dtype int", "--dtype int is unknown; choose from float32, bfloat16, float16"),
         ("diagnose x --model", "--model needs a value; see vitreg diagnose --help"),
         ("fix x", "fix needs --out and --model; see vitreg fix --help"),
-        ("evaluate knn --data x --models a --k 0", "k is (0,); give at least one number of neighbours, all above 0"),
+        ("evaluate knn --data x --models a --k 0", "k is (0,); give at least one number of neighbors, all above 0"),
         ("evaluate knn --data x --models a --limit 0", "--limit 0 must be at least 1"),
         ("diagnos x", "there is no command diagnos; did you mean diagnose?"),
         ("evaluate kn --data x", "there is no command evaluate kn; did you mean evaluate knn?"),
@@ -428,7 +428,7 @@ def test_a_file_whose_name_is_no_text_does_not_cost_the_result(photographs, tmp_
         shutil.copy(path, os.fsencode(folder) + b"/caf\xe9%d.jpg" % number)
     (folder / os.fsdecode(b"text\xe9.jpg")).write_text("no image")
     assert run("diagnose", folder, "--model", "vitreg_tiny", "--out", tmp_path / "out") == 0
-    assert "text\\udce9.jpg is not a picture" in capsys.readouterr().out
+    assert "text\\udce9.jpg is not an image" in capsys.readouterr().out
     assert "caf\\udce90.jpg" in (tmp_path / "out" / "report.html").read_text()
     assert json.loads((tmp_path / "out" / "diagnosis.json").read_text())["num_images"] == 2
     assert run("attention", folder, "--model", "vitreg_tiny", "--queries", "0,0", "--out", tmp_path / "maps") == 0

@@ -32,7 +32,7 @@ def run(*args: object) -> int:
 
 @pytest.fixture
 def yolo(photographs, tmp_path) -> Path:
-    """Six small pictures, five with a box, and a label of a picture that is not there."""
+    """Six small images, five with a box, and a label of an image that is not there."""
     root = tmp_path / "data"
     for part in ("images", "labels"):
         (root / part).mkdir(parents=True)
@@ -47,16 +47,16 @@ def yolo(photographs, tmp_path) -> Path:
 def test_discover_writes_boxes_and_overlays(tiny_vit, yolo, tmp_path, capsys):
     folder, out = yolo / "images", tmp_path / "out"
     Image.new("RGB", (40, 100)).save(folder / "small.png")
-    (folder / "text.png").write_text("no picture")
+    (folder / "text.png").write_text("no image")
     shutil.copytree(folder, folder / "again")
     assert run("discover", folder, "--model", TINY, "--out", out, "--max-objects", 2, "--json") == 0
     printed = json.loads(capsys.readouterr().out)
     assert printed == json.loads((out / "detections.json").read_text())
     assert {Path(skip["path"]).name for skip in printed["skipped"]} == {"small.png", "text.png"}
     assert len(printed["skipped"]) == 4
-    assert len(printed["pictures"]) == 12
-    paths = [Path(entry["image"]) for entry in printed["pictures"]]
-    for entry, found in zip(printed["pictures"], discover_objects(tiny_vit, paths, max_objects=2), strict=True):
+    assert len(printed["images"]) == 12
+    paths = [Path(entry["image"]) for entry in printed["images"]]
+    for entry, found in zip(printed["images"], discover_objects(tiny_vit, paths, max_objects=2), strict=True):
         objects = (found, *found.others)
         assert [tuple(o["box"]) for o in entry["objects"]] == [o.box for o in objects]
         assert [tuple(o["seed"]) for o in entry["objects"]] == [o.seed for o in objects]
@@ -64,10 +64,10 @@ def test_discover_writes_boxes_and_overlays(tiny_vit, yolo, tmp_path, capsys):
         np.testing.assert_array_equal(mask, found.mask)
         assert entry["grid"] == list(found.mask.shape)
         assert Image.open(entry["overlay"]).height > entry["height"]
-    assert len({entry["overlay"] for entry in printed["pictures"]}) == 12
+    assert len({entry["overlay"] for entry in printed["images"]}) == 12
 
     coco = json.loads((out / "coco.json").read_text())
-    boxes = [o["box"] for entry in printed["pictures"] for o in entry["objects"]]
+    boxes = [o["box"] for entry in printed["images"] for o in entry["objects"]]
     assert [image["file_name"] for image in coco["images"]] == [str(path) for path in paths]
     assert len(coco["annotations"]) == len(boxes)
     for annotation, (x0, y0, x1, y1) in zip(coco["annotations"], boxes, strict=True):
@@ -88,7 +88,7 @@ def test_discover_says_what_it_did_and_needs_no_overlays(yolo, tmp_path, capsys)
 EVALUATE = ("evaluate", "discovery", "--models", TINY, "--out")
 
 
-def test_evaluate_writes_table_json_and_picture(yolo, tmp_path, capsys):
+def test_evaluate_writes_table_json_and_image(yolo, tmp_path, capsys):
     out = tmp_path / "out"
     data = f"yolo:{yolo}"
     assert run(*EVALUATE, out, "--data", data, "--sweep", "blocks", "normalize", "--json") == 0
@@ -101,7 +101,7 @@ def test_evaluate_writes_table_json_and_picture(yolo, tmp_path, capsys):
     # Done already: the same numbers, from the record.
     assert run(*EVALUATE, out, "--data", data, "--sweep", "blocks", "normalize") == 0
     text = capsys.readouterr().out
-    assert "on 5 pictures; left out: 1 without boxes" in text
+    assert "on 5 images; left out: 1 without boxes" in text
     assert "gone" in text
     assert "on the other half" in text
     assert f"{printed['models'][0]['best']['corloc']:.1f}" in text
@@ -159,7 +159,7 @@ def test_incomplete_commands_are_refused(args, capsys):
 
 
 def test_ctrl_c_keeps_what_is_done_and_the_same_command_continues(test_data, yolo, tmp_path, capsys):
-    """A real SIGINT to a real process, after the second picture."""
+    """A real SIGINT to a real process, after the second image."""
     out = tmp_path / "out"
     args = ["evaluate", "discovery", "--data", f"yolo:{yolo}", "--models", TINY, "--out", str(out), "--batch-size", "1"]
     code = (

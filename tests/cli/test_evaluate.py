@@ -49,7 +49,7 @@ def run(*args: object) -> int | str:
 
 @pytest.fixture(scope="module")
 def folders(test_data, tmp_path_factory) -> Path:
-    """train/ and val/ with four classes each, and 12 and 5 pictures of a class."""
+    """train/ and val/ with four classes each, and 12 and 5 images of a class."""
     root = tmp_path_factory.mktemp("folders")
     for part, number in (("train", 12), ("val", 5)):
         images = open_image_set(test_data / "tiny-imagenet-100" / f"{part}.parquet")
@@ -57,7 +57,7 @@ def folders(test_data, tmp_path_factory) -> Path:
         for label in (3, 7, 20, 50):
             (root / part / f"class {label}").mkdir(parents=True)
             for index in [i for i, found in enumerate(images.labels) if found == label][:number]:
-                images.picture(index).save(root / part / f"class {label}" / f"{index}.png")
+                images.image(index).save(root / part / f"class {label}" / f"{index}.png")
     return root
 
 
@@ -126,7 +126,7 @@ def test_evaluate_all_asks_every_probe(folders, photographs, tmp_path, capsys, m
     assert header.count("|") == len(expected) + 2
 
 
-def test_pictures_without_labels_are_asked_what_patches_know(photographs, tmp_path, capsys):
+def test_images_without_labels_are_asked_what_patches_know(photographs, tmp_path, capsys):
     folder = tmp_path / "photos"
     folder.mkdir()
     for path in photographs[:20]:
@@ -194,11 +194,11 @@ def nothing(root: Path) -> list[object]:
     return ["all"]
 
 
-def broken_picture(root: Path) -> list[object]:
+def broken_image(root: Path) -> list[object]:
     for part in ("train", "val"):
         for name in "ab":
             (root / part / name).mkdir(parents=True)
-            (root / part / name / "0.png").write_text("no picture")
+            (root / part / name / "0.png").write_text("no image")
     return ["tokens", "--data", root]
 
 
@@ -219,11 +219,11 @@ def wrong_option(root: Path) -> list[object]:
     return ["knn", "--data", two_classes(root), "--train-images", 0]
 
 
-def fewer_pictures_than_classes(root: Path) -> list[object]:
+def fewer_images_than_classes(root: Path) -> list[object]:
     return ["knn", "--data", two_classes(root), "--train-images", 1]
 
 
-def one_picture(root: Path) -> list[object]:
+def one_image(root: Path) -> list[object]:
     root.mkdir()
     Image.new("RGB", (64, 64)).save(root / "only.png")
     return ["position", "--data", root]
@@ -274,11 +274,11 @@ def tar_of_an_absurd_size(root: Path) -> list[object]:
         (eight_bits, "02.png"),
         (no_folder, "absent"),
         (nothing, "--segmentation"),
-        (broken_picture, "0.png"),
+        (broken_image, "0.png"),
         (no_text_tower, "text"),
         (wrong_option, "--train-images"),
-        (fewer_pictures_than_classes, "--train-images 1 is fewer than the classes of"),
-        (one_picture, "1 pictures, of which none can be held out"),
+        (fewer_images_than_classes, "--train-images 1 is fewer than the classes of"),
+        (one_image, "1 images, of which none can be held out"),
         (no_such_block, "block 12 does not exist"),
     ],
 )
@@ -373,7 +373,7 @@ def test_commands_into_one_folder_add_up(folders, tmp_path, capsys):
     assert summary["models"][1]["probes"]["segmentation"]["scores"][0]["difference"] is not None
     assert set(summary["data"]) == {"classification", "segmentation"}
     page = (out / "report.html").read_text()
-    assert page.count('alt="truth of') == 2, "pictures of the earlier command are shown, too"
+    assert page.count('alt="truth of') == 2, "images of the earlier command are shown, too"
     # Of other images: left out, and said.
     capsys.readouterr()
     assert run("evaluate", "knn", "--data", folders, "--val-images", 8, "--models", PAIR[1], "--out", out) == 0

@@ -100,7 +100,7 @@ def sentence(capsys) -> str:
 def test_train_tells_what_it_did_and_its_model_can_be_used(classes, tmp_path, capsys):
     out = tmp_path / "run"
     broken = classes / "train" / "class0" / sorted(os.listdir(classes / "train" / "class0"))[0]
-    broken.write_bytes(b"no picture")
+    broken.write_bytes(b"no image")
     args = ("deit3", "--data", classes, "--smoke", *SMALL, "--registers", "2", "--steps", "5", "--diagnose-every", "3")
     assert run("train", *args, "--out", out) == 0
     told = capsys.readouterr()
@@ -108,8 +108,8 @@ def test_train_tells_what_it_did_and_its_model_can_be_used(classes, tmp_path, ca
     assert "top1" in told.err
     lines = told.out.splitlines()
     assert lines[0].startswith("finished after 5 steps, loss ")
-    assert lines[1] == f"  vitreg diagnose PICTURES --model {out}"
-    assert lines[2] == f"1 pictures could not be read and were replaced by others; see {out / 'skipped.txt'}"
+    assert lines[1] == f"  vitreg diagnose IMAGES --model {out}"
+    assert lines[2] == f"1 images could not be read and were replaced by others; see {out / 'skipped.txt'}"
     assert vitreg.load(out).num_registers == 2
     assert run("diagnose", classes / "val", "--model", out, "--out", tmp_path / "report") == 0
     capsys.readouterr()
@@ -138,8 +138,8 @@ def test_train_tells_what_it_did_and_its_model_can_be_used(classes, tmp_path, ca
         (["deit3", "--data", "DATA", "--val", "nowhere"], "nowhere does not exist"),
         (["deit3", "--data", "FLAT"], "has no labels, from which deit3 learns; give one folder for each class"),
         (["clip", "--data", "DATA"], "has no captions, which clip learns from"),
-        (["deit3", "--data", "EMPTY"], "class folder .*class2 holds no picture"),
-        (["deit3", "--data", "DATA", "--batch-size", "64"], "32 pictures, fewer than a batch of 64"),
+        (["deit3", "--data", "EMPTY"], "class folder .*class2 holds no image"),
+        (["deit3", "--data", "DATA", "--batch-size", "64"], "32 images, fewer than a batch of 64"),
         (["deit3", "--data", "DATA", "--batch-size", "7"], "choose a multiple of 2"),
         (["deit3", "--data", "DATA", "--batch-size", "0"], "batch_size is 0"),
         (["deit3", "--data", "DATA", "--epochs", "0"], "epochs is 0"),

@@ -66,7 +66,7 @@ def places(folders, tmp_path_factory) -> dict[str, str]:
     rows = ["image,caption"]
     for number, path in enumerate(sorted((folders / "train").rglob("*.png"))):
         Image.open(path).save(root / "captioned" / "images" / f"{number}.png")
-        rows.append(f"{number}.png,a picture of {path.parent.name}")
+        rows.append(f"{number}.png,an image of {path.parent.name}")
     (root / "captioned" / "captions.csv").write_text("\n".join(rows) + "\n", encoding="utf-8")
     vit = vitreg.load("vitreg_tiny")
     vit = plant_artifacts(vit, some_images(vit, folders))

@@ -68,11 +68,11 @@ def test_clip(device, dtype, folders, tmp_path):
     from vitreg.training import clip
 
     files = sorted((folders / "train").rglob("*.png"))
-    rows = [f"{file.relative_to(folders / 'train')},a picture of {file.parent.name}" for file in files]
+    rows = [f"{file.relative_to(folders / 'train')},an image of {file.parent.name}" for file in files]
     (tmp_path / "data" / "images").mkdir(parents=True)
     for number, file in enumerate(files):
         (tmp_path / "data" / "images" / f"{number}.png").write_bytes(file.read_bytes())
-        rows[number] = f"{number}.png,a picture of {file.parent.name}"
+        rows[number] = f"{number}.png,an image of {file.parent.name}"
     (tmp_path / "data" / "captions.csv").write_text("image,caption\n" + "\n".join(rows) + "\n", encoding="utf-8")
     config = clip(num_images=30, size="micro", image_size=32, patch_size=16, batch_size=6)
     config = short(config, dtype=dtype)

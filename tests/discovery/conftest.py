@@ -1,4 +1,4 @@
-"""Feature maps of real pictures, of every facet."""
+"""Feature maps of real images, of every facet."""
 
 from __future__ import annotations
 
@@ -12,22 +12,22 @@ from vitreg.discovery.features import FACETS, patch_features
 
 
 @pytest.fixture(scope="session")
-def pictures(test_data):
-    """The 128 pictures of coco128, with 256 pixels along the longer side."""
+def photos(test_data):
+    """The 128 images of coco128, with 256 pixels along the longer side."""
     found = []
     for path in sorted((test_data / "coco128" / "images").glob("*.jpg")):
-        picture = Image.open(path)
-        picture.thumbnail((256, 256))
-        found.append(picture.convert("RGB"))
+        image = Image.open(path)
+        image.thumbnail((256, 256))
+        found.append(image.convert("RGB"))
     return found
 
 
 @pytest.fixture(scope="session")
-def feature_maps(_tiny_vit, pictures):
-    """(features by facet, grid) of 126 pictures, from the last block of the ViT-Ti."""
+def feature_maps(_tiny_vit, photos):
+    """(features by facet, grid) of 126 images, from the last block of the ViT-Ti."""
     found = []
-    for picture in pictures[:126]:
-        pixels = torch.from_numpy(np.array(picture)).permute(2, 0, 1)[None]
+    for image in photos[:126]:
+        pixels = torch.from_numpy(np.array(image)).permute(2, 0, 1)[None]
         images = pad(_tiny_vit.preprocess.normalize(pixels), 16)
         features = patch_features(_tiny_vit, images, FACETS, [-1])
         grid = (images.shape[-2] // 16, images.shape[-1] // 16)

@@ -1,4 +1,4 @@
-"""LOST and the normalised cut as their papers write them down: whole matrices, no shortcuts."""
+"""LOST and the normalized cut as their papers write them down: whole matrices, no shortcuts."""
 
 from __future__ import annotations
 

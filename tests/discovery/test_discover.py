@@ -1,4 +1,4 @@
-"""From pictures to boxes: sizes, padding, batches, every kind of model, bad input."""
+"""From images to boxes: sizes, padding, batches, every kind of model, bad input."""
 
 from __future__ import annotations
 
@@ -27,13 +27,13 @@ def small():
 
 
 @pytest.fixture
-def files(tmp_path, pictures):
-    """Five pictures of three padded sizes, the sizes mixed."""
+def files(tmp_path, photos):
+    """Five images of three padded sizes, the sizes mixed."""
     sizes = [(150, 100), (100, 150), (145, 100), (64, 48), (150, 101)]
     paths = []
-    for number, (picture, size) in enumerate(zip(pictures, sizes, strict=False)):
+    for number, (image, size) in enumerate(zip(photos, sizes, strict=False)):
         paths.append(tmp_path / f"{number}.png")
-        picture.resize(size).save(paths[-1])
+        image.resize(size).save(paths[-1])
     return paths
 
 
@@ -43,7 +43,7 @@ def same(one, other):
     assert (one.box, one.seed) == (other.box, other.seed)
 
 
-def test_a_picture_is_padded_and_compared_as_documented(tiny_vit, files):
+def test_a_image_is_padded_and_compared_as_documented(tiny_vit, files):
     """The definition, step by step: pixels as they are, zeros to the patch size, features, LOST, box in pixels."""
     pixels = np.array(Image.open(files[0]))
     images = torch.zeros(1, 3, 112, 160)
@@ -60,7 +60,7 @@ def test_a_picture_is_padded_and_compared_as_documented(tiny_vit, files):
 
 
 @pytest.mark.parametrize("facet", FACETS)
-def test_boxes_end_where_the_picture_does(small, files, facet):
+def test_boxes_end_where_the_image_does(small, files, facet):
     for path, found in zip(files, discover_objects(small, files, facet=facet), strict=True):
         width, height = Image.open(path).size
         x0, y0, x1, y1 = found.box
@@ -132,8 +132,8 @@ def test_further_objects_are_found_in_what_is_left(small, files):
     assert any(many.others for many in found)
 
 
-def test_nothing_is_left_of_a_picture_that_is_one_object(tiny_vit):
-    """A constant picture of raw tokens that are all alike: one object, whatever is asked for."""
+def test_nothing_is_left_of_a_image_that_is_one_object(tiny_vit):
+    """A constant image of raw tokens that are all alike: one object, whatever is asked for."""
     found = discover_objects(
         tiny_vit, torch.zeros(1, 3, 64, 64), max_objects=9, normalize=False, bias=1e9, center=False
     )
@@ -149,7 +149,7 @@ def test_tokencut_finds_one_object(small, files):
 
 
 def test_lost_issue_d4_nothing_is_left_on_the_model(small, files):
-    """The reference registers a hook for every picture and removes none."""
+    """The reference registers a hook for every image and removes none."""
     before = {name: tensor.clone() for name, tensor in small.state_dict().items()}
     discover_objects(small, files)
     assert not any(module._forward_hooks or module._forward_pre_hooks for module in small.modules())
@@ -182,18 +182,18 @@ def test_unknown_facet_and_missing_facet(small, monkeypatch):
 
 
 @pytest.mark.parametrize("size", [(47, 200), (200, 32), (1, 1)])
-def test_a_picture_of_fewer_than_3_x_3_patches(small, tmp_path, size):
+def test_a_image_of_fewer_than_3_x_3_patches(small, tmp_path, size):
     Image.new("RGB", size, "red").save(tmp_path / "small.png")
     with pytest.raises(
         ValueError, match=rf"small\.png has {size[0]} x {size[1]} pixels; .* needs 3 x 3 patches of 16 pixels"
     ):
         discover_objects(small, tmp_path / "small.png")
-    with pytest.raises(ValueError, match="a picture of the batch has"):
+    with pytest.raises(ValueError, match="an image of the batch has"):
         discover_objects(small, torch.zeros(1, 3, *size))
 
 
-def test_a_file_that_is_no_picture(small, files, tmp_path):
-    (tmp_path / "text.png").write_text("no picture")
+def test_a_file_that_is_no_image(small, files, tmp_path):
+    (tmp_path / "text.png").write_text("no image")
     with pytest.raises(ImageError, match=r"text\.png"):
         discover_objects(small, tmp_path)
 

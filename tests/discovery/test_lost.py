@@ -30,7 +30,7 @@ def test_random_maps_are_as_the_equations_say(start):
         generator = torch.Generator().manual_seed(number)
         rows, columns, dim, k = (int(torch.randint(3, 30, (), generator=generator)) for _ in range(4))
         features = torch.randn(rows * columns, dim, generator=generator)
-        # Neighbours alike, as in pictures, so that objects have more than one patch.
+        # Neighbors alike, as in images, so that objects have more than one patch.
         features = features + 2 * features.roll(1, 0) + 2 * features.roll(columns, 0)
         bias = float(torch.randn((), generator=generator)) if number % 2 else 0.0
         assert_same(features, (rows, columns), bias=bias, k_patches=4 * k)
@@ -38,7 +38,7 @@ def test_random_maps_are_as_the_equations_say(start):
 
 @pytest.mark.parametrize("facet", FACETS)
 @pytest.mark.parametrize("conditioned", [False, True])
-def test_maps_of_126_pictures_are_as_the_equations_say(feature_maps, facet, conditioned):
+def test_maps_of_126_images_are_as_the_equations_say(feature_maps, facet, conditioned):
     assert len(feature_maps) == 126
     for features, grid in feature_maps:
         if conditioned:
@@ -56,14 +56,14 @@ def test_ties_and_zeros_go_by_position(seed):
 
 
 def test_equal_patches_are_one_object():
-    """A constant picture: every similarity is equal, and so is every degree."""
+    """A constant image: every similarity is equal, and so is every degree."""
     found = lost(torch.ones(12, 5), (3, 4))
     assert found.seed == (0, 0)
     assert found.mask.all()
     assert (found.degree == 11).all()
 
 
-def test_centred_equal_patches_are_no_object_but_a_result():
+def test_centered_equal_patches_are_no_object_but_a_result():
     features = condition(torch.full((12, 5), 0.1), normalize=True, center=True)
     assert not features.any()
     assert_same(features, (3, 4))

@@ -26,11 +26,11 @@ def small():
 
 
 @pytest.fixture
-def images(tmp_path, pictures):
+def images(tmp_path, photos):
     found = []
-    for number, picture in enumerate(pictures[:6]):
+    for number, image in enumerate(photos[:6]):
         path = tmp_path / f"{number}.png"
-        picture.resize((100 - 20 * (number % 2), 64)).save(path)
+        image.resize((100 - 20 * (number % 2), 64)).save(path)
         found.append(BoxedImage(path, np.array([[0.0, 0, 60, 60]])))
     return found
 
@@ -44,7 +44,7 @@ def test_the_sweep_of_the_issue_has_48_settings():
     assert {p.bias for p in swept} == {0.0}
 
 
-def test_a_bias_goes_with_normalised_features_only():
+def test_a_bias_goes_with_normalized_features_only():
     assert {p.bias for p in settings(AXES) if not p.normalize} == {0.0}
     assert len({p.bias for p in settings(["bias", "normalize"]) if p.normalize}) > 5
 
@@ -115,7 +115,7 @@ def test_a_record_of_something_else_is_refused(small, images, tmp_path):
         find_boxes(small, "small", images, CHOICES, record)
 
 
-def test_too_small_a_picture_is_named_before_anything_runs(small, images, tmp_path):
+def test_too_small_a_image_is_named_before_anything_runs(small, images, tmp_path):
     Image.new("RGB", (100, 20)).save(tmp_path / "flat.png")
     images.append(BoxedImage(tmp_path / "flat.png", np.ones((1, 4))))
     with pytest.raises(ValueError, match=r"flat\.png has 100 x 20 pixels"):
@@ -125,7 +125,7 @@ def test_too_small_a_picture_is_named_before_anything_runs(small, images, tmp_pa
 
 @pytest.fixture
 def summary(images):
-    """100 pictures, two models, two settings: the second setting and the second model are better."""
+    """100 images, two models, two settings: the second setting and the second model are better."""
     images = [images[i % 6] for i in range(100)]
     protocols = [DEFAULT, Protocol("queries", -3, True, False, -0.2)]
     rng = np.random.default_rng(0)
@@ -155,7 +155,7 @@ def test_summary_counts_and_judges_on_the_other_half(summary):
         assert together / 2 == pytest.approx(100 * hit[1].mean())
 
 
-def test_summary_compares_models_picture_by_picture(summary):
+def test_summary_compares_models_image_by_image(summary):
     found, summary = summary
     (difference,) = summary["differences"]
     assert (difference["model"], difference["minus"]) == ("new", "old")
@@ -178,10 +178,10 @@ def test_the_best_setting_is_chosen_without_the_other_half(images):
     assert halves["on_the_other_half"]["corloc"] == 0
 
 
-def test_whole_picture_and_hits(images):
+def test_whole_image_and_hits(images):
     made = summarize({"m": np.ones((1, 6), bool)}, [DEFAULT], images, data="x", boxed=BoxSet(tuple(images)), swept=[])
     # 60 x 60 of 100 x 64 is 0.56, of 80 x 64 0.70.
-    assert made["whole_picture"]["corloc"] == 100
+    assert made["whole_image"]["corloc"] == 100
     assert "best" not in made["models"][0]
     boxes = [[[0, 0, 60, 60], [0, 0, 30, 30]]] * 6
     np.testing.assert_array_equal(hits(boxes, images), [[True] * 6, [False] * 6])

@@ -1,4 +1,4 @@
-"""Small folders of pictures with masks or depth, for tests to break."""
+"""Small folders of images with masks or depth, for tests to break."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from PIL import Image
 SIZE = (40, 30)
 
 
-def picture(path: Path, size: tuple[int, int] = SIZE) -> Path:
+def image(path: Path, size: tuple[int, int] = SIZE) -> Path:
     path.parent.mkdir(parents=True, exist_ok=True)
     Image.new("RGB", size, "white").save(path)
     return path
@@ -34,18 +34,18 @@ def depth_map(path: Path, steps: int = 1500, size: tuple[int, int] = SIZE) -> Pa
 
 
 def mask_folder(folder: Path) -> Path:
-    """Four pictures to train on and two to judge by."""
+    """Four images to train on and two to judge by."""
     for part, names in (("train", "abcd"), ("val", "ef")):
         for name in names:
-            picture(folder / part / "images" / f"{name}.jpg")
+            image(folder / part / "images" / f"{name}.jpg")
             mask(folder / part / "masks" / f"{name}.png")
     return folder
 
 
 def depth_folder(folder: Path) -> Path:
-    """Two pictures to train on and one to judge by."""
+    """Two images to train on and one to judge by."""
     for part, names in (("train", "ab"), ("val", "c")):
         for name in names:
-            picture(folder / part / "images" / f"{name}.jpg")
+            image(folder / part / "images" / f"{name}.jpg")
             depth_map(folder / part / "depth" / f"{name}.png")
     return folder

@@ -80,8 +80,8 @@ def nan(images: torch.Tensor, index: int, value: float) -> torch.Tensor:
 @pytest.mark.parametrize(
     ("make", "message"),
     [
-        (lambda x: SMALL.unnormalize(x), "uint8 values, models take floats; normalise them: vit.preprocess.normalize"),
-        (lambda x: SMALL.unnormalize(x).float(), "values up to 2.*, which are pixels; normalise them"),
+        (lambda x: SMALL.unnormalize(x), "uint8 values, models take floats; normalize them: vit.preprocess.normalize"),
+        (lambda x: SMALL.unnormalize(x).float(), "values up to 2.*, which are pixels; normalize them"),
         (lambda x: SMALL.unnormalize(x).movedim(1, -1), "the shape [20, 16, 16, 3]; expected .*images.movedim(-1, -3)"),
         (lambda x: x[0, 0], "the shape [16, 16]; expected [B, 3, H, W], or [3, H, W] for one"),
         (lambda x: x[:, :2], "the shape [20, 2, 16, 16]"),

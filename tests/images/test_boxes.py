@@ -17,7 +17,7 @@ VOC_OBJECT = (
 )
 
 
-def picture(path, size=(40, 30)):
+def image(path, size=(40, 30)):
     path.parent.mkdir(parents=True, exist_ok=True)
     Image.new("RGB", size).save(path)
     return path
@@ -34,7 +34,7 @@ def voc(tmp_path):
         VOC_OBJECT.format(5, 6, 7.5, 8, truncated=1, difficult=1),
     ]
     for name, body in (("000005", "".join(objects)), ("000007", "")):
-        picture(root / "JPEGImages" / f"{name}.jpg")
+        image(root / "JPEGImages" / f"{name}.jpg")
         (root / f"Annotations/{name}.xml").write_text(f"<annotation><filename>{name}.jpg</filename>{body}</annotation>")
     return tmp_path
 
@@ -72,11 +72,11 @@ def coco(tmp_path):
     (tmp_path / "annotations/instances_train2014.json").write_text(json.dumps(annotations))
     (tmp_path / "coco_20k_filenames.txt").write_text(f"train2014/{names[1]}\n30\n")
     for name in names:
-        picture(tmp_path / "train2014" / name)
+        image(tmp_path / "train2014" / name)
     return tmp_path
 
 
-def test_coco20k_takes_the_listed_pictures_without_crowds(coco):
+def test_coco20k_takes_the_listed_images_without_crowds(coco):
     found = open_box_set(f"coco20k:{coco}")
     assert [image.path.name[-6:] for image in found.images] == ["25.jpg", "30.jpg"]
     np.testing.assert_array_equal(found.images[0].boxes, [[1, 3, 12, 23]])
@@ -98,7 +98,7 @@ def test_coco20k_errors(coco):
 @pytest.fixture
 def yolo(tmp_path):
     for name in ("a.jpg", "b.png", "sub/c.jpg"):
-        picture(tmp_path / "images" / name)
+        image(tmp_path / "images" / name)
     (tmp_path / "labels/sub").mkdir(parents=True)
     (tmp_path / "labels/a.txt").write_text("0 0.5 0.5 1 1\n\n3 0.25 0.5 0.5 0.2\n")
     (tmp_path / "labels/sub/c.txt").write_text("")
@@ -106,7 +106,7 @@ def yolo(tmp_path):
     return tmp_path
 
 
-def test_yolo_boxes_are_relative_to_the_picture(yolo):
+def test_yolo_boxes_are_relative_to_the_image(yolo):
     found = open_box_set(f"yolo:{yolo}")
     assert [image.path.name for image in found.images] == ["a.jpg", "b.png", "c.jpg"]
     np.testing.assert_allclose(found.images[0].boxes, [[0, 0, 40, 30], [0, 12, 20, 18]])
@@ -114,7 +114,7 @@ def test_yolo_boxes_are_relative_to_the_picture(yolo):
     assert found.missing == ()
 
 
-def test_yolo_labels_without_a_picture_are_missing(yolo):
+def test_yolo_labels_without_a_image_are_missing(yolo):
     (yolo / "labels/gone.txt").write_text("0 0.5 0.5 1 1")
     found = open_box_set(f"yolo:{yolo}")
     assert len(found.images) == 3
@@ -133,7 +133,7 @@ def test_coco128_of_the_real_data(coco128):
     found = open_box_set(f"yolo:{coco128}")
     assert len(found.images) == 128
     assert sum(len(image.boxes) > 0 for image in found.images) == 126
-    # This copy has labels of two pictures that it lacks.
+    # This copy has labels of two images that it lacks.
     assert len(found.missing) == 2
     for image in found.images[:10]:
         height, width = image_size(image.path)
@@ -142,7 +142,7 @@ def test_coco128_of_the_real_data(coco128):
 
 
 def test_json(tmp_path):
-    picture(tmp_path / "p/a.jpg")
+    image(tmp_path / "p/a.jpg")
     file = tmp_path / "set.json"
     file.write_text(json.dumps([{"image": "p/a.jpg", "boxes": [[1, 2, 3, 4.5]]}, {"image": "p/gone.jpg"}]))
     found = open_box_set(f"json:{file}")
@@ -160,13 +160,13 @@ def test_json(tmp_path):
         ('[{"image": "a.jpg", "boxes": [[1, 2, 3, NaN]]}]', "four finite numbers"),
         ('[{"image": "a.jpg", "boxes": 3}]', "four finite numbers"),
         ('[{"image": "a.jpg", "boxes": [[3, 3, 1, 9]]}]', "entry 0 is malformed: a box ends before it begins"),
-        ('[{"image": "a.jpg"}, {"image": "a.jpg"}]', "names a picture twice"),
-        ('[{"image": "b.jpg"}]', r"has no pictures; .*b\.jpg does not exist"),
-        ("[]", "has no pictures$"),
+        ('[{"image": "a.jpg"}, {"image": "a.jpg"}]', "names an image twice"),
+        ('[{"image": "b.jpg"}]', r"has no images; .*b\.jpg does not exist"),
+        ("[]", "has no images$"),
     ],
 )
 def test_json_errors(tmp_path, content, message):
-    picture(tmp_path / "a.jpg")
+    image(tmp_path / "a.jpg")
     (tmp_path / "set.json").write_text(content)
     with pytest.raises(ValueError, match=message):
         open_box_set(f"json:{tmp_path / 'set.json'}")
@@ -184,7 +184,7 @@ def test_missing_file():
 
 
 @pytest.mark.parametrize("orientation", [1, 3, 6, 8])
-def test_image_size_is_that_of_the_upright_picture(tmp_path, orientation):
+def test_image_size_is_that_of_the_upright_image(tmp_path, orientation):
     exif = Image.Exif()
     exif[0x0112] = orientation
     Image.new("RGB", (40, 30)).save(tmp_path / "a.jpg", exif=exif)

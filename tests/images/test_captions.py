@@ -13,7 +13,7 @@ from vitreg.images import ImageError, open_image_set, read_image
 
 @pytest.fixture
 def flickr(test_data, tmp_path):
-    """A copy of three pictures; a row of the first comes last."""
+    """A copy of three images; a row of the first comes last."""
     with (test_data / "flickr8k-1k/captions.csv").open(newline="") as file:
         rows = [(row["image"], row["caption"]) for row in csv.DictReader(file)][:15]
     rows.append(rows.pop(2))
@@ -29,7 +29,7 @@ def write(folder, rows, header=("image", "caption")):
     return folder
 
 
-def test_every_picture_has_its_captions(test_data):
+def test_every_image_has_its_captions(test_data):
     found = open_image_set(test_data / "flickr8k-1k")
     expected: dict[str, list[str]] = {}
     with (test_data / "flickr8k-1k/captions.csv").open(newline="") as file:
@@ -40,10 +40,10 @@ def test_every_picture_has_its_captions(test_data):
     assert [list(found.captions(i)) for i in range(1000)] == list(expected.values())
     names = [test_data / "flickr8k-1k/images" / name for name in expected]
     assert [found.name(i) for i in range(1000)] == list(map(str, names))
-    np.testing.assert_array_equal(np.asarray(found.picture(77)), np.asarray(read_image(names[77])))
+    np.testing.assert_array_equal(np.asarray(found.image(77)), np.asarray(read_image(names[77])))
 
 
-def test_rows_of_a_picture_need_not_follow_each_other_and_the_file_may_be_named(flickr):
+def test_rows_of_a_image_need_not_follow_each_other_and_the_file_may_be_named(flickr):
     folder, file = open_image_set(flickr), open_image_set(flickr / "captions.csv")
     assert len(folder) == len(file) == 3
     assert [len(folder.captions(i)) for i in (0, 1, 2)] == [5, 5, 5]
@@ -51,25 +51,25 @@ def test_rows_of_a_picture_need_not_follow_each_other_and_the_file_may_be_named(
     assert folder.captions(-1) == folder.captions(2)
 
 
-def test_pictures_may_be_relative_to_the_file(flickr):
+def test_images_may_be_relative_to_the_file(flickr):
     (flickr / "images").rename(flickr / "photos")
     with (flickr / "captions.csv").open(newline="") as file:
         rows = [(f"photos/{row['image']}", row["caption"]) for row in csv.DictReader(file)]
     found = open_image_set(write(flickr, rows))
-    assert found.picture(0).mode == "RGB"
+    assert found.image(0).mode == "RGB"
 
 
-def test_missing_pictures(flickr):
+def test_missing_images(flickr):
     found = open_image_set(flickr)
     names = [found.name(i) for i in range(3)]
     for name in names[1:]:
         (flickr / "images" / name).unlink()
     found = open_image_set(flickr)
-    assert found.picture(0).mode == "RGB"
+    assert found.image(0).mode == "RGB"
     with pytest.raises(ImageError, match=r"images/.*\.jpg cannot be read"):
-        found.picture(1)
+        found.image(1)
     (flickr / "images" / names[0]).unlink()
-    with pytest.raises(ValueError, match=r"none of the 3 pictures of .*captions\.csv exists \(1000268201_693b08cb0e"):
+    with pytest.raises(ValueError, match=r"none of the 3 images of .*captions\.csv exists \(1000268201_693b08cb0e"):
         open_image_set(flickr)
 
 

@@ -1,4 +1,4 @@
-"""Folders of pictures, with and without classes."""
+"""Folders of images, with and without classes."""
 
 from __future__ import annotations
 
@@ -20,11 +20,11 @@ def tree(tmp_path, photographs):
         folder = tmp_path / "tree" / f"n{number % 4:02}" / ("deeper" if number % 4 == 1 else "")
         folder.mkdir(parents=True, exist_ok=True)
         shutil.copy(path, folder)
-    (tmp_path / "tree" / "readme.txt").write_text("no picture")
+    (tmp_path / "tree" / "readme.txt").write_text("no image")
     return tmp_path / "tree"
 
 
-def test_class_folders_have_torchvisions_labels_and_pictures(tree):
+def test_class_folders_have_torchvisions_labels_and_images(tree):
     found, peer = open_image_set(tree), ImageFolder(str(tree), is_valid_file=lambda path: path.endswith(".jpg"))
     assert found.classes == ("n00", "n01", "n02", "n03")
     assert found.labels is not None
@@ -32,7 +32,7 @@ def test_class_folders_have_torchvisions_labels_and_pictures(tree):
     assert ours == sorted(peer.samples)
     for index in (0, 3, 7):
         expected = Image.open(found.name(index)).convert("RGB")
-        np.testing.assert_array_equal(np.asarray(found.picture(index)), np.asarray(expected))
+        np.testing.assert_array_equal(np.asarray(found.image(index)), np.asarray(expected))
 
 
 def test_numbered_classes_are_sorted_as_text_like_torchvisions(tree, tmp_path):
@@ -56,15 +56,15 @@ def test_linked_class_folders_are_followed(tree):
 
 def test_empty_class_folder_is_named(tree):
     (tree / "n02b").mkdir()
-    with pytest.raises(ValueError, match=r"class folder .*n02b holds no picture; put some in it or remove the folder"):
+    with pytest.raises(ValueError, match=r"class folder .*n02b holds no image; put some in it or remove the folder"):
         open_image_set(tree)
 
 
-def test_pictures_without_class_folders_have_no_labels(test_data, photographs, tmp_path):
+def test_images_without_class_folders_have_no_labels(test_data, photographs, tmp_path):
     found = open_image_set(test_data / "imagenet-samples")
     assert (len(found), found.classes, found.labels) == (1000, (), None)
     assert found.captions(0) == ()
-    np.testing.assert_array_equal(np.asarray(found.picture(999)), np.asarray(read_image(found.name(999))))
+    np.testing.assert_array_equal(np.asarray(found.image(999)), np.asarray(read_image(found.name(999))))
     for folder in ("one", "mixed/a", "mixed/b"):
         (tmp_path / folder).mkdir(parents=True)
         shutil.copy(photographs[0], tmp_path / folder)
@@ -79,20 +79,20 @@ def test_names_that_are_not_utf_8_are_read(tmp_path, photographs):
     shutil.copy(photographs[0], name)
     found = open_image_set(tmp_path)
     assert os.fsencode(found.name(0)) == name
-    assert found.picture(0).mode == "RGB"
+    assert found.image(0).mode == "RGB"
 
 
-def test_broken_picture_is_named_when_it_is_read(tree):
+def test_broken_image_is_named_when_it_is_read(tree):
     found = open_image_set(tree)
     with open(found.name(5), "r+b") as file:
         file.truncate(1000)
-    assert found.picture(4).mode == "RGB"
+    assert found.image(4).mode == "RGB"
     with pytest.raises(ImageError, match=r"n02.*\.jpg is damaged"):
-        found.picture(5)
+        found.image(5)
     with pytest.raises(IndexError):
-        found.picture(8)
+        found.image(8)
 
 
-def test_folder_without_pictures_says_what_it_could_hold(tmp_path):
-    with pytest.raises(ValueError, match=r"holds no picture; expected class folders, .*captions\.csv"):
+def test_folder_without_images_says_what_it_could_hold(tmp_path):
+    with pytest.raises(ValueError, match=r"holds no image; expected class folders, .*captions\.csv"):
         open_image_set(tmp_path)

@@ -7,7 +7,7 @@ import pytest
 from PIL import Image
 from torchvision.datasets import VOCSegmentation
 
-from images.dense_folders import mask, mask_folder, picture
+from images.dense_folders import image, mask, mask_folder
 from vitreg.images import IGNORED, ImageError, open_segmentation
 
 
@@ -25,7 +25,7 @@ def test_camvid(test_data):
     assert val.name(index).endswith("val/images/0016E5_07959.jpg")
     raw, target = np.asarray(Image.open(file)), val.target(index)
     assert target.dtype == np.uint8
-    assert target.shape == raw.shape == (val.picture(index).height, val.picture(index).width)
+    assert target.shape == raw.shape == (val.image(index).height, val.image(index).width)
     np.testing.assert_array_equal(target, np.where(raw == 11, IGNORED, raw))
     assert (raw == 11).any()
 
@@ -34,7 +34,7 @@ def test_camvid(test_data):
     ("file", "text"),
     [
         ("classes.csv", "label,name\n3,wall\n0,Void\n1,road\n"),
-        ("classes.txt", "unlabelled\nroad\nignore\nwall\n"),
+        ("classes.txt", "unlabeled\nroad\nignore\nwall\n"),
     ],
 )
 def test_a_file_says_what_numbers_mean(folder, file, text):
@@ -82,12 +82,12 @@ def test_an_empty_line_does_not_shift_the_names_of_classes(folder):
     assert val.target(0)[0, :2].tolist() == [0, 1]
 
 
-def test_masks_of_palettes_two_colours_and_16_bits(folder):
+def test_masks_of_palettes_two_colors_and_16_bits(folder):
     numbers = np.array([[0, 1], [1, 0]], np.uint8).repeat(15, 0).repeat(20, 1)
     palette = Image.fromarray(numbers, "P")
     palette.putpalette([200, 0, 0, 0, 200, 0])
-    for name, image in (("a", palette), ("b", Image.fromarray(numbers * 255).convert("1"))):
-        image.save(folder / f"train/masks/{name}.png")
+    for name, mask in (("a", palette), ("b", Image.fromarray(numbers * 255).convert("1"))):
+        mask.save(folder / f"train/masks/{name}.png")
     Image.fromarray(numbers.astype(np.uint16)).save(folder / "train/masks/c.png")
     Image.fromarray(numbers.astype(np.uint16) * 256).save(folder / "train/masks/d.png")
     train, _ = open_segmentation(str(folder), num_classes=2)
@@ -110,14 +110,14 @@ def test_unpaired_files_are_named(folder):
     for name in "abcd":
         (folder / f"train/masks/{name}.png").unlink()
     mask(folder / "train/masks/x.png")
-    with pytest.raises(ValueError, match=r"^pictures have no partner in .* \(4\): .*a\.jpg; .*c\.jpg; and 1 more$"):
+    with pytest.raises(ValueError, match=r"^images have no partner in .* \(4\): .*a\.jpg; .*c\.jpg; and 1 more$"):
         open_segmentation(str(folder))
     for name in "abcd":
         mask(folder / f"train/masks/{name}.png")
-    with pytest.raises(ValueError, match=r"^files have no picture in .*train/images \(1\): .*x\.png$"):
+    with pytest.raises(ValueError, match=r"^files have no image in .*train/images \(1\): .*x\.png$"):
         open_segmentation(str(folder))
     (folder / "train/masks/x.png").unlink()
-    picture(folder / "train/images/a.png")
+    image(folder / "train/images/a.png")
     with pytest.raises(ValueError, match=r"have the name of another \(1\): .*a\."):
         open_segmentation(str(folder))
 
@@ -127,13 +127,13 @@ def test_masks_that_do_not_fit_are_named(folder):
     Image.new("RGB", (40, 30)).save(folder / "val/masks/f.png")
     with pytest.raises(ValueError, match=r"^masks of .* \(2\)") as raised:
         open_segmentation(str(folder))
-    assert "e.png is 30 x 40, its picture 40 x 30 pixels" in str(raised.value)
+    assert "e.png is 30 x 40, its image 40 x 30 pixels" in str(raised.value)
     assert "f.png is of mode RGB, not one channel of class numbers" in str(raised.value)
 
 
 def test_masks_that_cannot_be_read_are_named(folder):
     (folder / "val/masks/e.png").write_bytes(b"no mask")
-    with pytest.raises(ValueError, match=r"e\.png cannot be read \(it is not a picture\)"):
+    with pytest.raises(ValueError, match=r"e\.png cannot be read \(it is not an image\)"):
         open_segmentation(str(folder))
     mask(folder / "val/masks/e.png")
     whole = (folder / "train/masks/b.png").read_bytes()
@@ -183,7 +183,7 @@ def test_ade20k_as_released(tmp_path):
     root = tmp_path / "ADEChallengeData2016"
     for part, number in (("training", 2), ("validation", 1)):
         for i in range(number):
-            picture(root / "images" / part / f"ADE_{i}.jpg")
+            image(root / "images" / part / f"ADE_{i}.jpg")
             mask(root / "annotations" / part / f"ADE_{i}.png", (0, 1, 150))
     train, val = open_segmentation(f"ade20k:{tmp_path}")
     assert (len(train), len(val), len(train.class_names)) == (2, 1, 150)
@@ -204,7 +204,7 @@ def test_voc2012_as_torchvision_reads_it(tmp_path):
     for part, names in (("train", ("2007_1", "2007_2")), ("val", ("2007_3",))):
         (root / f"ImageSets/Segmentation/{part}.txt").write_text("\n".join(names) + "\n")
         for name in names:
-            picture(root / f"JPEGImages/{name}.jpg")
+            image(root / f"JPEGImages/{name}.jpg")
             numbers = Image.open(mask(root / f"SegmentationClass/{name}.png", (0, 20, 255)))
             numbers.putpalette([i // 3 for i in range(768)])
             numbers.save(root / f"SegmentationClass/{name}.png")

@@ -17,16 +17,16 @@ from PIL import Image
 from vitreg.images import ImageError, open_image_set, open_split
 
 
-def write(file, pictures, metadata=None, **columns):
-    table = pa.table({"image": pictures, **columns})
+def write(file, images, metadata=None, **columns):
+    table = pa.table({"image": images, **columns})
     file.parent.mkdir(exist_ok=True)
     pq.write_table(table.replace_schema_metadata(metadata), file, row_group_size=3)
     return file
 
 
 @pytest.fixture(scope="module")
-def pictures(test_data):
-    """Ten pictures of Tiny ImageNet as Hugging Face stores them."""
+def images(test_data):
+    """Ten images of Tiny ImageNet as Hugging Face stores them."""
     table = pq.ParquetFile(test_data / "tiny-imagenet-100/val.parquet").read(["image"])
     return table.column("image")[:10].to_pylist()
 
@@ -45,8 +45,8 @@ def test_tiny_imagenet(test_data):
     assert list(held_out.labels or ()) == peer["label"].to_pylist()
     for index in (0, 2500, 4999):
         expected = pixels(peer["image"][index]["bytes"].as_py())
-        np.testing.assert_array_equal(np.asarray(held_out.picture(index)), expected)
-    np.testing.assert_array_equal(np.asarray(held_out.picture(-1)), expected)
+        np.testing.assert_array_equal(np.asarray(held_out.image(index)), expected)
+    np.testing.assert_array_equal(np.asarray(held_out.image(-1)), expected)
 
 
 def test_set_is_in_arrows_memory_and_a_pickle_is_small(test_data):
@@ -60,14 +60,14 @@ def test_set_is_in_arrows_memory_and_a_pickle_is_small(test_data):
     assert len(pickle.loads(stored)) == 50000
 
 
-def test_shards_names_of_classes_and_captions(tmp_path, pictures):
+def test_shards_names_of_classes_and_captions(tmp_path, images):
     names = ["cat", "dog", "crane"]
     features = {"info": {"features": {"label": {"names": names, "_type": "ClassLabel"}}}}
     metadata = {"huggingface": json.dumps(features)}
     for shard in range(2):
         labels, captions = [2, 0, 1, 1, 2], [[f"{shard} {row}", "again"] for row in range(5)]
         file = tmp_path / f"train-{shard:05}-of-00002.parquet"
-        write(file, pictures[5 * shard : 5 * shard + 5], metadata, label=labels, captions=captions)
+        write(file, images[5 * shard : 5 * shard + 5], metadata, label=labels, captions=captions)
     for path in (tmp_path, tmp_path / "train-*.parquet", tmp_path / "train-{00000..00001}-of-00002.parquet"):
         found = open_image_set(path)
         assert len(found) == 10
@@ -75,35 +75,35 @@ def test_shards_names_of_classes_and_captions(tmp_path, pictures):
         assert list(found.labels or ()) == [2, 0, 1, 1, 2] * 2
         assert found.captions(8) == ("1 3", "again")
         assert found.name(8) == f"{tmp_path}/train-00001-of-00002.parquet, row 3"
-        for index, picture in enumerate(pictures):
-            np.testing.assert_array_equal(np.asarray(found.picture(index)), pixels(picture["bytes"]))
+        for index, image in enumerate(images):
+            np.testing.assert_array_equal(np.asarray(found.image(index)), pixels(image["bytes"]))
 
 
 @pytest.mark.parametrize("kind", [pa.binary(), pa.large_binary()])
 @pytest.mark.parametrize("column", ["image", "image.bytes"])
-def test_plain_binary_columns(tmp_path, pictures, column, kind):
-    data = [picture["bytes"] for picture in pictures]
+def test_plain_binary_columns(tmp_path, images, column, kind):
+    data = [image["bytes"] for image in images]
     table = pa.table(
         {column: pa.array(data, kind), "text": ["a dog", None] * 5, "label": pa.array([3] * 10, pa.int8())}
     )
     pq.write_table(table, tmp_path / "a.parquet")
     found = open_image_set(tmp_path / "a.parquet")
-    np.testing.assert_array_equal(np.asarray(found.picture(9)), pixels(data[9]))
+    np.testing.assert_array_equal(np.asarray(found.image(9)), pixels(data[9]))
     assert (found.captions(0), found.captions(1)) == (("a dog",), ())
     assert found.classes == ("0", "1", "2", "3")
 
 
-def test_broken_pictures_are_named_by_file_and_row(tmp_path, pictures):
-    rows = [pictures[0], {"bytes": b"no picture", "path": ""}, {"bytes": None, "path": "a.jpg"}, None, {"bytes": b""}]
+def test_broken_images_are_named_by_file_and_row(tmp_path, images):
+    rows = [images[0], {"bytes": b"no image", "path": ""}, {"bytes": None, "path": "a.jpg"}, None, {"bytes": b""}]
     found = open_image_set(write(tmp_path / "a.parquet", rows))
-    assert found.picture(0).size == (64, 64)
-    for row, message in ((1, "is not a picture"), (2, "has no bytes"), (3, "has no bytes"), (4, "is empty")):
+    assert found.image(0).size == (64, 64)
+    for row, message in ((1, "is not an image"), (2, "has no bytes"), (3, "has no bytes"), (4, "is empty")):
         with pytest.raises(ImageError, match=rf"a\.parquet, row {row} {message}"):
-            found.picture(row)
+            found.image(row)
 
 
-def test_hidden_labels_are_no_labels(tmp_path, pictures):
-    found = open_image_set(write(tmp_path / "test.parquet", pictures, label=[-1] * 10))
+def test_hidden_labels_are_no_labels(tmp_path, images):
+    found = open_image_set(write(tmp_path / "test.parquet", images, label=[-1] * 10))
     assert (found.labels, found.classes) == (None, ())
 
 
@@ -116,22 +116,22 @@ def test_hidden_labels_are_no_labels(tmp_path, pictures):
         ([0, 2], "has the label 2, but names only 2 classes"),
     ],
 )
-def test_bad_labels(tmp_path, pictures, labels, message):
+def test_bad_labels(tmp_path, images, labels, message):
     (tmp_path / "classes.csv").write_text('label,name\n1,"dog, small"\n0,cat\n')
     with pytest.raises(ValueError, match=message):
-        open_image_set(write(tmp_path / "a.parquet", pictures[:2], label=labels))
+        open_image_set(write(tmp_path / "a.parquet", images[:2], label=labels))
 
 
 @pytest.mark.parametrize("content", ["label\n0\n", "label,name\nx,cat\n", "label,name\n0,cat\n2,dog\n"])
-def test_bad_class_names(tmp_path, pictures, content):
+def test_bad_class_names(tmp_path, images, content):
     (tmp_path / "classes.csv").write_text(content)
     with pytest.raises(ValueError, match=r"classes\.csv (is malformed|must name the classes 0 to 1, each once)"):
-        open_image_set(write(tmp_path / "a.parquet", pictures[:1], label=[0]))
+        open_image_set(write(tmp_path / "a.parquet", images[:1], label=[0]))
 
 
-def test_a_file_cut_anywhere_or_damaged_is_refused_in_one_sentence(tmp_path, pictures):
+def test_a_file_cut_anywhere_or_damaged_is_refused_in_one_sentence(tmp_path, images):
     names = {"info": {"features": {"label": {"names": list("abcdefghij")}}}}
-    file = write(tmp_path / "a.parquet", pictures, {"huggingface": json.dumps(names)}, label=list(range(10)))
+    file = write(tmp_path / "a.parquet", images, {"huggingface": json.dumps(names)}, label=list(range(10)))
     whole, rng = file.read_bytes(), np.random.default_rng(0)
     cut = [whole[: int(share * len(whole))] for share in (0.001, 0.3, 0.5, 0.9, 0.999)]
     damaged = [bytearray(whole) for _ in range(40)]
@@ -148,11 +148,11 @@ def test_a_file_cut_anywhere_or_damaged_is_refused_in_one_sentence(tmp_path, pic
     assert all(str(file) in message and "\n" not in message for message in refused)
 
 
-def test_files_that_are_no_such_set(tmp_path, pictures):
-    file = write(tmp_path / "a.parquet", pictures)
+def test_files_that_are_no_such_set(tmp_path, images):
+    file = write(tmp_path / "a.parquet", images)
     pq.write_table(pa.table({"img": [b"x"], "label": [0]}), tmp_path / "b.parquet")
     pq.write_table(pa.table({"image": ["a.jpg"]}), tmp_path / "c.parquet")
-    write(tmp_path / "d.parquet", pictures, label=[0] * 10)
+    write(tmp_path / "d.parquet", images, label=[0] * 10)
     (tmp_path / "e.parquet").write_bytes(file.read_bytes()[:3000])
     for name, message in (
         ("b", "has no column `image`, only img, label"),
@@ -165,8 +165,8 @@ def test_files_that_are_no_such_set(tmp_path, pictures):
             open_image_set(tmp_path / f"{name}.parquet")
 
 
-def test_missing_pyarrow_is_named(tmp_path, pictures, monkeypatch):
-    file = write(tmp_path / "a.parquet", pictures)
+def test_missing_pyarrow_is_named(tmp_path, images, monkeypatch):
+    file = write(tmp_path / "a.parquet", images)
     monkeypatch.setitem(sys.modules, "pyarrow", None)
     with pytest.raises(ValueError, match=r"need pyarrow; install it with: pip install 'vitreg\[train\]'"):
         open_image_set(file)

@@ -1,4 +1,4 @@
-"""Every kind of picture file there is, and every way one can be broken."""
+"""Every kind of image file there is, and every way one can be broken."""
 
 import contextlib
 import io
@@ -36,7 +36,7 @@ def png_header(width: int, height: int) -> bytes:
     return b"\x89PNG\r\n\x1a\n" + chunk(b"IHDR", header) + chunk(b"IDAT", rows) + chunk(b"IEND", b"")
 
 
-# --- pictures ---
+# --- images ---
 
 
 @pytest.mark.parametrize("name", ["a.png", "a.bmp", "a.ppm", "a.tif", "a.webp"])
@@ -61,10 +61,10 @@ def test_every_mode_becomes_rgb(tmp_path, mode):
         red.save(path)
     except OSError as error:
         pytest.skip(f"this Pillow does not write {mode}: {error}")
-    colour = array(path)[5, 10].astype(int)
+    color = array(path)[5, 10].astype(int)
     assert array(path).shape == (10, 20, 3)
     if mode in ("YCbCr", "LAB", "CMYK", "RGBX", "RGBA"):
-        assert np.abs(colour - [200, 30, 40]).max() <= 3
+        assert np.abs(color - [200, 30, 40]).max() <= 3
 
 
 def test_cmyk_jpeg_of_adobe_is_not_inverted(tmp_path):
@@ -98,11 +98,11 @@ def test_32_bit_grey_is_scaled_by_what_its_values_say(tmp_path, values, expected
 
 
 def test_transparency_becomes_white(tmp_path):
-    picture = Image.new("RGBA", (2, 1), (255, 0, 0, 128))
-    picture.putpixel((0, 0), (0, 0, 0, 0))
-    picture.save(tmp_path / "rgba.png")
+    image = Image.new("RGBA", (2, 1), (255, 0, 0, 128))
+    image.putpixel((0, 0), (0, 0, 0, 0))
+    image.save(tmp_path / "rgba.png")
     assert array(tmp_path / "rgba.png").tolist() == [[[255, 255, 255], [255, 127, 127]]]
-    picture.convert("LA").save(tmp_path / "la.png")
+    image.convert("LA").save(tmp_path / "la.png")
     assert array(tmp_path / "la.png")[0, 0].tolist() == [255, 255, 255]
     palette = Image.new("P", (2, 1), 0)
     palette.putpalette([9, 9, 9, 200, 30, 40])
@@ -117,7 +117,7 @@ def test_transparency_becomes_white(tmp_path):
 
 @pytest.mark.parametrize("name", ["a.gif", "a.webp", "a.png", "a.tif"])
 def test_animations_and_documents_give_their_first_frame(tmp_path, name):
-    frames = [Image.new("RGB", (8, 8), colour) for colour in ("red", "lime", "blue")]
+    frames = [Image.new("RGB", (8, 8), color) for color in ("red", "lime", "blue")]
     options = {"lossless": True} if name == "a.webp" else {}
     frames[0].save(tmp_path / name, save_all=True, append_images=frames[1:], **options)
     assert array(tmp_path / name)[4, 4].tolist() == [255, 0, 0]
@@ -125,7 +125,7 @@ def test_animations_and_documents_give_their_first_frame(tmp_path, name):
 
 @pytest.mark.parametrize("orientation", range(1, 9))
 @pytest.mark.parametrize("name", ["a.jpg", "a.png", "a.tif", "a.webp"])
-def test_exif_orientation_turns_the_picture_upright(tmp_path, noise, name, orientation):
+def test_exif_orientation_turns_the_image_upright(tmp_path, noise, name, orientation):
     from PIL import ImageOps
 
     exif = Image.Exif()
@@ -173,7 +173,7 @@ def test_truncated_jpeg(tmp_path, noise):
         read_image(tmp_path / "a.jpg")
 
 
-def test_every_truncation_and_many_damages_give_image_errors_or_pictures(tmp_path, noise):
+def test_every_truncation_and_many_damages_give_image_errors_or_images(tmp_path, noise):
     rng = np.random.default_rng(0)
     for name in ("a.png", "a.jpg", "a.gif", "a.webp", "a.bmp", "a.tif", "a.ppm"):
         noise.save(tmp_path / name)
@@ -198,7 +198,7 @@ def test_empty_file(tmp_path):
 
 def test_text_that_is_called_png(tmp_path):
     (tmp_path / "a.png").write_text("hello")
-    with pytest.raises(ImageError, match=r"a\.png is not a picture"):
+    with pytest.raises(ImageError, match=r"a\.png is not an image"):
         read_image(tmp_path / "a.png")
 
 
@@ -236,7 +236,7 @@ def test_unreadable_file(tmp_path, noise, monkeypatch):
         read_image(tmp_path / "a.png")
 
 
-def test_huge_picture_is_refused_before_decoding(tmp_path):
+def test_huge_image_is_refused_before_decoding(tmp_path):
     (tmp_path / "a.png").write_bytes(png_header(50_000, 50_000))
     started = time.perf_counter()
     with warnings.catch_warnings():
@@ -246,7 +246,7 @@ def test_huge_picture_is_refused_before_decoding(tmp_path):
     assert time.perf_counter() - started < 1
 
 
-def test_huge_picture_is_refused_where_pillows_own_limit_is_lifted(tmp_path, monkeypatch):
+def test_huge_image_is_refused_where_pillows_own_limit_is_lifted(tmp_path, monkeypatch):
     monkeypatch.setattr(Image, "MAX_IMAGE_PIXELS", None)
     (tmp_path / "a.png").write_bytes(png_header(50_000, 50_000))
     with pytest.raises(ImageError, match="more than 179 million pixels"):
@@ -296,12 +296,12 @@ def test_bytes_are_read_as_files_are(tmp_path, noise):
             np.testing.assert_array_equal(np.asarray(decode_image(form, "row 3")), array(tmp_path / name))
 
 
-def test_bytes_that_are_no_picture_are_named(tmp_path, noise):
+def test_bytes_that_are_no_image_are_named(tmp_path, noise):
     noise.save(tmp_path / "a.jpg")
     cut = (tmp_path / "a.jpg").read_bytes()[:-500]
     for data, message in (
         (b"", r"is empty \(0 bytes\)"),
-        (b"text", "is not a picture that Pillow can read"),
+        (b"text", "is not an image that Pillow can read"),
         (cut, "is damaged"),
         (png_header(100_000, 100_000), "has more than 179 million pixels"),
     ):
@@ -410,9 +410,9 @@ def test_broken_link_that_is_named_is_kept(folder):
 
 
 def test_nothing_found_says_where_and_for_what(tmp_path):
-    with pytest.raises(ImageError, match=f"no picture in {tmp_path}; looked for files ending in avif, bmp"):
+    with pytest.raises(ImageError, match=f"no image in {tmp_path}; looked for files ending in avif, bmp"):
         find_images(tmp_path)
-    with pytest.raises(ImageError, match=r"no picture in .*\*\.png"):
+    with pytest.raises(ImageError, match=r"no image in .*\*\.png"):
         find_images(tmp_path / "*.png")
     with pytest.raises(ImageError, match="an empty list"):
         find_images([])

@@ -1,4 +1,4 @@
-"""What is recognised at a path, how it is divided, and that worker processes can read it."""
+"""What is recognized at a path, how it is divided, and that worker processes can read it."""
 
 from __future__ import annotations
 
@@ -15,47 +15,47 @@ import pytest
 from vitreg.images import ImageSet, open_image_set, open_split
 
 
-def class_folders(folder, pictures):
-    for number, path in enumerate(pictures):
+def class_folders(folder, files):
+    for number, path in enumerate(files):
         (folder / f"class{number % 3}").mkdir(parents=True, exist_ok=True)
         shutil.copy(path, folder / f"class{number % 3}")
     return folder
 
 
-def parquet(file, pictures):
+def parquet(file, files):
     file.parent.mkdir(parents=True, exist_ok=True)
-    images = [{"bytes": path.read_bytes(), "path": path.name} for path in pictures]
+    images = [{"bytes": path.read_bytes(), "path": path.name} for path in files]
     pq.write_table(pa.table({"image": images, "label": [number % 3 for number in range(len(images))]}), file)
     return file
 
 
-def tar(file, pictures):
+def tar(file, files):
     file.parent.mkdir(parents=True, exist_ok=True)
     with tarfile.open(file, "w") as archive:
-        for path in pictures:
+        for path in files:
             archive.add(path, path.name)
     return file
 
 
-def captions(folder, pictures):
+def captions(folder, files):
     folder.mkdir(parents=True, exist_ok=True)
     with (folder / "captions.csv").open("w", newline="") as file:
-        csv.writer(file).writerows([("image", "caption"), *((path, path.stem) for path in pictures)])
+        csv.writer(file).writerows([("image", "caption"), *((path, path.stem) for path in files)])
     return folder
 
 
 def digest(found: ImageSet) -> list[str]:
-    return [sha256(found.picture(index).tobytes()).hexdigest() for index in range(len(found))]
+    return [sha256(found.image(index).tobytes()).hexdigest() for index in range(len(found))]
 
 
 @pytest.mark.parametrize("start", ["fork", "spawn"])
 def test_workers_read_every_kind_of_set(tmp_path, photographs, start):
-    pictures = photographs[:4]
+    files = photographs[:4]
     sets = [
-        open_image_set(class_folders(tmp_path / "folders", pictures)),
-        open_image_set(parquet(tmp_path / "a.parquet", pictures)),
-        open_image_set(tar(tmp_path / "a.tar", pictures)),
-        open_image_set(captions(tmp_path / "captions", pictures)),
+        open_image_set(class_folders(tmp_path / "folders", files)),
+        open_image_set(parquet(tmp_path / "a.parquet", files)),
+        open_image_set(tar(tmp_path / "a.tar", files)),
+        open_image_set(captions(tmp_path / "captions", files)),
     ]
     expected = [digest(found) for found in sets]
     assert len({tuple(sorted(hashes)) for hashes in expected}) == 1
@@ -123,7 +123,7 @@ def test_held_out_numbers_of_classes_that_training_lacks(tmp_path, photographs):
         open_split(tmp_path)
 
 
-def test_patterns_of_pictures(test_data):
+def test_patterns_of_images(test_data):
     found = open_image_set(test_data / "imagenet-samples/n015*.jpg")
     assert len(found) == len(list((test_data / "imagenet-samples").glob("n015*.jpg"))) > 1
 
@@ -131,9 +131,9 @@ def test_patterns_of_pictures(test_data):
 def test_paths_that_hold_no_set(tmp_path, photographs):
     parquet(tmp_path / "a.parquet", photographs[:1])
     (tmp_path / "a.txt").write_text("words")
-    with pytest.raises(ValueError, match=r"no set of pictures in .*a\.txt; give a folder, one CSV file"):
+    with pytest.raises(ValueError, match=r"no set of images in .*a\.txt; give a folder, one CSV file"):
         open_image_set(tmp_path / "a.txt")
-    with pytest.raises(ValueError, match=r"no set of pictures in .* and 1 more"):
+    with pytest.raises(ValueError, match=r"no set of images in .* and 1 more"):
         open_image_set(tmp_path / "a.*")
     with pytest.raises(ValueError, match=r"a\.parket does not exist; did you mean .*a\.parquet"):
         open_image_set(tmp_path / "a.parket")

@@ -78,7 +78,7 @@ def test_strict_raises_at_the_first_broken_file_after_the_batches_before_it(phot
     assert not threads()
 
 
-def test_pictures_of_different_sizes_are_batched_with_neighbours_of_their_size(tmp_path):
+def test_images_of_different_sizes_are_batched_with_neighbors_of_their_size(tmp_path):
     paths = []
     for index, size in enumerate([(32, 16), (32, 16), (16, 32), (16, 32), (16, 32), (32, 16)]):
         paths.append(tmp_path / f"{index}.png")
@@ -192,7 +192,7 @@ def test_real_photos(coco128):
     assert isinstance(batches[0].paths[0], Path)
 
 
-def test_batches_know_the_sizes_of_the_pictures_and_pad_them(tmp_path):
+def test_batches_know_the_sizes_of_the_images_and_pad_them(tmp_path):
     sizes = [(40, 30), (33, 31), (40, 32), (50, 32)]
     paths = [tmp_path / f"{number}.png" for number in range(len(sizes))]
     for path, size in zip(paths, sizes, strict=True):
@@ -206,5 +206,5 @@ def test_batches_know_the_sizes_of_the_pictures_and_pad_them(tmp_path):
     inside = torch.zeros(32, 48, dtype=torch.bool)
     inside[:30, :40] = True
     expected = torch.where(inside, torch.tensor([1.0, -1, -1])[:, None, None], 0)
-    # The mean colour, 127.5, is no byte.
+    # The mean color, 127.5, is no byte.
     torch.testing.assert_close(first.images[0], expected, atol=0.004, rtol=0)

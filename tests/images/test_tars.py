@@ -49,7 +49,7 @@ def test_webdatasets_reader_finds_the_same(shards):
     for index in (11, 0, 5):  # in any order
         data = next(raw[index][extension] for extension in ("jpg", "jpeg") if extension in raw[index])
         expected = Image.open(io.BytesIO(data)).convert("RGB")
-        np.testing.assert_array_equal(np.asarray(found.picture(index)), np.asarray(expected))
+        np.testing.assert_array_equal(np.asarray(found.image(index)), np.asarray(expected))
 
 
 @pytest.mark.parametrize("pattern", ["shard-{000000..000001}.tar", "shard-{0..1}.tar", "shard-00000{0..1}.tar"])
@@ -118,7 +118,7 @@ def test_parts_of_a_sample_may_be_apart_and_others_are_passed_over(tmp_path, pho
     found = open_image_set(write(tmp_path / "a.tar", members))
     assert [found.name(i).partition(", ")[2] for i in range(2)] == ["b.webp", "a.png"]
     assert list(found.labels or ()) == [1, 0]
-    assert (found.captions(0), found.picture(1).mode) == ((), "RGB")
+    assert (found.captions(0), found.image(1).mode) == ((), "RGB")
 
 
 @pytest.mark.parametrize(
@@ -126,17 +126,17 @@ def test_parts_of_a_sample_may_be_apart_and_others_are_passed_over(tmp_path, pho
     [
         (
             [("a.jpg", b""), ("b.jpg", b""), ("b.cls", b"1")],
-            r"a\.tar, b and the first picture do not both have a label",
+            r"a\.tar, b and the first image do not both have a label",
         ),
         (
             [("a.jpg", b""), ("a.cls", b"1"), ("b.jpg", b"")],
-            r"a\.tar, b and the first picture do not both have a label",
+            r"a\.tar, b and the first image do not both have a label",
         ),
         ([("a.jpg", b""), ("a.cls", b"cat")], r"a\.tar, a\.cls has no class number"),
         ([("a.jpg", b""), ("a.json", b'{"label": [1]}')], r"a\.tar, a\.json has no class number"),
         ([("a.jpg", b""), ("a.json", b"{")], r"a\.tar, a has malformed JSON"),
         ([("a.jpg", b""), ("a.JPG", b"")], r"a\.tar holds a\.JPG twice"),
-        ([("a.txt", b"")], r"a\.tar holds no picture; expected members named KEY\.jpg"),
+        ([("a.txt", b"")], r"a\.tar holds no image; expected members named KEY\.jpg"),
     ],
 )
 def test_samples_that_are_wrong_are_named(tmp_path, members, message):
@@ -144,23 +144,23 @@ def test_samples_that_are_wrong_are_named(tmp_path, members, message):
         open_image_set(write(tmp_path / "a.tar", members))
 
 
-def test_broken_pictures_are_named_by_archive_and_member(shards, photographs):
+def test_broken_images_are_named_by_archive_and_member(shards, photographs):
     data = photographs[0].read_bytes()
     found = open_image_set(write(shards / "a.tar", [("x/a.jpg", data), ("b.jpg", data[:2000]), ("c.jpg", b"")]))
-    assert found.picture(0).mode == "RGB"
+    assert found.image(0).mode == "RGB"
     for index, message in ((1, r"b\.jpg is damaged"), (2, r"c\.jpg is empty")):
         with pytest.raises(ImageError, match=rf"a\.tar, {message}"):
-            found.picture(index)
+            found.image(index)
     (shards / "a.tar").unlink()
     with pytest.raises(ImageError, match=r"a\.tar, x/a\.jpg cannot be read \(No such file or directory\)"):
-        found.picture(0)
+        found.image(0)
 
 
 @pytest.mark.parametrize(("mode", "name"), [("w:gz", "a.tar.gz"), ("w:xz", "a.tar"), ("w:bz2", "a.tgz")])
 def test_compressed_archives_are_refused(tmp_path, photographs, mode, name):
     with tarfile.open(tmp_path / name, mode) as tar:
         tar.add(photographs[0], "a.jpg")
-    with pytest.raises(ValueError, match=r"is compressed, so that its pictures cannot be read in any order; unpack it"):
+    with pytest.raises(ValueError, match=r"is compressed, so that its images cannot be read in any order; unpack it"):
         open_image_set(tmp_path / name)
 
 

@@ -8,10 +8,10 @@ import torch.nn.functional as F
 from hypothesis import given
 from hypothesis import strategies as st
 from timm.layers import resample_abs_pos_embed
-from vitreg.model.pos_embed import resize_positions
 
 from peers import error
 from vitreg.model import PositionInterpolation
+from vitreg.model.pos_embed import resize_positions
 
 grids = st.tuples(st.integers(1, 40), st.integers(1, 40))
 

@@ -1,4 +1,4 @@
-"""`Preprocess` against timm's evaluation transform, and its size arithmetic for pictures of any shape."""
+"""`Preprocess` against timm's evaluation transform, and its size arithmetic for images of any shape."""
 
 import dataclasses
 import os
@@ -101,7 +101,7 @@ def test_from_timm_refuses_models_of_other_channels():
     ("changes", "message"),
     [
         ({"interpolation": "random"}, "bicubic.*bilinear"),
-        ({"crop": "centre"}, "center.*squash"),
+        ({"crop": "center"}, "center.*squash"),
         ({"crop_pct": 0.0}, "crop_pct"),
         ({"crop_pct": 1.1}, "crop_pct"),
         ({"mean": (0.5,)}, "three numbers"),
@@ -157,14 +157,14 @@ def test_border_pads_with_the_mean():
     assert torch.equal(pixels[:, 16:48], torch.from_numpy(np.array(noise(32, 64))).permute(2, 0, 1))
 
 
-def test_grey_pictures_get_three_channels():
+def test_grey_images_get_three_channels():
     assert Preprocess()(Image.new("L", (300, 300), 128)).shape == (3, 224, 224)
 
 
 @pytest.mark.parametrize("crop", ["center", "squash", "border", "none"])
 @pytest.mark.parametrize("interpolation", ["bicubic", "bilinear", "nearest", "lanczos"])
 @pytest.mark.parametrize("shape", [(1, 1), (1, 2), (3, 1000), (1000, 3), (2999, 1), (17, 255), (256, 256)])
-def test_pictures_of_any_shape_come_out_as_promised(crop, interpolation, shape):
+def test_images_of_any_shape_come_out_as_promised(crop, interpolation, shape):
     preprocess = Preprocess((64, 48), crop=crop, interpolation=interpolation, multiple_of=16)
     photo = Image.new("RGB", shape[::-1], (10, 200, 30))
     pixels = preprocess.pixels(photo)
@@ -190,7 +190,7 @@ def test_crops_always_have_the_promised_size(height, width, crop, fraction, mult
     assert x0 < x1
     assert y0 < y1
     if crop == "center" and multiple == 1:
-        # The crop lies within the picture, and its centre is the picture's to half a pixel of the output.
+        # The crop lies within the image, and its center is the image's to half a pixel of the output.
         assert x0 >= 0
         assert y0 >= 0
         assert x1 <= width + 1e-6
@@ -199,7 +199,7 @@ def test_crops_always_have_the_promised_size(height, width, crop, fraction, mult
 
 
 @given(sides, sides, st.sampled_from([1, 8, 14, 16]))
-def test_whole_pictures_keep_their_aspect_to_a_patch(height, width, multiple):
+def test_whole_images_keep_their_aspect_to_a_patch(height, width, multiple):
     preprocess = Preprocess((224, 224), crop="none", multiple_of=multiple)
     rows, columns = preprocess.output_size(height, width)
     assert rows % multiple == columns % multiple == 0

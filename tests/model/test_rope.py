@@ -10,7 +10,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from timm.layers import RotaryEmbeddingCat, RotaryEmbeddingDinoV3, apply_rot_embed_cat
 
-from peers import error, pictures, timm_model
+from peers import error, random_images, timm_model
 from vitreg import from_timm
 from vitreg.model import RopeConfig
 from vitreg.model.rope import _table, rotate, rotation
@@ -24,7 +24,7 @@ def ours(rope: RopeConfig, grid, x):
 
 
 @given(side, side)
-def test_centred_coordinates_are_dinov3s(rows, columns):
+def test_centered_coordinates_are_dinov3s(rows, columns):
     frequencies = tuple(2 * math.pi / 100 ** (2 * j / (DIM // 2)) for j in range(DIM // 4))
     x = torch.randn(1, 2, rows * columns, DIM)
     table = RotaryEmbeddingDinoV3(DIM, temperature=100.0).get_embed([rows, columns])
@@ -70,7 +70,7 @@ def test_half_precision_is_rotated_in_float32():
 def test_a_look_in_inference_mode_does_not_spoil_training():
     """The cached table would be an inference tensor, which autograd refuses to save."""
     vit = from_timm(timm_model("vit_small_patch16_dinov3_qkvb"))
-    images = pictures(16 * 11, 16 * 13)  # a grid that no other test has
+    images = random_images(16 * 11, 16 * 13)  # a grid that no other test has
     with torch.inference_mode():
         vit(images)
     vit.train()(images).patches.sum().backward()

@@ -9,7 +9,7 @@ import pytest
 import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from peers import TOLERANCE, attention_inputs, error, pictures, split, timm_model, unfused_attention
+from peers import TOLERANCE, attention_inputs, error, random_images, split, timm_model, unfused_attention
 from vitreg import from_timm
 from vitreg.model import attention
 
@@ -31,7 +31,7 @@ def pair(family: str):
     architecture, options = FAMILIES[family]
     model = timm_model(architecture, depth=4, **options)
     vit = from_timm(model)
-    return model, vit, pictures(*(side * vit.config.patch_size for side in GRID))
+    return model, vit, random_images(*(side * vit.config.patch_size for side in GRID))
 
 
 @pytest.fixture(params=FAMILIES)
@@ -63,7 +63,7 @@ def close(tokens, sequence, model) -> None:
 
 @torch.no_grad()
 def test_dinov2_issue_373_norms_are_prenorm(traced):
-    """D6: `get_intermediate_layers` normalises by default, and the outliers are gone."""
+    """D6: `get_intermediate_layers` normalizes by default, and the outliers are gone."""
     model, vit, images = traced
     trace, stream = vit.trace(images), outputs_of_blocks(model, images)
     norms = stream.norm(dim=-1)
@@ -263,7 +263,7 @@ class Largest(TorchDispatchMode):
 def test_no_matrix_of_all_pairs_of_tokens_exists(attn_layer):
     options = dict(img_size=70, embed_dim=16, num_heads=1, depth=1, attn_layer=attn_layer)
     model = timm_model("vit_small_patch14_reg4_dinov2", **options)
-    vit, images, patches = from_timm(model), pictures(64 * 14, batch=1), 64 * 64
+    vit, images, patches = from_timm(model), random_images(64 * 14, batch=1), 64 * 64
     with Largest() as largest:
         trace = vit.trace(images, attention_from=["cls", "registers", 17], facets=("keys",), patches=True)
     assert trace.attention.to_patches.shape == (1, 1, 1, 6, 64, 64)

@@ -10,7 +10,7 @@ import pytest
 import torch
 from torch import nn
 
-from peers import TOLERANCE, error, perturb, pictures, timm_model
+from peers import TOLERANCE, error, perturb, random_images, timm_model
 from vitreg import Tokens, VisionTransformer, ViTConfig, from_timm
 
 SMALL = dict(embed_dim=32, depth=2, num_heads=2, mlp_dim=64, patch_size=8, image_size=(32, 32))
@@ -30,7 +30,7 @@ def distance(registers: torch.Tensor) -> float:
 
 def test_transformers_d2_registers_stay_distinct_in_training():
     """D2: registers that start equal receive equal gradients and stay equal for ever (timm PR #2229)."""
-    vit, images = small(num_registers=4, num_classes=5).train(), pictures(32, batch=8)
+    vit, images = small(num_registers=4, num_classes=5).train(), random_images(32, batch=8)
     assert distance(vit.registers) > 0.05
     clones = small(num_registers=4, num_classes=5).train()
     clones.load_state_dict(vit.state_dict())
@@ -52,7 +52,7 @@ def test_transformers_d2_registers_stay_distinct_in_training():
 def test_transformers_issue_37817_registers_are_not_pooled(pool):
     """D9: the pooled feature does not depend on the register states."""
     vit = perturb(small(num_registers=4, num_classes=5, pool=pool, pool_heads=2))
-    tokens = vit(pictures(32))
+    tokens = vit(random_images(32))
     other = dataclasses.replace(tokens, registers=torch.randn_like(tokens.registers) * 100)
     assert torch.equal(vit.pool(tokens), vit.pool(other))
     moved = dataclasses.replace(tokens, patches=tokens.patches + 1, cls=tokens.cls + 1)
@@ -63,7 +63,7 @@ def test_transformers_issue_37817_registers_are_not_pooled(pool):
 
 @torch.no_grad()
 def test_registers_take_part_in_attention_and_get_no_position():
-    vit, images = perturb(small(num_registers=2)), pictures(32)
+    vit, images = perturb(small(num_registers=2)), random_images(32)
     expected = vit(images)
     vit.registers += torch.randn_like(vit.registers)
     assert error(vit(images).patches, expected.patches) > 1e-3
@@ -81,7 +81,7 @@ def test_registers_take_part_in_attention_and_get_no_position():
 @pytest.mark.parametrize("architecture", ["vit_small_patch14_reg4_dinov2", "vit_small_patch16_dinov3_qkvb"])
 def test_gradient_checkpointing_gives_the_same_gradients(architecture):
     vit = from_timm(timm_model(architecture, img_size=112)).train()
-    images = pictures(112)
+    images = random_images(112)
 
     def gradients() -> dict[str, torch.Tensor]:
         vit.zero_grad()
@@ -101,7 +101,7 @@ def test_gradient_checkpointing_gives_the_same_gradients(architecture):
 
 def test_gradients_equal_timms():
     model = timm_model("vit_small_patch14_reg4_dinov2", img_size=70)
-    vit, images = from_timm(model), pictures(98)
+    vit, images = from_timm(model), random_images(98)
     vit.classify(images).square().sum().backward()
     model(images).square().sum().backward()
     theirs = dict(model.named_parameters())
@@ -119,7 +119,7 @@ def test_gradients_equal_timms():
 
 def test_it_learns():
     vit = small(num_registers=2, num_classes=4).train()
-    images, classes = pictures(32, batch=8), torch.arange(8) % 4
+    images, classes = random_images(32, batch=8), torch.arange(8) % 4
     optimizer = torch.optim.AdamW(vit.parameters(), lr=3e-3)
     losses = []
     for _ in range(60):
@@ -132,7 +132,7 @@ def test_it_learns():
     assert losses[-1] < 0.1
 
 
-def test_a_fresh_model_is_initialised_as_it_says():
+def test_a_fresh_model_is_initialized_as_it_says():
     vit = small(num_registers=3, num_classes=4, layer_scale=True, embed_dim=64, pool="attention")
     for name, parameter in vit.named_parameters():
         assert torch.isfinite(parameter).all(), name
@@ -172,7 +172,7 @@ def test_what_is_no_batch_of_rgb_images_is_refused(shape):
 
 @torch.no_grad()
 def test_a_batch_equals_its_images_one_by_one():
-    vit, images = from_timm(timm_model("vit_small_patch14_reg4_dinov2", img_size=70)), pictures(98, batch=3)
+    vit, images = from_timm(timm_model("vit_small_patch14_reg4_dinov2", img_size=70)), random_images(98, batch=3)
     together = vit(images).sequence()
     for image, expected in zip(images, together, strict=True):
         assert error(vit(image[None]).sequence()[0], expected) <= 1e-5
@@ -183,13 +183,13 @@ def test_an_empty_batch_and_one_patch():
     vit = small(num_registers=2, num_classes=3).eval()
     assert vit(torch.zeros(0, 3, 32, 32)).patches.shape == (0, 16, 32)
     assert vit.classify(torch.zeros(0, 3, 32, 32)).shape == (0, 3)
-    tokens = vit(pictures(8, batch=1))
+    tokens = vit(random_images(8, batch=1))
     assert (tokens.grid, tokens.patches.shape) == ((1, 1), (1, 1, 32))
 
 
 def test_without_a_head_there_are_no_classes():
     with pytest.raises(ValueError, match=r"no classification head; use vit\(images\)"):
-        small().classify(pictures(32))
+        small().classify(random_images(32))
 
 
 @torch.no_grad()
@@ -211,7 +211,7 @@ def test_the_grid_is_rows_and_columns_in_this_order():
 
 @pytest.mark.parametrize("architecture", ["deit3_small_patch16_224", "vit_small_patch16_dinov3_qkvb"])
 def test_autocast_runs_in_bfloat16(architecture):
-    vit, images = from_timm(timm_model(architecture)), pictures(96)
+    vit, images = from_timm(timm_model(architecture)), random_images(96)
     with torch.no_grad():
         expected = vit(images).patches
         with torch.autocast("cpu", torch.bfloat16):
@@ -231,13 +231,13 @@ def test_autocast_runs_in_bfloat16(architecture):
 @torch.no_grad()
 def test_images_are_converted_to_the_models_precision():
     vit = small().to(torch.bfloat16)
-    assert vit(pictures(32)).patches.dtype == torch.bfloat16
-    assert small().double()(pictures(32)).cls.dtype == torch.float64
+    assert vit(random_images(32)).patches.dtype == torch.bfloat16
+    assert small().double()(random_images(32)).cls.dtype == torch.float64
 
 
 @torch.no_grad()
 def test_copies_are_independent_and_equal():
-    vit, images = perturb(small(num_registers=2)), pictures(32)
+    vit, images = perturb(small(num_registers=2)), random_images(32)
     expected = vit(images).sequence()
     clone, loaded = copy.deepcopy(vit), VisionTransformer(vit.config).eval()
     loaded.load_state_dict(vit.state_dict())
@@ -256,13 +256,13 @@ def test_a_model_without_memory_can_be_built_and_run():
     assert tokens.patches.shape == (2, 16, 32)
     rope = from_timm(timm_model("vit_small_patch16_dinov3_qkvb")).to("meta")
     assert rope(torch.empty(1, 3, 96, 96, device="meta")).patches.is_meta
-    assert rope.to_empty(device="cpu")(pictures(96)).patches.device.type == "cpu"
+    assert rope.to_empty(device="cpu")(random_images(96)).patches.device.type == "cpu"
 
 
 def test_a_forward_pass_returns_named_tokens():
     vit = small(num_registers=2)
-    tokens = vit(pictures(32, 24))
+    tokens = vit(random_images(32, 24))
     assert isinstance(tokens, Tokens)
     assert tokens.normed
     assert (vit.num_registers, vit.preprocess) == (2, vit.config.preprocess)
-    assert not small(final_norm=False, pool="mean", fc_norm=True)(pictures(32)).normed
+    assert not small(final_norm=False, pool="mean", fc_norm=True)(random_images(32)).normed

@@ -1,4 +1,4 @@
-"""Pictures of coloured squares with a class and a depth for every colour, and their features."""
+"""Images of colored squares with a class and a depth for every color, and their features."""
 
 from __future__ import annotations
 
@@ -14,21 +14,21 @@ from vitreg.images import DenseSet
 from vitreg.probes import FeaturesConfig, FeatureStore, extract
 from vitreg.probes.store.dense_features import dense_preprocess
 
-COLOURS = np.array([[230, 20, 20], [20, 230, 20], [20, 20, 230]], np.uint8)
+COLORS = np.array([[230, 20, 20], [20, 230, 20], [20, 20, 230]], np.uint8)
 ROWS, COLUMNS, SQUARE = 4, 6, 20
-"""In patches; a square is 20 pixels of the picture and 16 of the model's input."""
+"""In patches; a square is 20 pixels of the image and 16 of the model's input."""
 CONFIG = FeaturesConfig(blocks=(0, -1), dtype="float32", shard_size=5)
 
 
 def squares(folder: Path, *, train: int = 24, val: int = 7) -> Path:
-    """`masks` with the colours' numbers, `depth` of 1, 2 and 3 metres, some of both unknown."""
+    """`masks` with the colors' numbers, `depth` of 1, 2 and 3 meters, some of both unknown."""
     rng = np.random.default_rng(0)
     for part, number in (("train", train), ("val", val)):
         for kind in ("images", "masks", "depth"):
             (folder / part / kind).mkdir(parents=True)
         for i in range(number):
             classes = rng.integers(3, size=(ROWS, COLUMNS)).repeat(SQUARE, 0).repeat(SQUARE, 1)
-            Image.fromarray(COLOURS[classes]).save(folder / part / "images" / f"{i:02}.png")
+            Image.fromarray(COLORS[classes]).save(folder / part / "images" / f"{i:02}.png")
             unknown = np.zeros(classes.shape, dtype=bool)
             unknown[: 5 * (i % 3), 7:50] = True
             for kind, values in (("masks", np.where(unknown, 255, classes).astype(np.uint8)),

@@ -1,4 +1,4 @@
-"""A small model and small sets of real pictures, for passes of a second; also in processes that tests kill."""
+"""A small model and small sets of real images, for passes of a second; also in processes that tests kill."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ KILLED = FeaturesConfig(blocks=(1, 2), patches=20, shard_size=4)
 
 
 def small_vit(seed: int = 0) -> vitreg.VisionTransformer:
-    """Three blocks of 48 channels, two registers, pictures of 64 pixels in 4 x 4 patches."""
+    """Three blocks of 48 channels, two registers, images of 64 pixels in 4 x 4 patches."""
     config = vitreg.ViTConfig(
         embed_dim=48, depth=3, num_heads=3, mlp_dim=96, patch_size=16, image_size=(64, 64), num_registers=2,
         preprocess=vitreg.Preprocess(size=(64, 64), crop_pct=1.0), name="small",
@@ -33,8 +33,8 @@ def small_vit(seed: int = 0) -> vitreg.VisionTransformer:
     return vit
 
 
-class Pictures(ImageSet):
-    """Some pictures of a set.
+class Images(ImageSet):
+    """Some images of a set.
 
     Args:
         images: the set.
@@ -50,19 +50,19 @@ class Pictures(ImageSet):
     def __len__(self) -> int:
         return len(self._indices)
 
-    def picture(self, index: int) -> Image.Image:
+    def image(self, index: int) -> Image.Image:
         if index in self._broken:
             raise ImageError(f"{self.name(index)} is damaged; replace it")
-        return self._images.picture(self._indices[index])
+        return self._images.image(self._indices[index])
 
     def name(self, index: int) -> str:
         return self._images.name(self._indices[index])
 
 
-def validation(data: Path, number: int, broken: Sequence[int] = ()) -> Pictures:
-    """Pictures of tiny-imagenet-100, one in every few."""
+def validation(data: Path, number: int, broken: Sequence[int] = ()) -> Images:
+    """Images of tiny-imagenet-100, one in every few."""
     images = open_image_set(data / "tiny-imagenet-100" / "val.parquet")
-    return Pictures(images, range(0, number * 7, 7), broken)
+    return Images(images, range(0, number * 7, 7), broken)
 
 
 _CONTEXT = mp.get_context("forkserver")
@@ -75,7 +75,7 @@ def _pass(data: Path, out: Path) -> None:
 
 
 def killed_pass(data: Path, out: Path, when: Callable[[], bool], delay: float) -> int:
-    """A pass over 100 pictures that is killed some time after something is there; its exit status."""
+    """A pass over 100 images that is killed some time after something is there; its exit status."""
     os.environ["OMP_NUM_THREADS"] = "1"
     process = _CONTEXT.Process(target=_pass, args=(data, out))
     process.start()

@@ -13,7 +13,7 @@ from vitreg.images import ImageSet, open_depth, open_image_set
 from vitreg.probes.choosing import choose, hold_out
 
 
-def test_chosen_pictures_are_of_each_class_alike(test_data):
+def test_chosen_images_are_of_each_class_alike(test_data):
     images = open_image_set(test_data / "tiny-imagenet-100" / "val.parquet")
     some = choose(images, 300)
     assert len(some) == 300
@@ -36,7 +36,7 @@ class Unequal(ImageSet):
     def __len__(self) -> int:
         return 1056
 
-    def picture(self, index: int) -> Image.Image:
+    def image(self, index: int) -> Image.Image:
         raise AssertionError
 
     def name(self, index: int) -> str:
@@ -72,7 +72,7 @@ def test_every_fifth_is_held_out(test_data):
     assert len(val) * 4 == len(train)
     assert set(Counter(val.labels).values()) == {len(images) // 500}
     names = {part.name(i) for part in (train, val) for i in range(len(part))}
-    assert len(names) == len(images), "no picture is lost, and none in both"
+    assert len(names) == len(images), "no image is lost, and none in both"
 
 
 def test_parts_keep_their_targets(tmp_path):

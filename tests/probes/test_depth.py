@@ -96,15 +96,15 @@ def test_squares_are_at_their_distances(sets, features):
     assert [score.lower_is_better for score in result.scores] == [True, True, False]
 
 
-def test_figures_are_means_over_pictures_of_the_predictions(sets, features):
+def test_figures_are_means_over_images_of_the_predictions(sets, features):
     train, val = features
     estimator = fit_depth(train, sets[0], dataclasses.replace(SHORT, steps=3))
     result = estimator.evaluate(val, sets[1])
     found = []
-    for number, metres in estimator.predict(val, sets[1], range(7)):
+    for number, meters in estimator.predict(val, sets[1], range(7)):
         truth = sets[1].target(number)
-        assert metres.shape == truth.shape
-        found.append(depth_errors(metres[truth > 0], truth[truth > 0]))
+        assert meters.shape == truth.shape
+        found.append(depth_errors(meters[truth > 0], truth[truth > 0]))
     assert (truth == 0).any() or len(found) == 7
     rmse, relative, delta = np.mean(found, 0)
     assert [score.value for score in result.scores] == pytest.approx([rmse, relative, 100 * delta])
@@ -112,7 +112,7 @@ def test_figures_are_means_over_pictures_of_the_predictions(sets, features):
 
 
 def test_a_prediction_is_the_head_upsampled_twice(sets, features):
-    """Logits by 4, then metres to the picture's size; class tokens behind the patches of every block."""
+    """Logits by 4, then meters to the image's size; class tokens behind the patches of every block."""
     train, val = features
     estimator = fit_depth(train, sets[0], dataclasses.replace(SHORT, steps=3, blocks=(0, -1), batch_norm=True))
     classes = [token[2].expand(24, -1) for block in (0, -1) if (token := val.cls(block)) is not None]
@@ -120,9 +120,9 @@ def test_a_prediction_is_the_head_upsampled_twice(sets, features):
     logits = estimator.head(torch.cat(tokens, -1)[None]).mT.unflatten(-1, (4, 6))
     upsampled = functional.interpolate(logits, scale_factor=4, mode="bilinear").movedim(1, -1)
     expected = functional.interpolate(expected_depth(upsampled, SHORT)[None], (80, 120), mode="bilinear")[0, 0]
-    ((number, metres),) = estimator.predict(val, sets[1], [2])
+    ((number, meters),) = estimator.predict(val, sets[1], [2])
     assert number == 2
-    assert error(torch.from_numpy(metres), expected) < 1e-5
+    assert error(torch.from_numpy(meters), expected) < 1e-5
 
 
 def test_holes_and_what_is_beyond_the_range_do_not_count(sets, features, folder, tmp_path):

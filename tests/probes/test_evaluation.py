@@ -14,9 +14,9 @@ from typing import Any
 import numpy as np
 import pytest
 from PIL import Image
+from probes.labeled import images_of
 
 from probes.dense import COLUMNS, ROWS, squares
-from probes.labelled import pictures_of
 from probes.small import small_vit
 from vitreg.images import open_depth, open_image_set, open_segmentation
 from vitreg.model import Preprocess, VisionTransformer
@@ -57,14 +57,12 @@ def answers(
 
 @pytest.fixture(scope="module")
 def classification(test_data):
-    return EvalData(
-        "classification", pictures_of(test_data, "train", LABELS, 10), pictures_of(test_data, "val", LABELS, 6)
-    )
+    return EvalData("classification", images_of(test_data, "train", LABELS, 10), images_of(test_data, "val", LABELS, 6))
 
 
 @pytest.fixture
 def counted():
-    """The small model, and how many pictures of which size went through its first block."""
+    """The small model, and how many images of which size went through its first block."""
     vit, seen = small_vit(), Counter()
     vit.blocks[0].register_forward_hook(lambda _, inputs, __: seen.update({inputs[0].shape[1]: inputs[0].shape[0]}))
     return vit, seen
@@ -126,7 +124,7 @@ def test_answers_are_kept(classification, tmp_path, monkeypatch):
 
 
 def test_several_sizes_are_passes_of_their_own(counted, tmp_path):
-    """+ms reads four blocks, and the validation pictures in two more sizes."""
+    """+ms reads four blocks, and the validation images in two more sizes."""
     vit, seen = counted
     train, val = open_segmentation(str(squares(tmp_path / "data")))
     data = EvalData("segmentation", train, val, SIZE)
@@ -142,7 +140,7 @@ def test_several_sizes_are_passes_of_their_own(counted, tmp_path):
     assert results["segmentation-ms"].details["sizes"] == [[64, 96], [80, 128], [112, 160]]
     assert results["segmentation-ms"].details["blocks"] == [0, 1, 2]
     assert sorted(found["segmentation"].shown) == [0, 1, 2, 4, 5, 6], "six of seven, evenly spread"
-    assert all(result.scores[0].value > 60 for result in results.values()), "colours are told apart"
+    assert all(result.scores[0].value > 60 for result in results.values()), "colors are told apart"
 
 
 def asked(data: EvalData, out: Path, **settings: Any) -> ProbeResult:
@@ -256,7 +254,7 @@ def test_a_class_folder_that_vanishes_ends_the_pass_which_goes_on_when_it_is_bac
     images = open_image_set(test_data / "tiny-imagenet-100" / "val.parquet")
     for i in range(12):
         (tmp_path / "data" / "ab"[i % 2]).mkdir(parents=True, exist_ok=True)
-        images.picture(i).save(tmp_path / "data" / "ab"[i % 2] / f"{i}.png")
+        images.image(i).save(tmp_path / "data" / "ab"[i % 2] / f"{i}.png")
     opened = open_image_set(tmp_path / "data")
     data, probes = EvalData("classification", opened, opened), {"knn": SHORT["knn"]}
     away, vit = tmp_path / "away", small_vit()

@@ -14,14 +14,14 @@ import torch
 
 import vitreg
 from peers import error, perturb
-from probes.small import BLOCKS, KILLED, Pictures, finish_pass, killed_pass, small_vit, validation
+from probes.small import BLOCKS, KILLED, Images, finish_pass, killed_pass, small_vit, validation
 from vitreg.images import open_image_set
 from vitreg.images.files import ImageFiles
 from vitreg.probes import FeaturesConfig, FeatureStore, extract
 
 
 @pytest.fixture
-def images(test_data) -> Pictures:
+def images(test_data) -> Images:
     """Thirty of a hundred classes."""
     return validation(test_data, 30)
 
@@ -46,7 +46,7 @@ def test_tokens_are_those_of_timm(normed, images, tmp_path):
     preprocess = vitreg.Preprocess(size=(56, 56))
     config = dataclasses.replace(BLOCKS, normed=normed)
     store = extract(vit, images, tmp_path / "store", config, preprocess=preprocess, batch_size=5)
-    batch = torch.stack([preprocess(images.picture(i)) for i in range(30)])
+    batch = torch.stack([preprocess(images.image(i)) for i in range(30)])
     with torch.inference_mode():
         theirs = model.get_intermediate_layers(batch, n=[0, 2], norm=normed, return_prefix_tokens=True)
         plain = model.get_intermediate_layers(batch, n=3)
@@ -92,7 +92,7 @@ def test_a_model_without_class_token_labels_or_registers(test_data, tmp_path):
     assert store.mean_patch(-1).shape == (5, 48)
 
 
-def test_patches_of_some_pictures_spread_over_the_set(images, tmp_path):
+def test_patches_of_some_images_spread_over_the_set(images, tmp_path):
     vit = small_vit()
     full = all_patches(extract(vit, images, tmp_path / "all", BLOCKS), 0)
     store = extract(vit, images, tmp_path / "some", dataclasses.replace(BLOCKS, patches=4))
@@ -108,7 +108,7 @@ def test_patches_of_some_pictures_spread_over_the_set(images, tmp_path):
         none.patches(0)
 
 
-def test_unreadable_pictures_are_left_out_and_listed(test_data, tmp_path):
+def test_unreadable_images_are_left_out_and_listed(test_data, tmp_path):
     vit, broken = small_vit(), (0, 9, 16, 17, 18, 19, 20, 21, 22, 23)
     whole = extract(vit, validation(test_data, 30), tmp_path / "whole", BLOCKS)
     store = extract(vit, validation(test_data, 30, broken), tmp_path / "store", BLOCKS)
@@ -118,17 +118,17 @@ def test_unreadable_pictures_are_left_out_and_listed(test_data, tmp_path):
     assert store.labels is not None
     assert torch.equal(store.labels, whole.labels[readable])
     assert error(all_patches(store, 0), all_patches(whole, 0)[readable]) < 1e-5
-    assert [picture.number for picture in store.skipped] == list(broken)
+    assert [image.number for image in store.skipped] == list(broken)
     assert "is damaged; replace it" in store.skipped[3].reason
     assert store.skipped[3].name == validation(test_data, 30).name(17)
 
 
-def test_no_picture_can_be_read(test_data, tmp_path):
-    with pytest.raises(ValueError, match=r"no picture of .*val.parquet can be read: .* is damaged; replace it"):
+def test_no_image_can_be_read(test_data, tmp_path):
+    with pytest.raises(ValueError, match=r"no image of .*val.parquet can be read: .* is damaged; replace it"):
         extract(small_vit(), validation(test_data, 3, range(3)), tmp_path / "store")
 
 
-def test_one_forward_pass_for_every_picture_and_none_for_a_finished_store(images, tmp_path):
+def test_one_forward_pass_for_every_image_and_none_for_a_finished_store(images, tmp_path):
     vit, progress = small_vit().train(), []
     seen = forwards(vit)
     extract(vit, images, tmp_path / "store", BLOCKS, batch_size=5, on_progress=lambda *done: progress.append(done))
@@ -168,10 +168,10 @@ def test_features_of_something_else_are_refused_with_both_names(images, test_dat
     wider = vitreg.Preprocess(size=(64, 80), crop_pct=1.0)
     with pytest.raises(ValueError, match=r"preprocessing: size \(64, 64\), not size \(64, 80\); choose another folder"):
         extract(vit, images, out, BLOCKS, preprocess=wider)
-    with pytest.raises(ValueError, match=r"another set of pictures: .*val.parquet \(30 .*, not .*\(29 pictures"):
+    with pytest.raises(ValueError, match=r"another set of images: .*val.parquet \(30 .*, not .*\(29 images"):
         extract(vit, validation(test_data, 29), out, BLOCKS)
     images.labels = [0] * 30
-    with pytest.raises(ValueError, match="another set of pictures"):
+    with pytest.raises(ValueError, match="another set of images"):
         extract(vit, images, out, BLOCKS)
     with pytest.raises(ValueError, match="another config: patches None, dtype float32, not patches 3, dtype float16"):
         extract(vit, validation(test_data, 30), out, dataclasses.replace(BLOCKS, patches=3, dtype="float16"))
@@ -186,7 +186,7 @@ def test_a_store_made_under_another_name_is_the_same(images, tmp_path):
     assert not seen
 
 
-def test_tokens_that_are_not_finite_name_the_picture(images, tmp_path):
+def test_tokens_that_are_not_finite_name_the_image(images, tmp_path):
     vit = small_vit()
 
     def spoil(_module, _inputs, output):
@@ -208,7 +208,7 @@ def test_float16_that_is_too_small_is_said(images, tmp_path):
 
 
 def test_a_full_disk_is_one_sentence_and_costs_no_finished_shard(test_data, tmp_path):
-    """Files may not grow beyond the first, in which half of the pictures are broken."""
+    """Files may not grow beyond the first, in which half of the images are broken."""
     vit, images = small_vit(), validation(test_data, 30, range(4))
     whole, out = tmp_path / "whole", tmp_path / "store"
     extract(vit, images, whole, BLOCKS)
@@ -249,8 +249,8 @@ def test_a_config_that_is_wrong(config, sentence, images, tmp_path):
     assert not (tmp_path / "store").exists()
 
 
-def test_pictures_of_several_sizes(images, tmp_path):
-    with pytest.raises(ValueError, match="crop 'none' gives pictures of several sizes"):
+def test_images_of_several_sizes(images, tmp_path):
+    with pytest.raises(ValueError, match="crop 'none' gives images of several sizes"):
         extract(small_vit(), images, tmp_path / "store", preprocess=vitreg.Preprocess(crop="none"))
 
 
@@ -302,7 +302,7 @@ def test_too_little_room_is_said_before_the_pass(images, tmp_path, monkeypatch):
 def test_pooled_is_what_the_head_reads(test_data, tmp_path, tiny_vit):
     images = validation(test_data, 6)
     store = extract(tiny_vit, images, tmp_path / "store", FeaturesConfig(dtype="float32", patches=0))
-    batch = torch.stack([tiny_vit.preprocess(images.picture(i)) for i in range(6)])
+    batch = torch.stack([tiny_vit.preprocess(images.image(i)) for i in range(6)])
     with torch.inference_mode():
         torch.testing.assert_close(tiny_vit.head(store.pooled), tiny_vit.classify(batch), rtol=1e-4, atol=1e-4)
 
@@ -333,9 +333,9 @@ def test_killed_at_random_moments_is_bit_for_bit_as_never_killed(test_data, tmp_
     assert store.numbers.tolist() == [number for number in range(100) if number != 30]
 
 
-def test_folders_and_parquet_of_real_pictures(test_data, tmp_path):
+def test_folders_and_parquet_of_real_images(test_data, tmp_path):
     images = open_image_set(test_data / "imagenet-samples")
-    some = Pictures(images, range(0, len(images), 250))
+    some = Images(images, range(0, len(images), 250))
     store = extract(small_vit(), some, tmp_path / "store")
     assert store.data.source == str(test_data / "imagenet-samples")
     assert store.num_images == 4

@@ -9,11 +9,11 @@ import sys
 import numpy as np
 import pytest
 import torch
+from probes.labeled import ALL_BLOCKS, images_of, small_stores
 from sklearn.neighbors import KNeighborsClassifier
 from torch.nn.functional import normalize
 
 import vitreg
-from probes.labelled import ALL_BLOCKS, pictures_of, small_stores
 from probes.small import small_vit
 from vitreg.probes import FeatureStore, extract
 from vitreg.probes.tasks.knn import KNNConfig, knn, nearest
@@ -61,7 +61,7 @@ def test_many_classes_and_several_chunks(monkeypatch):
     torch.testing.assert_close(similarity, expected.values[:, :200])
 
 
-def test_of_equal_neighbours_the_first_count(monkeypatch):
+def test_of_equal_neighbors_the_first_count(monkeypatch):
     monkeypatch.setattr(sys.modules[nearest.__module__], "_KEYS", 7)
     x = normalize(torch.tensor([[1.0, 0.0], [0.0, 1.0], [-1.0, 1.0]]), dim=1).repeat(10, 1)
     rows, similarity = nearest(x, x[[1, 0]], 12)
@@ -71,23 +71,23 @@ def test_of_equal_neighbours_the_first_count(monkeypatch):
     assert nearest(x, x[:1], 30)[1][0, -1] == pytest.approx(-math.sqrt(0.5))
 
 
-def test_the_two_zeros_are_equal_neighbours():
+def test_the_two_zeros_are_equal_neighbors():
     x = torch.tensor([[0.0, 1.0], [0.0, -1.0], [0.0, 0.0], [0.0, -1.0]])
     rows, similarity = nearest(x, torch.tensor([[1.0, 0.0], [-1.0, 0.0]]), 4)
     assert rows.tolist() == [[0, 1, 2, 3]] * 2
     assert not similarity.any()
 
 
-def test_more_neighbours_than_pictures_leave_an_empty_place(stores):
+def test_more_neighbors_than_images_leave_an_empty_place(stores):
     scores = knn(*stores).scores
     assert [bool(score.missing) for score in scores] == [False, False, False, True]
-    assert scores[3].missing == "there are only 120 training pictures"
+    assert scores[3].missing == "there are only 120 training images"
     assert math.isnan(scores[3].value)
 
 
 def test_without_class_token_the_pooled_feature(test_data, tmp_path):
     vit = vitreg.VisionTransformer(dataclasses.replace(small_vit().config, class_token=False, pool="mean"))
-    images = pictures_of(test_data, "val", (3, 7), 8)
+    images = images_of(test_data, "val", (3, 7), 8)
     store = extract(vit, images, tmp_path / "store", ALL_BLOCKS)
     result = knn(store, store, KNNConfig(k=(1,)))
     assert result.details["feature"] == "pooled"
@@ -96,29 +96,29 @@ def test_without_class_token_the_pooled_feature(test_data, tmp_path):
 
 def test_classes_must_be_the_same(stores, test_data, tmp_path):
     train, val = stores
-    few = extract(small_vit(), pictures_of(test_data, "train", (3, 7), 8), tmp_path / "few", ALL_BLOCKS)
+    few = extract(small_vit(), images_of(test_data, "train", (3, 7), 8), tmp_path / "few", ALL_BLOCKS)
     names = train.classes
-    with pytest.raises(ValueError, match=rf"few holds no picture of {names[20]}, {names[50]}, {names[99]}, of which"):
+    with pytest.raises(ValueError, match=rf"few holds no image of {names[20]}, {names[50]}, {names[99]}, of which"):
         knn(few, val)
     # The other way round it is no harm.
     assert knn(train, few).details["classes_without_val"] == [names[20], names[50], names[99]]
-    one = extract(small_vit(), pictures_of(test_data, "train", (7,), 8), tmp_path / "one", ALL_BLOCKS)
-    with pytest.raises(ValueError, match=f"one holds pictures of {names[7]} only; a classifier needs two"):
+    one = extract(small_vit(), images_of(test_data, "train", (7,), 8), tmp_path / "one", ALL_BLOCKS)
+    with pytest.raises(ValueError, match=f"one holds images of {names[7]} only; a classifier needs two"):
         knn(one, one)
-    images = pictures_of(test_data, "val", (3, 7), 8)
+    images = images_of(test_data, "val", (3, 7), 8)
     images.classes = (*names[:99], "something else")
     other = extract(small_vit(), images, tmp_path / "other", ALL_BLOCKS)
     with pytest.raises(ValueError, match=rf"lacks something else; .*other lacks {names[99]}$"):
         knn(train, other)
     images.labels = None
-    unlabelled = extract(small_vit(), images, tmp_path / "unlabelled", ALL_BLOCKS)
-    with pytest.raises(ValueError, match="unlabelled has no labels"):
-        knn(train, unlabelled)
+    unlabeled = extract(small_vit(), images, tmp_path / "unlabeled", ALL_BLOCKS)
+    with pytest.raises(ValueError, match="unlabeled has no labels"):
+        knn(train, unlabeled)
 
 
 def test_stores_of_two_models_and_features_that_are_not_finite(stores, test_data, tmp_path, monkeypatch):
     train, val = stores
-    other = extract(small_vit(1), pictures_of(test_data, "val", (3,), 8), tmp_path / "other", ALL_BLOCKS)
+    other = extract(small_vit(1), images_of(test_data, "val", (3,), 8), tmp_path / "other", ALL_BLOCKS)
     with pytest.raises(ValueError, match="features of another model"):
         knn(train, other)
     spoilt = train.cls(-1)

@@ -13,12 +13,12 @@ from pathlib import Path
 
 import pytest
 import torch
+from probes.labeled import ALL_BLOCKS, KILLED, images_of, small_stores, train_killed
 from safetensors import safe_open
 from torch import nn
 
 import vitreg
 from peers import error
-from probes.labelled import ALL_BLOCKS, KILLED, pictures_of, small_stores, train_killed
 from probes.small import small_vit
 from vitreg.probes import FeaturesConfig, FeatureStore, extract
 from vitreg.probes.heads.linear_grid import LinearConfig, LinearGrid
@@ -139,7 +139,7 @@ def test_blocks_that_a_store_must_have(test_data, tmp_path):
     assert linear_blocks(12) == (-4, -3, -2, -1)
     assert linear_blocks(3) == (-3, -2, -1)
     assert linear_blocks(12, LinearConfig(blocks=(1,))) == (-1,)
-    images = pictures_of(test_data, "val", (3, 7), 4)
+    images = images_of(test_data, "val", (3, 7), 4)
     last = extract(small_vit(), images, tmp_path / "last", FeaturesConfig())
     with pytest.raises(ValueError, match="holds no tokens of block -3, only of 2; run another feature pass"):
         linear(last, last, SHORT)
@@ -148,7 +148,7 @@ def test_blocks_that_a_store_must_have(test_data, tmp_path):
 
 def test_without_class_token_the_mean_patch_only(test_data, tmp_path):
     vit = vitreg.VisionTransformer(dataclasses.replace(small_vit().config, class_token=False, pool="mean"))
-    store = extract(vit, pictures_of(test_data, "val", (3, 7), 8), tmp_path / "store", ALL_BLOCKS)
+    store = extract(vit, images_of(test_data, "val", (3, 7), 8), tmp_path / "store", ALL_BLOCKS)
     heads = linear(store, store, SHORT).details["heads"]
     assert [head["input"] for head in heads] == ["mean patch"] * 2
 
@@ -163,8 +163,8 @@ def test_a_state_goes_on_and_another_is_refused_with_both(stores, test_data, tmp
     assert again.scores[0].sums.tolist() == whole.scores[0].sums.tolist()
     with pytest.raises(ValueError, match=r'other config: .*"head_batch_size": 16.*, not .*"head_batch_size": 8'):
         linear(train, val, dataclasses.replace(SHORT, head_batch_size=8), state=state)
-    other = extract(small_vit(), pictures_of(test_data, "train", (3, 7), 8), tmp_path / "other", ALL_BLOCKS)
-    with pytest.raises(ValueError, match=r"other features: .*\(120 pictures, .*, not .*\(16 pictures"):
+    other = extract(small_vit(), images_of(test_data, "train", (3, 7), 8), tmp_path / "other", ALL_BLOCKS)
+    with pytest.raises(ValueError, match=r"other features: .*\(120 images, .*, not .*\(16 images"):
         linear(other, other, SHORT, state=state)
     state.write_bytes(state.read_bytes()[:-4])
     with pytest.raises(ValueError, match="is damaged or no state of a linear probe"):

@@ -9,12 +9,12 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from probes.labeled import images_of
 from sklearn.linear_model import LogisticRegression
 from torch import Tensor
 from torch.nn.functional import adaptive_avg_pool2d
 
 from peers import error
-from probes.labelled import pictures_of
 from vitreg.model import Preprocess
 from vitreg.probes.heads.logistic import LogisticConfig, choose_logistic, fit_logistic
 
@@ -22,10 +22,10 @@ CLASSES = 6
 
 
 def pixels(data: Path, part: str, each: int) -> tuple[Tensor, Tensor]:
-    """6 x 6 colours of pictures, from 0 to 1, in float64."""
-    pictures, preprocess = pictures_of(data, part, range(CLASSES), each), Preprocess(size=(64, 64), crop_pct=1.0)
-    stack = torch.stack([preprocess.pixels(pictures.picture(i)) for i in range(len(pictures))]).double() / 255
-    return adaptive_avg_pool2d(stack, 6).flatten(1), torch.tensor(pictures.labels)
+    """6 x 6 colors of images, from 0 to 1, in float64."""
+    images, preprocess = images_of(data, part, range(CLASSES), each), Preprocess(size=(64, 64), crop_pct=1.0)
+    stack = torch.stack([preprocess.pixels(images.image(i)) for i in range(len(images))]).double() / 255
+    return adaptive_avg_pool2d(stack, 6).flatten(1), torch.tensor(images.labels)
 
 
 @pytest.fixture(scope="module")
@@ -139,12 +139,12 @@ def test_larger_c_are_left_out_after_several_that_did_worse(train):
     assert steps[-1] == (14, 14)
 
 
-def test_one_picture_of_a_class_is_always_fitted(train):
+def test_one_image_of_a_class_is_always_fitted(train):
     x, y = train
     few = torch.cat([(y == label).nonzero()[:1, 0] for label in range(1, CLASSES)])
     rows = torch.cat([(y == 0).nonzero()[:2, 0], few])
     assert choose_logistic(x[rows], y[rows], CLASSES, LogisticConfig(C=(0.1, 1.0), held_back=0.9)).C == 0.1
-    with pytest.raises(ValueError, match="every class has one picture only"):
+    with pytest.raises(ValueError, match="every class has one image only"):
         choose_logistic(x[rows[1:]], y[rows[1:]], CLASSES, LogisticConfig(C=(0.1, 1.0)))
 
 

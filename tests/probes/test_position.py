@@ -14,7 +14,7 @@ from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 from sklearn.linear_model import LogisticRegression
 
-from probes.small import Pictures, small_vit, validation
+from probes.small import Images, small_vit, validation
 from vitreg.images import open_image_set
 from vitreg.probes import FeaturesConfig, FeatureStore, extract
 from vitreg.probes.heads.position_head import PositionConfig
@@ -27,7 +27,7 @@ NAMES = [subject.name for subject in SUBJECTS]
 
 def training(data, number):
     images = open_image_set(data / "tiny-imagenet-100" / "train.parquet")
-    return Pictures(images, range(0, number * 11, 11))
+    return Images(images, range(0, number * 11, 11))
 
 
 @pytest.fixture(scope="module")
@@ -108,7 +108,7 @@ def test_without_outliers_there_is_one_probe(small):
     for subject in ("outlier", "outlier, own probe"):
         score = found["position top-1", subject]
         assert math.isnan(score.value)
-        assert score.missing == "the training pictures have 0 outliers; it takes 10"
+        assert score.missing == "the training images have 0 outliers; it takes 10"
 
 
 def test_equal_seeds_give_equal_probes(small):
@@ -118,7 +118,7 @@ def test_equal_seeds_give_equal_probes(small):
     assert (one != other).any()
 
 
-def test_training_ends_when_held_out_pictures_say_so(small):
+def test_training_ends_when_held_out_images_say_so(small):
     """A learning rate at which the loss rises; the weights from before are kept."""
     seen = []
     config = PositionConfig(epochs=30, head_batch_size=64, learning_rate=3.0, patience=2)
@@ -128,7 +128,7 @@ def test_training_ends_when_held_out_pictures_say_so(small):
     assert best < 28
 
 
-def test_patches_of_some_pictures_only(test_data, tmp_path):
+def test_patches_of_some_images_only(test_data, tmp_path):
     vit = small_vit()
     some = replace(STORED, patches=12, shard_size=8)
     stores = [extract(vit, images, tmp_path / name, some) for name, images in (
@@ -142,7 +142,7 @@ def test_patches_of_some_pictures_only(test_data, tmp_path):
 def test_refusals(small, test_data, tmp_path):
     train, val = small
     few = extract(small_vit(), training(test_data, 9), tmp_path / "few", STORED)
-    with pytest.raises(ValueError, match="has patch tokens of 9 pictures; the position probe takes 10"):
+    with pytest.raises(ValueError, match="has patch tokens of 9 images; the position probe takes 10"):
         position(few, val)
     other = extract(small_vit(seed=1), validation(test_data, 4), tmp_path / "other", STORED)
     with pytest.raises(ValueError, match="features of another model"):

@@ -9,7 +9,7 @@ import pytest
 import torch
 from sklearn.linear_model import Ridge
 
-from probes.small import Pictures, small_vit, validation
+from probes.small import Images, small_vit, validation
 from vitreg.images import open_image_set
 from vitreg.model.preprocess import IMAGENET_MEAN, IMAGENET_STD
 from vitreg.probes import FeaturesConfig, extract
@@ -22,7 +22,7 @@ STORED = FeaturesConfig(dtype="float32", shard_size=32)
 
 def training(data, number):
     images = open_image_set(data / "tiny-imagenet-100" / "train.parquet")
-    return Pictures(images, range(0, number * 11, 11))
+    return Images(images, range(0, number * 11, 11))
 
 
 def samples(num, features=7, targets=5):
@@ -45,7 +45,7 @@ def test_least_squares_are_scikit_learns_ridge(num):
 
 
 @pytest.mark.parametrize("num", [400, 9])
-def test_the_penalty_is_that_of_generalised_cross_validation(num):
+def test_the_penalty_is_that_of_generalized_cross_validation(num):
     """From the hat matrix, as Golub, Heath and Wahba write it."""
     x, y = samples(num)
     x0, y0 = x - x.mean(0), y - y.mean(0)
@@ -60,10 +60,10 @@ def test_the_penalty_is_that_of_generalised_cross_validation(num):
 
 
 def patches_of(images, vit, grid=4, patch=16):
-    """Normalised pixels [pictures, patches, values], cut out one by one."""
+    """Normalized pixels [images, patches, values], cut out one by one."""
     found = []
     for index in range(len(images)):
-        pixels = vit.preprocess.pixels(images.picture(index)).numpy() / 255
+        pixels = vit.preprocess.pixels(images.image(index)).numpy() / 255
         pixels = (pixels - np.array(IMAGENET_MEAN)[:, None, None]) / np.array(IMAGENET_STD)[:, None, None]
         cut = [
             pixels[:, row * patch : (row + 1) * patch, column * patch : (column + 1) * patch].ravel()
@@ -86,7 +86,7 @@ def test_errors_are_those_of_scikit_learns_regression(test_data, tmp_path):
     x, y = (np.concatenate(parts) for parts in (_tokens(train), patches_of(train_images, vit)))
     alpha = result.details["all"]["penalty"] * len(x) * x.var(0).mean()
     theirs = Ridge(alpha=alpha).fit(x, y)
-    readable = Pictures(val_images, [i for i in range(40) if i != 5])
+    readable = Images(val_images, [i for i in range(40) if i != 5])
     truth = patches_of(readable, vit)
     errors = truth - np.stack([theirs.predict(tokens) for tokens in _tokens(val)])
     norms = np.linalg.norm(errors, axis=2)
@@ -102,7 +102,7 @@ def test_errors_are_those_of_scikit_learns_regression(test_data, tmp_path):
     for score in result.scores:  # there are no outliers
         if score.subject.startswith("outlier"):
             assert math.isnan(score.value)
-            assert score.missing == "the training pictures have 0 outliers; it takes 10"
+            assert score.missing == "the training images have 0 outliers; it takes 10"
         else:
             np.testing.assert_array_equal(score.sums, result.scores[0].sums)
 
@@ -126,10 +126,10 @@ def test_a_model_with_artifacts(tiny_vit, test_data, tmp_path):
     assert explained["all but outliers"] > 0.3 > explained["outlier"]
 
 
-def test_other_pictures_are_refused(test_data, tmp_path):
+def test_other_images_are_refused(test_data, tmp_path):
     vit, images = small_vit(), validation(test_data, 4)
     store = extract(vit, images, tmp_path / "store", STORED)
-    with pytest.raises(ValueError, match=r"store holds features of .*\(4 pictures.* not of .*\(5 pictures"):
+    with pytest.raises(ValueError, match=r"store holds features of .*\(4 images.* not of .*\(5 images"):
         reconstruction(store, store, images, validation(test_data, 5))
     other = extract(small_vit(seed=1), images, tmp_path / "other", STORED)
     with pytest.raises(ValueError, match="features of another model"):

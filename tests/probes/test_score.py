@@ -15,7 +15,7 @@ from vitreg.probes.results.score import Score
 
 
 def confusion(truth: np.ndarray, guess: np.ndarray, classes: int) -> np.ndarray:
-    """Right, true and predicted pixels of each class, picture by picture."""
+    """Right, true and predicted pixels of each class, image by image."""
     hot, guessed = np.eye(classes)[truth], np.eye(classes)[guess]
     return np.stack([(hot * guessed).sum((1, 2)), hot.sum((1, 2)), guessed.sum((1, 2))], 1)
 
@@ -28,7 +28,7 @@ def test_intervals_are_the_percentile_bootstrap():
     np.testing.assert_allclose(score.interval(), [100 * theirs.low, 100 * theirs.high], atol=0.6)
 
 
-def test_a_ratio_weighs_pictures_by_their_tokens():
+def test_a_ratio_weighs_images_by_their_tokens():
     score = Score.mean("distance", np.array([2.0, 0.0, 9.0]), np.array([1, 0, 3]))
     assert score.value == pytest.approx(11 / 4)
 
@@ -145,10 +145,10 @@ def test_nothing_is_not_zero():
     assert none.minus(Score.mean("top-1", np.ones(5), unit="%")) is None
 
 
-def test_models_are_compared_on_the_same_pictures():
-    with pytest.raises(ValueError, match="5 pictures and of 4"):
+def test_models_are_compared_on_the_same_images():
+    with pytest.raises(ValueError, match="5 images and of 4"):
         Score.mean("top-1", np.ones(5)).minus(Score.mean("top-1", np.ones(4)))
-    # The same pictures, but not the same patches of them.
+    # The same images, but not the same patches of them.
     fewer = Score.mean("error", np.ones(3), np.array([4, 4, 3]))
     assert fewer.minus(Score.mean("error", np.ones(3), np.array([4, 4, 4]))) is None
     assert fewer.minus(fewer) is not None

@@ -44,7 +44,7 @@ def features(sets, tmp_path_factory):
 
 
 def test_squares_are_found_where_they_are(sets, features):
-    """Rows and columns, and the unknown pixels, would all show if picture and target were not aligned."""
+    """Rows and columns, and the unknown pixels, would all show if image and target were not aligned."""
     seen = []
     result = linear_segmentation(*features, sets, SHORT, on_progress=lambda *done: seen.append(done))
     assert result.scores[0].value > 85
@@ -125,7 +125,7 @@ def test_equal_seeds_give_equal_heads(sets, features):
 
 
 def test_several_blocks_and_several_sizes(sets, features, tmp_path):
-    """The +ms variant: probabilities of all sizes are averaged at the picture's resolution."""
+    """The +ms variant: probabilities of all sizes are averaged at the image's resolution."""
     train, val = features
     _, larger = stores(sets, tmp_path, scale=2)
     segmenter = fit_segmentation(train, sets[0], dataclasses.replace(SHORT, steps=30, blocks=(0, -1)))
@@ -226,16 +226,16 @@ def test_bad_masks_are_named_before_training(folder, tmp_path):
         linear_segmentation(train, val, sets, SHORT, on_progress=lambda *_: pytest.fail("trained"))
 
 
-def test_features_that_are_not_of_these_pictures(sets, features, folder, tmp_path):
+def test_features_that_are_not_of_these_images(sets, features, folder, tmp_path):
     train, val = features
-    with pytest.raises(ValueError, match=r"features of .*train \(24 pictures.*\), not of .*val \(7 pictures"):
+    with pytest.raises(ValueError, match=r"features of .*train \(24 images.*\), not of .*val \(7 images"):
         linear_segmentation(train, val, (sets[1], sets[0]), SHORT)
     other_order = sets[1].part(reversed(range(7)))
-    with pytest.raises(ValueError, match=r"features of .*val \(7 pictures.*\), not of .*val \(7 pictures"):
+    with pytest.raises(ValueError, match=r"features of .*val \(7 images.*\), not of .*val \(7 images"):
         linear_segmentation(train, val, (sets[0], other_order), SHORT)
     vit = small_vit()
     cropped = extract(vit, sets[0], tmp_path / "cropped", CONFIG)
-    with pytest.raises(ValueError, match=r"cropped pictures \(crop 'center', size 64 x 64\); every pixel needs"):
+    with pytest.raises(ValueError, match=r"cropped images \(crop 'center', size 64 x 64\); every pixel needs"):
         fit_segmentation(cropped, sets[0], SHORT)
     odd = extract(vit, sets[0], tmp_path / "odd", preprocess=dataclasses.replace(
         dense_preprocess(vit.preprocess, 64, 88), multiple_of=16))  # fmt: skip

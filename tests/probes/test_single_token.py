@@ -9,9 +9,9 @@ import statistics
 import numpy as np
 import pytest
 import torch
+from probes.labeled import ALL_BLOCKS, images_of, small_stores
 from sklearn.linear_model import LogisticRegression
 
-from probes.labelled import ALL_BLOCKS, pictures_of, small_stores
 from probes.small import small_vit
 from vitreg.probes import FeaturesConfig, FeatureStore, extract
 from vitreg.probes.heads.logistic import LogisticConfig
@@ -31,9 +31,7 @@ def stores(test_data, tmp_path_factory) -> Stores:
 def real(_tiny_vit, test_data, tmp_path_factory) -> Stores:
     folder = tmp_path_factory.mktemp("real")
     train, val = (
-        extract(
-            _tiny_vit, pictures_of(test_data, part, (3, 7, 20), each), folder / part, FeaturesConfig(dtype="float32")
-        )
+        extract(_tiny_vit, images_of(test_data, part, (3, 7, 20), each), folder / part, FeaturesConfig(dtype="float32"))
         for part, each in (("train", 10), ("val", 6))
     )
     return train, val
@@ -88,7 +86,7 @@ def test_every_patch_is_of_its_kind_and_draws_differ(real, monkeypatch):
     assert not torch.equal(normal, _kinds(train, dataclasses.replace(CONFIG, seed=1), 0)["normal patch"].draws[:, :, 0])
 
 
-def test_pictures_without_an_outlier_count_for_nothing(real, monkeypatch):
+def test_images_without_an_outlier_count_for_nothing(real, monkeypatch):
     train, val = real
     has = torch.arange(18) % 3 > 0
     plain = FeatureStore.outliers
@@ -107,7 +105,7 @@ def test_too_few_outliers_leave_an_empty_place_and_registers_have_one_each(store
     train, val = stores
     scores = {score.subject: score for score in single_token(train, val, CONFIG).scores}
     assert list(scores) == ["class token", "normal patch", "outlier patch", "register 1", "register 2"]
-    assert scores["outlier patch"].missing == "only 0 training and 0 validation pictures have one"
+    assert scores["outlier patch"].missing == "only 0 training and 0 validation images have one"
     assert math.isnan(scores["outlier patch"].value)
     for name in ("normal patch", "register 1", "register 2"):
         assert scores[name].value > 20
@@ -129,16 +127,16 @@ def test_a_class_without_outliers_counts_as_wrong(real, monkeypatch):
     assert result.scores[2].sums[:, 1].all()
 
 
-def test_patches_of_some_pictures(stores, test_data, tmp_path):
+def test_patches_of_some_images(stores, test_data, tmp_path):
     """All kinds are fitted and judged on them, so that they can be compared."""
     config = dataclasses.replace(ALL_BLOCKS, patches=30)
-    train = extract(small_vit(), pictures_of(test_data, "train", (3, 7), 24), tmp_path / "train", config)
+    train = extract(small_vit(), images_of(test_data, "train", (3, 7), 24), tmp_path / "train", config)
     result = single_token(train, train, CONFIG)
     assert {(kind["num_train"], kind["num_val"]) for kind in result.details["tokens"].values()} == {(30, 30), (0, 0)}
     assert result.scores[0].sums[:, 1].sum() == 30
     assert len(result.scores[0].sums) == 48
     none = dataclasses.replace(ALL_BLOCKS, patches=0)
-    empty = extract(small_vit(), pictures_of(test_data, "train", (3, 7), 24), tmp_path / "none", none)
+    empty = extract(small_vit(), images_of(test_data, "train", (3, 7), 24), tmp_path / "none", none)
     with pytest.raises(ValueError, match="holds no patch tokens"):
         single_token(empty, empty, CONFIG)
 

@@ -25,7 +25,7 @@ def _finished(test_data, tmp_path_factory) -> Path:
 
 @pytest.fixture
 def finished(_finished, tmp_path) -> Path:
-    """A store of twenty pictures in three files."""
+    """A store of twenty images in three files."""
     return Path(shutil.copytree(_finished, tmp_path / "store"))
 
 

@@ -21,7 +21,7 @@ RIGHT = np.random.default_rng(0).random(500)
 
 
 def model(name: str, num_registers: int, accuracy: float) -> Evaluated:
-    """Right about the same pictures as a model of lower accuracy, and a few more."""
+    """Right about the same images as a model of lower accuracy, and a few more."""
     knn = ProbeResult("knn", (Score.mean("top-1", accuracy > RIGHT, unit="%", subject="k = 10"),))
     errors = Score.mean(
         "position distance", 1 - accuracy + RIGHT / 100, unit="patches", lower_is_better=True, subject="normal"

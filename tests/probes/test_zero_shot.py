@@ -1,4 +1,4 @@
-"""Zero-shot classification, against open_clip's own on the same weights and pictures."""
+"""Zero-shot classification, against open_clip's own on the same weights and images."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ from vitreg.probes.tasks.zero_shot import ZeroShotConfig, class_embeddings, imag
 
 open_clip = pytest.importorskip("open_clip")
 
-NUM_PICTURES = 24
+NUM_IMAGES = 24
 VISION = {"layers": 2, "width": 48, "head_width": 16, "patch_size": 16, "image_size": 64}
 TEXT = {"context_length": 16, "vocab_size": 49408, "width": 32, "heads": 2, "layers": 2}
 KINDS = {
@@ -55,23 +55,23 @@ def tokenizer():
 
 @torch.no_grad()
 def test_logits_are_open_clips(model, tokenizer, test_data, tmp_path):
-    """Its embeddings of classes and pictures are multiplied in the same test."""
-    vit, images = from_open_clip(model), validation(test_data, NUM_PICTURES)
+    """Its embeddings of classes and images are multiplied in the same test."""
+    vit, images = from_open_clip(model), validation(test_data, NUM_IMAGES)
     names = class_names(images.classes)
     theirs = open_clip.build_zero_shot_classifier(model, tokenizer, names, open_clip.OPENAI_IMAGENET_TEMPLATES)
-    pixels = torch.stack([vit.preprocess(images.picture(i)) for i in range(NUM_PICTURES)])
+    pixels = torch.stack([vit.preprocess(images.image(i)) for i in range(NUM_IMAGES)])
     expected = model.encode_image(pixels, normalize=True) @ theirs
     images.labels = _half_right(expected)
 
     store, text = extract(vit, images, tmp_path, STORED), OpenClipText(model, tokenizer)
     ours = image_embeddings(store, vit) @ class_embeddings(text, names, ZeroShotConfig()).T
     torch.testing.assert_close(ours, expected, atol=1e-4, rtol=0)
-    assert expected.std() > 1e-3  # pictures and classes differ by more than the tolerance
+    assert expected.std() > 1e-3  # images and classes differ by more than the tolerance
 
     found = zero_shot(store, vit, text)
     labels = torch.tensor(images.labels)
     top1, top5 = found.scores
-    np.testing.assert_array_equal(top1.sums[:, 0], np.arange(NUM_PICTURES) % 2 == 0)
+    np.testing.assert_array_equal(top1.sums[:, 0], np.arange(NUM_IMAGES) % 2 == 0)
     np.testing.assert_array_equal(top5.sums[:, 0], (expected.topk(5).indices == labels[:, None]).any(1).numpy())
     assert (top1.unit, top5.value) == ("%", 100 * top5.sums[:, 0].mean())
 
@@ -85,13 +85,13 @@ def test_a_trained_text_tower(test_data, tmp_path):
     save_file(tensors, tmp_path / "text.safetensors", tower.metadata)
     vitreg.save(vit, tmp_path / "model.safetensors")
 
-    images = validation(test_data, NUM_PICTURES)
+    images = validation(test_data, NUM_IMAGES)
     names = [f"{name} {number}" for number, name in enumerate(class_names(images.classes))]
     templates = ("a photo of a {}.", "the {}")
     with torch.no_grad():
-        pixels = torch.stack([vit.preprocess(images.picture(i)) for i in range(NUM_PICTURES)])
+        pixels = torch.stack([vit.preprocess(images.image(i)) for i in range(NUM_IMAGES)])
         embedded = vit.classify(pixels)
-        cosines = torch.zeros(NUM_PICTURES, len(names))
+        cosines = torch.zeros(NUM_IMAGES, len(names))
         for column, name in enumerate(names):
             both = [tower(tower.tokenize([template.format(name)]))[0] for template in templates]
             mean = sum(one / one.norm() for one in both)
@@ -99,7 +99,7 @@ def test_a_trained_text_tower(test_data, tmp_path):
     images.labels = _half_right(cosines)
     store = extract(vit, images, tmp_path / "store", STORED)
     found = zero_shot(store, vit, load_text_encoder(tmp_path), names, ZeroShotConfig(templates))
-    np.testing.assert_array_equal(found.scores[0].sums[:, 0], np.arange(NUM_PICTURES) % 2 == 0)
+    np.testing.assert_array_equal(found.scores[0].sums[:, 0], np.arange(NUM_IMAGES) % 2 == 0)
     assert found.details["templates"] == list(templates)
     for source in (tmp_path / "text.safetensors", tmp_path / "model.safetensors"):
         assert isinstance(load_text_encoder(source), type(load_text_encoder(tmp_path)))
@@ -143,7 +143,7 @@ def test_refusals(test_data, tmp_path):
         zero_shot(store, vit, text, ("dog", "cat"))
     with pytest.raises(ValueError, match="features of another model, small"):
         zero_shot(store, small_vit(seed=1), text)
-    with pytest.raises(ValueError, match="small embeds pictures in 48 dimensions and the text tower sentences in 8"):
+    with pytest.raises(ValueError, match="small embeds images in 48 dimensions and the text tower sentences in 8"):
         zero_shot(store, vit, text)
     embeddings = _Constant(48)
     embeddings.encode = lambda sentences: torch.full((len(sentences), 48), torch.nan)
@@ -154,13 +154,13 @@ def test_refusals(test_data, tmp_path):
             zero_shot(store, vit, text, config=ZeroShotConfig(templates))
     photographs = open_image_set(test_data / "imagenet-samples")
     assert photographs.labels is None
-    unlabelled = extract(vit, Subset(photographs, spaced_indices(1000, 4)), tmp_path / "unlabelled", STORED)
-    with pytest.raises(ValueError, match="has no labels; zero-shot classification needs pictures with classes"):
-        zero_shot(unlabelled, vit, text)
+    unlabeled = extract(vit, Subset(photographs, spaced_indices(1000, 4)), tmp_path / "unlabeled", STORED)
+    with pytest.raises(ValueError, match="has no labels; zero-shot classification needs images with classes"):
+        zero_shot(unlabeled, vit, text)
 
 
 def _half_right(logits: torch.Tensor) -> list[int]:
-    """Labels with which every other picture is right, and the others are not."""
+    """Labels with which every other image is right, and the others are not."""
     best, other = logits.argmax(1), logits.argsort(1)[:, -3]
     return torch.where(torch.arange(len(best)) % 2 == 0, best, other).tolist()
 

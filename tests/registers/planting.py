@@ -1,4 +1,4 @@
-"""Artifacts whose author is known: hidden units that fire on patches of one colour and write a massive vector."""
+"""Artifacts whose author is known: hidden units that fire on patches of one color and write a massive vector."""
 
 from __future__ import annotations
 
@@ -25,15 +25,15 @@ def photos(paths: Sequence, vit: vitreg.VisionTransformer) -> Tensor:
     return torch.stack([preprocess(read_image(path)) for path in paths])
 
 
-def with_patches(images: Tensor, patch: int, colour: Tensor = MAGENTA, seed: int = 0) -> tuple[Tensor, Tensor]:
-    """Photographs with one patch of a colour, each at a place of its own, and where these are, `[B, N]`."""
+def with_patches(images: Tensor, patch: int, color: Tensor = MAGENTA, seed: int = 0) -> tuple[Tensor, Tensor]:
+    """Photographs with one patch of a color, each at a place of its own, and where these are, `[B, N]`."""
     generator = torch.Generator().manual_seed(seed)
     rows, columns = images.shape[-2] // patch, images.shape[-1] // patch
     marks = torch.zeros(len(images), rows * columns, dtype=torch.bool)
     for image in marks:
         image[torch.randint(len(image), (), generator=generator)] = True
     mask = marks.unflatten(1, (rows, columns)).repeat_interleave(patch, 1).repeat_interleave(patch, 2)
-    return torch.where(mask[:, None], colour[:, None, None], images), marks
+    return torch.where(mask[:, None], color[:, None, None], images), marks
 
 
 @torch.no_grad()

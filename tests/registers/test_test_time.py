@@ -13,7 +13,7 @@ import torch
 import torch.nn.functional as F
 
 import vitreg
-from peers import error, pictures
+from peers import error, random_images
 from registers.planting import GREEN, MAGENTA, photos, plant, random_vit, with_patches
 from vitreg.common.words import percent
 
@@ -168,7 +168,7 @@ def test_compiles_without_graph_breaks(fixed, tmp_path):
 
 def test_gradients_flow_through_the_move(fixed):
     vit = copy.deepcopy(fixed).train()
-    vit.classify(pictures(224)).square().sum().backward()
+    vit.classify(random_images(224)).square().sum().backward()
     block, unit = UNITS[0]
     assert vit.blocks[block].mlp.fc1.weight.grad[unit].abs().max() > 0
     assert all(torch.isfinite(p.grad).all() for p in vit.parameters() if p.grad is not None)
@@ -284,9 +284,9 @@ def test_a_model_with_registers_gets_one_more_and_says_so(tiny_vit):
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        (dict(images=pictures(224, batch=5)), "5 images cannot tell .* give at least 8"),
-        (dict(images=pictures(224, batch=1)), "1 image cannot tell"),
-        (dict(images=(p for p in pictures(224, batch=8)[:, None])), "only once, but are needed again"),
+        (dict(images=random_images(224, batch=5)), "5 images cannot tell .* give at least 8"),
+        (dict(images=random_images(224, batch=1)), "1 image cannot tell"),
+        (dict(images=(p for p in random_images(224, batch=8)[:, None])), "only once, but are needed again"),
         ({}, "images are needed to find the units"),
         (dict(count=0, neurons=[(7, 417)]), "count is 0; add at least 1 register"),
         (dict(neurons=[]), "neurons is empty"),

@@ -7,7 +7,7 @@ import timm
 import torch
 
 import vitreg
-from peers import error, perturb, pictures, timm_model
+from peers import error, perturb, random_images, timm_model
 from registers.planting import random_vit
 
 
@@ -54,12 +54,12 @@ def test_equals_timm_with_the_same_registers():
     ours = vitreg.add_registers(vitreg.from_timm(plain), 3)
     with torch.no_grad():
         ours.registers.copy_(registers)
-        assert error(ours.classify(pictures(224)), theirs(pictures(224))) < 1e-5
+        assert error(ours.classify(random_images(224)), theirs(random_images(224))) < 1e-5
 
 
 def test_every_parameter_learns():
     vit = vitreg.add_registers(random_vit("vit_small_patch16_224", embed_dim=96, num_heads=3), 2).train()
-    vit.classify(pictures(112)).square().sum().backward()
+    vit.classify(random_images(112)).square().sum().backward()
     assert vit.registers.grad.abs().amax(-1).min() > 0
     assert not torch.equal(vit.registers.grad[0, 0], vit.registers.grad[0, 1])
 
@@ -69,7 +69,7 @@ def test_trainable_ones_go_before_test_time_registers(tiny_vit):
     both = vitreg.add_registers(fixed, 2)
     assert torch.equal(both.registers[:, 2:], fixed.registers)
     assert both.config.test_time_registers == slice(3, 4)
-    assert both.trace(pictures(224)).register_norms[-1, :, 2].min() > 200
+    assert both.trace(random_images(224)).register_norms[-1, :, 2].min() > 200
 
 
 @pytest.mark.parametrize("format", ["timm", "transformers"])
@@ -78,7 +78,7 @@ def test_the_copy_saves_in_other_formats(tiny_vit, tmp_path, format):
     path = tmp_path / ("model" if format == "transformers" else "model.safetensors")
     vitreg.save(vit, path, format=format)
     with torch.no_grad():
-        assert error(vitreg.load(str(path)).classify(pictures(224)), vit.classify(pictures(224))) < 1e-5
+        assert error(vitreg.load(str(path)).classify(random_images(224)), vit.classify(random_images(224))) < 1e-5
 
 
 def test_none_are_refused(tiny_vit):

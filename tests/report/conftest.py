@@ -51,7 +51,7 @@ def open_page(browser) -> Iterator[Callable]:
 
 @pytest.fixture
 def read_png() -> Callable[[Path], np.ndarray]:
-    """Pixels of a picture file."""
+    """Pixels of an image file."""
     return lambda path: np.asarray(Image.open(path).convert("RGB"))
 
 

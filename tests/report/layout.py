@@ -6,7 +6,7 @@ from matplotlib.backends.backend_agg import FigureCanvasAgg
 
 
 def check_texts(figure) -> int:
-    """No text runs into another or off the picture; the number of texts."""
+    """No text runs into another or off the image; the number of texts."""
     renderer = FigureCanvasAgg(figure).get_renderer()
     width, height = figure.canvas.get_width_height()
     boxes = [(text.get_text(), text.get_window_extent(renderer)) for text in visible_texts(figure)]

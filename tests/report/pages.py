@@ -33,8 +33,8 @@ def hover(page, panel: int, row: int, column: int, grid: tuple[int, int], exampl
 
 def brightness(page) -> int:
     """Of the page behind everything, 0 to 765."""
-    colour = page.evaluate("getComputedStyle(document.body).backgroundColor")
-    return sum(map(int, re.findall(r"\d+", colour)))
+    color = page.evaluate("getComputedStyle(document.body).backgroundColor")
+    return sum(map(int, re.findall(r"\d+", color)))
 
 
 def check_thinned(path: Path, open_page, *, kept: set[int], least: int) -> None:

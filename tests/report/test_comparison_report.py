@@ -23,13 +23,11 @@ def captions(page, example: int = 0) -> list[str]:
     return [said(each) for each in page.locator(".example").nth(example).locator("figcaption").all()]
 
 
-def colours(page, panel: int) -> np.ndarray:
-    """The colour at the middle of every patch of a panel of the first example."""
-    picture = np.asarray(Image.open(io.BytesIO(base64.b64decode(pixels(page, panel).partition(",")[2]))))
-    rows, columns = (
-        ((np.arange(n) + 0.5) * size / n).astype(int) for n, size in zip(GRID, picture.shape, strict=False)
-    )
-    return picture[rows[:, None], columns]
+def colors(page, panel: int) -> np.ndarray:
+    """The color at the middle of every patch of a panel of the first example."""
+    image = np.asarray(Image.open(io.BytesIO(base64.b64decode(pixels(page, panel).partition(",")[2]))))
+    rows, columns = (((np.arange(n) + 0.5) * size / n).astype(int) for n, size in zip(GRID, image.shape, strict=False))
+    return image[rows[:, None], columns]
 
 
 def table(page, heading: str) -> dict[str, list[str]]:
@@ -105,7 +103,7 @@ def test_arrow_keys_move_over_patches(open_comparison):
     assert page.locator(".spoken").first.text_content() == ""
 
 
-def test_before_and_after_share_a_colour_scale(open_comparison):
+def test_before_and_after_share_a_color_scale(open_comparison):
     before, after = make_pair(count=1)
     for when in (before, after):
         when[0].norms[3], when[0].attention["class token"][3] = 20, 0.02
@@ -113,7 +111,7 @@ def test_before_and_after_share_a_colour_scale(open_comparison):
     after[0].attention["class token"][3, 1, 1] = 0.5
     page = open_comparison(make_comparison(before, after), before, after)
     for old, new, changed in ((1, 2, [2, 2]), (3, 4, [1, 1])):
-        differing = (colours(page, old) != colours(page, new)).any(-1)
+        differing = (colors(page, old) != colors(page, new)).any(-1)
         assert np.argwhere(differing).tolist() == [changed]
 
 

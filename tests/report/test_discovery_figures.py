@@ -1,4 +1,4 @@
-"""The pictures of object discovery, read back from their pixels."""
+"""The images of object discovery, read back from their pixels."""
 
 import numpy as np
 import pytest
@@ -98,7 +98,7 @@ def test_the_default_discovery_figure_was_cut_at_the_frame(tmp_path, monkeypatch
     summary = {
         "data": "yolo:/a/long/path" * 12,
         "num_images": 1,
-        "whole_picture": share,
+        "whole_image": share,
         "models": [model] * num_models,
     }
     sweep_figure(summary, tmp_path / "sweep.png", most=8)
@@ -130,7 +130,7 @@ def test_sweep_figure_is_written(tmp_path, read_png, num_models, num_settings):
     summary = {
         "data": "yolo:$x_y$",
         "num_images": 100,
-        "whole_picture": share,
+        "whole_image": share,
         "models": [model if num_settings else {"model": "m", "protocol": share}] * num_models,
     }
     assert read_png(sweep_figure(summary, tmp_path / "made" / "sweep.png")).std() > 10

@@ -4,7 +4,7 @@ import numpy as np
 import pytest
 
 from report.pages import EVIL, said
-from vitreg.report import DensePicture, Table, write_evaluation
+from vitreg.report import DenseImage, Table, write_evaluation
 
 NAMES = "vit_tiny_patch16_224.augreg_in21k_ft_in1k", "a \"quoted\" & 'named' <model>"
 
@@ -28,8 +28,8 @@ def write(path, names=NAMES, class_names=("road", "sky"), source="/a/very/long/p
         path,
         tables=[table],
         legend="\u25b2 better",
-        masks=[DensePicture(EVIL, photo, classes, dict.fromkeys(names, classes))],
-        depths=[DensePicture(EVIL, photo, meters, dict.fromkeys(names, meters))],
+        masks=[DenseImage(EVIL, photo, classes, dict.fromkeys(names, classes))],
+        depths=[DenseImage(EVIL, photo, meters, dict.fromkeys(names, meters))],
         class_names=class_names,
     )
 
@@ -46,7 +46,7 @@ def test_evaluation_tables_on_a_phone(tmp_path, open_page):
         assert box["x"] + box["width"] <= 390
         assert cell.evaluate("cell => cell.scrollWidth <= cell.clientWidth + 1")
         assert "probe" in cell.evaluate("cell => getComputedStyle(cell, '::before').content")
-    assert all(picture.bounding_box()["width"] > 150 for picture in page.locator("article img").all())
+    assert all(image.bounding_box()["width"] > 150 for image in page.locator("article img").all())
 
 
 @pytest.mark.parametrize("width", [390, 1280])

@@ -22,18 +22,18 @@ def test_overlay_is_hottest_at_the_planted_patch(grid):
     attention = np.full(grid, 0.01)
     attention[2, 1] = 0.5
     photo = grey_photo(grid[0] * 16, grid[1] * 16)
-    picture = overlay(photo, attention)
-    assert picture.shape == photo.shape
-    assert picture.dtype == np.uint8
-    hottest = picture.sum(-1) == picture.sum(-1).max()
+    image = overlay(photo, attention)
+    assert image.shape == photo.shape
+    assert image.dtype == np.uint8
+    hottest = image.sum(-1) == image.sum(-1).max()
     expected = np.zeros_like(hottest)
     expected[32:48, 16:32] = True
     np.testing.assert_array_equal(hottest, expected)
 
 
 def test_overlay_has_sharp_patches_where_they_do_not_divide_the_photo():
-    picture = overlay(grey_photo(50, 70), np.arange(12.0).reshape(3, 4))
-    assert len(np.unique(picture.reshape(-1, 3), axis=0)) == 12
+    image = overlay(grey_photo(50, 70), np.arange(12.0).reshape(3, 4))
+    assert len(np.unique(image.reshape(-1, 3), axis=0)) == 12
 
 
 def test_overlays_share_a_scale_on_request():
@@ -70,7 +70,7 @@ def test_attention_figure_keeps_the_aspect_of_the_photograph(tmp_path, read_png,
     [(1, 64, 64), (12, 64, 64), (3, 64, 96), (16, 96, 64), (1, 32, 320), (12, 32, 320), (3, 320, 32), (16, 320, 32)],
 )
 def test_attention_figures_of_any_shape_are_not_cut(tmp_path, drawn, heads, height, width):
-    """A title went out of the picture, and so did the color bar of a panorama, whose numbers lay on each other."""
+    """A title went out of the image, and so did the color bar of a panorama, whose numbers lay on each other."""
     attention = np.random.default_rng(0).uniform(0, 0.1, (heads, height // 16, width // 16))
     attention_figure(grey_photo(height, width), attention, title=f"{LONG}, block 11", path=tmp_path / "a.png")
     assert check_texts(drawn[0]) == heads + 8
@@ -148,9 +148,9 @@ def test_diagnosis_figure_draws_at_most_the_examples_asked_for(tmp_path, read_pn
     assert wide.shape[1] > narrow.shape[1]
 
 
-def outlined(picture: np.ndarray) -> np.ndarray:
+def outlined(image: np.ndarray) -> np.ndarray:
     """Where the outlines of outliers are."""
-    return np.abs(picture.astype(int) - (255, 90, 60)).max(-1) < 10
+    return np.abs(image.astype(int) - (255, 90, 60)).max(-1) < 10
 
 
 def test_diagnosis_figure_outlines_the_outliers(tmp_path, read_png):
@@ -175,9 +175,9 @@ def test_diagnosis_figure_needs_an_example(tmp_path):
 def test_comparison_figure_outlines_the_outliers_where_they_were(tmp_path, read_png):
     """Five rows: the photograph, then before and after of two kinds of maps; only before is outlined."""
     before, after = make_pair()
-    picture = read_png(comparison_figure(make_comparison(before, after), before, after, tmp_path / "made" / "a.png"))
-    # Left of the colour bar, which carries the threshold; a few pixels of a photograph may have the colour too.
-    rows = np.flatnonzero(outlined(picture)[:, : int(0.6 * picture.shape[1])].sum(1) > 20)
+    image = read_png(comparison_figure(make_comparison(before, after), before, after, tmp_path / "made" / "a.png"))
+    # Left of the color bar, which carries the threshold; a few pixels of a photograph may have the color too.
+    rows = np.flatnonzero(outlined(image)[:, : int(0.6 * image.shape[1])].sum(1) > 20)
     starts = rows[np.diff(rows, prepend=-100) > 100]
     top, step = 1.09 * 160, 1.59 * 160
     assert ((starts - top) / step).round().astype(int).tolist() == [1, 3]
@@ -189,12 +189,12 @@ def test_comparison_figure_shares_a_scale_between_before_and_after(tmp_path, rea
     before[0].norms[...], after[0].norms[...] = 20, 20
     before[0].norms[:, 0, 0] = 500
     after[0].norms[:, 2, 3] = 10
-    picture = read_png(comparison_figure(make_comparison(before, after), before, after, tmp_path / "a.png"))
+    image = read_png(comparison_figure(make_comparison(before, after), before, after, tmp_path / "a.png"))
     y, x = (np.array([1.09, 0.5]) * 160).astype(int)
     height, width = int(1.5 * 160), 2 * 160
     first, second = (y + int(1.59 * 160) * i + height // 2 for i in (1, 2))
-    np.testing.assert_array_equal(picture[first, x + width // 2], picture[second, x + width // 2])
-    assert picture[first, x + width // 2].std() > 10, "a colour of the map"
+    np.testing.assert_array_equal(image[first, x + width // 2], image[second, x + width // 2])
+    assert image[first, x + width // 2].std() > 10, "a color of the map"
 
 
 def test_comparison_figure_without_common_attention_has_three_rows(tmp_path, read_png):
@@ -208,11 +208,11 @@ def test_comparison_figure_without_common_attention_has_three_rows(tmp_path, rea
 def test_comparison_figure_marks_a_threshold_that_no_example_reaches(tmp_path, read_png):
     _, clean = make_pair(before=(), after=())
     before, after = make_pair(before=(), after=())
-    picture = read_png(comparison_figure(make_comparison(before, after), clean, after, tmp_path / "a.png"))
-    bar = picture[:, int(4.68 * 160) : int(4.79 * 160)]
+    image = read_png(comparison_figure(make_comparison(before, after), clean, after, tmp_path / "a.png"))
+    bar = image[:, int(4.68 * 160) : int(4.79 * 160)]
     mark = np.flatnonzero(outlined(bar).mean(1) > 0.5)
     assert len(mark)
-    # The scale is extended to the threshold, so that there is colour below the mark, and not the white of the sheet.
+    # The scale is extended to the threshold, so that there is color below the mark, and not the white of the sheet.
     assert bar[mark[-1] + 8].min() < 200
 
 

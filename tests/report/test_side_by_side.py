@@ -113,8 +113,8 @@ def test_names_are_only_text(tmp_path, open_page):
 
 def test_the_figure_has_boxes_in_one_row_and_outlines_in_two(tmp_path, read_png):
     path = side_by_side_figure(make_summary(), make_photographs(1), tmp_path / "made" / "demo.png")
-    picture = read_png(path)
-    marked = np.abs(picture.astype(int) - (255, 90, 60)).max(-1) < 10
+    image = read_png(path)
+    marked = np.abs(image.astype(int) - (255, 90, 60)).max(-1) < 10
     # Columns of one photograph: 0.38 inches to the first model, 1.24 from one to the next.
     columns = [marked[:, int(160 * (0.36 + 1.24 * m)) : int(160 * (0.36 + 1.24 * m + 1.2))] for m in range(3)]
     counts = [len(_rows(column)) for column in columns]

@@ -1,4 +1,4 @@
-"""The picture of when artifacts appear: its colours, and that nothing in it runs into anything else."""
+"""The image of when artifacts appear: its colors, and that nothing in it runs into anything else."""
 
 from __future__ import annotations
 
@@ -32,17 +32,17 @@ def draw(found, tmp_path, read_png):
     return draw
 
 
-def count(picture: np.ndarray, colour: tuple[int, int, int]) -> int:
-    return int((np.abs(picture.astype(int) - colour).max(-1) < 6).sum())
+def count(image: np.ndarray, color: tuple[int, int, int]) -> int:
+    return int((np.abs(image.astype(int) - color).max(-1) < 6).sum())
 
 
-def orange(picture: np.ndarray) -> int:
+def orange(image: np.ndarray) -> int:
     """Filled cells of outliers: much more red than blue."""
-    red, _, blue = np.moveaxis(picture.astype(int), -1, 0)
+    red, _, blue = np.moveaxis(image.astype(int), -1, 0)
     return int((red - blue > 60).sum())
 
 
-LONG = "a-name-that-is-much-too-long-for-a-column-of-the-picture"
+LONG = "a-name-that-is-much-too-long-for-a-column-of-the-image"
 COURSE = ["clean", "clean", "artifacts", "artifacts"]
 
 
@@ -59,19 +59,19 @@ COURSE = ["clean", "clean", "artifacts", "artifacts"]
         [(f"{kind}-{i}", [kind]) for kind in ("clean", "registers", "small") for i in range(3)],
     ],
 )
-def test_no_text_runs_into_another_or_off_the_picture(runs, draw, drawn):
+def test_no_text_runs_into_another_or_off_the_image(runs, draw, drawn):
     draw(*runs, num_steps=1_250_000)
     (figure,) = drawn
     assert check_texts(figure) > 20
 
 
-def test_outliers_and_registers_have_their_own_colours(draw):
+def test_outliers_and_registers_have_their_own_colors(draw):
     plain = draw(("clean", ["clean", "clean"]))
     artifacts = draw(("artifacts", ["clean", "artifacts"]))
     registers = draw(("registers", ["registers", "registers"]))
     assert count(plain, REGISTER) == count(artifacts, REGISTER) == 0
     assert count(registers, REGISTER) > 200
-    # The line of zero outliers is of the threshold's colour, so there is a little of it everywhere.
+    # The line of zero outliers is of the threshold's color, so there is a little of it everywhere.
     assert orange(artifacts) > orange(plain) + 2000
     assert count(artifacts, THRESHOLD) > count(plain, THRESHOLD) + 500
 
@@ -96,7 +96,7 @@ def test_every_run_and_its_verdict_is_named(draw, drawn):
             "(c)  by model size and registers",
             ["0.4 M\n0 reg.", "5.7 M\n0 reg.", "5.7 M\n4 reg."],
         ),
-        ([(f"{LONG}-b", ["clean"]), ("a", ["artifacts"])], "(c)  by run", ["a-name-th…picture-b", "a"]),
+        ([(f"{LONG}-b", ["clean"]), ("a", ["artifacts"])], "(c)  by run", ["a-name-th…image-b", "a"]),
         (
             [(name, [name[:5]]) for name in ("clean", "clean-again", "small")],
             "(c)  by model size",

@@ -32,7 +32,7 @@ class Photographs(ImageSet):
     def __len__(self) -> int:
         return len(self.files)
 
-    def picture(self, index: int) -> Image.Image:
+    def image(self, index: int) -> Image.Image:
         return read_image(self.files[index])
 
     def name(self, index: int) -> str:

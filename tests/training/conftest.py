@@ -1,4 +1,4 @@
-"""A small labelled set of real pictures."""
+"""A small labeled set of real images."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ import pytest
 
 @pytest.fixture(scope="session")
 def class_folders(test_data: Path, tmp_path_factory) -> Path:
-    """Four classes of tiny-imagenet-100: `train` with 60 pictures of 64 pixels and `val` with 12. Do not change it."""
+    """Four classes of tiny-imagenet-100: `train` with 60 images of 64 pixels and `val` with 12. Do not change it."""
     import pyarrow.parquet as parquet
 
     folder = tmp_path_factory.mktemp("classes")

@@ -32,21 +32,21 @@ def seeded_method() -> CLIP:
 
 
 class Noise(ImageSet):
-    """Eight pictures and sentences, made up."""
+    """Eight images and sentences, made up."""
 
     source = "noise"
 
     def __len__(self) -> int:
         return 8
 
-    def picture(self, index: int) -> Image.Image:
+    def image(self, index: int) -> Image.Image:
         return Image.fromarray(np.random.default_rng(index).integers(0, 256, (64, 64, 3), np.uint8))
 
     def name(self, index: int) -> str:
         return f"noise {index}"
 
     def captions(self, index: int) -> tuple[str, ...]:
-        return (f"picture number {index}",)
+        return (f"image number {index}",)
 
 
 def two_steps(rank: int, world_size: int, folder: Path) -> None:

@@ -24,7 +24,7 @@ CASES = [
 
 
 def small_method(centering="sinkhorn", **options) -> DINOv2:
-    """Two blocks for pictures of 32 pixels; no parameter at its initial value."""
+    """Two blocks for images of 32 pixels; no parameter at its initial value."""
     torch.manual_seed(0)
     model = sized("micro", patch_size=8, image_size=32, num_registers=3, layer_scale=True, embed_dim=32, depth=2)
     crops = MultiCropConfig(num_local=2, local_size=16)
@@ -47,7 +47,7 @@ def random_batch(size=8) -> dict[str, torch.Tensor]:
 
 
 def step(method, batch, progress, wrap=lambda method: method):
-    """The scalars, the gradients, and the teacher after two steps: its centre is not zero in the second."""
+    """The scalars, the gradients, and the teacher after two steps: its center is not zero in the second."""
     wrapped = wrap(method)
     optimizer = torch.optim.SGD([p for p in method.parameters() if p.requires_grad], lr=0.1)
     scalars, gradients = {}, {}

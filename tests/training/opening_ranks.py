@@ -12,7 +12,7 @@ from vitreg.training.engine.distributed import Distributed
 
 
 def run(rank: int, world: int, port: int, archive: Path, folder: Path) -> None:
-    """Each process writes down how often it scanned an archive, and the name and size of every picture."""
+    """Each process writes down how often it scanned an archive, and the name and size of every image."""
     os.environ.update(RANK=str(rank), WORLD_SIZE=str(world), MASTER_ADDR="127.0.0.1", MASTER_PORT=str(port))
     scan, scans = tars.tar_members, []
 
@@ -22,6 +22,6 @@ def run(rank: int, world: int, port: int, archive: Path, folder: Path) -> None:
 
     tars.tar_members = counting
     images = open_data(archive, device="cpu").images
-    found = [f"{images.name(i)} {images.picture(i).size} {images.labels[i]}" for i in range(len(images))]
+    found = [f"{images.name(i)} {images.image(i).size} {images.labels[i]}" for i in range(len(images))]
     (folder / f"{rank}.txt").write_text("\n".join([str(len(scans)), *found]))
     Distributed.join("cpu").leave()

@@ -11,7 +11,7 @@ OPTIMIZER = ("name", "lr", "warmup_steps", "weight_decay", "layer_decay", "clip_
 
 
 def small_config(steps: int = 6, **changes: Any) -> TrainingConfig:
-    """DeiT-III on four classes: two blocks of 32 channels, 4 registers, pictures of 32 pixels, batches of 8."""
+    """DeiT-III on four classes: two blocks of 32 channels, 4 registers, images of 32 pixels, batches of 8."""
     config = deit3(num_images=60, num_classes=4, size="micro", image_size=32, patch_size=16, batch_size=8)
     model = dataclasses.replace(config.model, depth=2, embed_dim=32, mlp_dim=64, name="small")
     given = {name: changes.pop(name) for name in OPTIMIZER if name in changes}

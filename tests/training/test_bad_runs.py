@@ -54,7 +54,7 @@ def edit(run: Path, **changes: object) -> None:
     (run / "config.json").write_text(json.dumps(config | changes))
 
 
-def test_a_corrupt_picture_is_replaced_counted_and_named(folders, tmp_path, told, capsys):
+def test_a_corrupt_image_is_replaced_counted_and_named(folders, tmp_path, told, capsys):
     broken = folders / "train" / "class2" / "3.jpg"
     content = broken.read_bytes()
     broken.unlink()
@@ -69,8 +69,8 @@ def test_a_corrupt_picture_is_replaced_counted_and_named(folders, tmp_path, told
 
 
 def test_an_empty_class_folder_is_named(folders, tmp_path, told):
-    for picture in (folders / "train" / "class1").iterdir():
-        picture.unlink()
+    for image in (folders / "train" / "class1").iterdir():
+        image.unlink()
     status, error = told("deit3", "--data", folders, *SMALL, "--steps", 2, "--out", tmp_path / "run")
     assert status == 2
     assert "class1" in error
@@ -142,13 +142,13 @@ def test_a_damaged_checkpoint_is_refused(finished, told):
     assert str(finished) in error
 
 
-def test_other_pictures_are_refused_and_moved_ones_taken(finished, folders, tmp_path, told):
+def test_other_images_are_refused_and_moved_ones_taken(finished, folders, tmp_path, told):
     edit(finished, num_steps=6)
     moved = shutil.copytree(folders, tmp_path / "moved")
     (folders / "train" / "class0" / "0.jpg").unlink()
     status, error = told("--resume", finished, "--data", folders, "--device", "cpu")
     assert status == 2
-    assert "59 pictures" in error
+    assert "59 images" in error
     assert told("--resume", finished, "--data", moved, "--device", "cpu")[0] == 0
     assert [entry["step"] for entry in log(finished)] == [1, 2, 3, 4, 5, 6]
 

@@ -21,7 +21,7 @@ from safetensors import safe_open
 from safetensors.torch import save_file
 
 import vitreg
-from peers import error, perturb, pictures
+from peers import error, perturb, random_images
 from training.captioned import CONFIG, MODEL, Photographs, tiny_method
 from training.contrastive_ranks import Noise, random_batch, seeded_method, two_steps
 from vitreg.checkpoints.text_tower import TextTower, load_text_tower
@@ -131,7 +131,7 @@ def test_two_processes_equal_one(tmp_path):
 
 def views_batch(photographs: Photographs, **options) -> dict[str, torch.Tensor]:
     views = dataclasses.replace(CONFIG, **options).augmentation(MODEL, photographs)
-    samples = [Sample(photographs.picture(i), None, photographs.captions(i)) for i in range(len(photographs))]
+    samples = [Sample(photographs.image(i), None, photographs.captions(i)) for i in range(len(photographs))]
     return torch.utils.data.default_collate([views(sample) for sample in samples])
 
 
@@ -164,7 +164,7 @@ def test_the_scale_stays_within_open_clips_bounds(method):
 
 def test_views(photographs):
     views = CONFIG.augmentation(MODEL, photographs)
-    sample = Sample(photographs.picture(0), None, photographs.captions(0))
+    sample = Sample(photographs.image(0), None, photographs.captions(0))
     row = views(sample)
     assert row["image"].shape == (3, 64, 64)
     tokens = open_clip.tokenize(list(sample.captions), 24)
@@ -180,35 +180,35 @@ def test_views(photographs):
 def test_the_crop_is_open_clips(photographs):
     theirs = open_clip.image_transform((64, 64), True, mean=MODEL.preprocess.mean, std=MODEL.preprocess.std)
     views = CONFIG.augmentation(MODEL, photographs)
-    picture = photographs.picture(1)
+    image = photographs.image(1)
     torch.manual_seed(5)
-    expected = theirs(picture)
+    expected = theirs(image)
     torch.manual_seed(5)
-    assert error(views(Sample(picture, None, ("a",)))["image"], expected) < 1e-5
+    assert error(views(Sample(image, None, ("a",)))["image"], expected) < 1e-5
 
 
 def test_flip_and_scale(photographs):
-    picture = photographs.picture(1)
+    image = photographs.image(1)
     flipped = dataclasses.replace(CONFIG, flip=1.0, min_scale=1.0).augmentation(MODEL, photographs)
     plain = dataclasses.replace(CONFIG, min_scale=1.0).augmentation(MODEL, photographs)
     torch.manual_seed(5)
-    one = flipped(Sample(picture, None, ("a",)))["image"]
+    one = flipped(Sample(image, None, ("a",)))["image"]
     torch.manual_seed(5)
-    assert torch.equal(plain(Sample(picture, None, ("a",)))["image"].flip(-1), one)
+    assert torch.equal(plain(Sample(image, None, ("a",)))["image"].flip(-1), one)
 
 
 def literal_recall(similarity: torch.Tensor, owners: list[int]) -> dict[str, float]:
-    num_pictures, num_captions = similarity.shape
+    num_images, num_captions = similarity.shape
     figures = {}
     for k in (1, 5):
         right = 0
-        for i in range(num_pictures):
+        for i in range(num_images):
             best = sorted(range(num_captions), key=lambda c: -float(similarity[i, c]))[:k]
             right += any(owners[c] == i for c in best)
-        figures[f"image_to_text_r{k}"] = 100 * right / num_pictures
+        figures[f"image_to_text_r{k}"] = 100 * right / num_images
         right = 0
         for c in range(num_captions):
-            best = sorted(range(num_pictures), key=lambda i: -float(similarity[i, c]))[:k]
+            best = sorted(range(num_images), key=lambda i: -float(similarity[i, c]))[:k]
             right += owners[c] in best
         figures[f"text_to_image_r{k}"] = 100 * right / num_captions
     return figures
@@ -225,12 +225,12 @@ def test_recall():
 
 
 class Damaged(Photographs):
-    """The third picture cannot be read, and the fifth has no captions."""
+    """The third image cannot be read, and the fifth has no captions."""
 
-    def picture(self, index):
+    def image(self, index):
         if index == 2:
             raise vitreg.ImageError("damaged")
-        return super().picture(index)
+        return super().image(index)
 
     def captions(self, index):
         return () if index == 4 else super().captions(index)
@@ -241,7 +241,7 @@ def test_evaluate_takes_what_there_is(method, test_data):
     perturb(method)
     images = Damaged(test_data / "flickr8k-1k", 9)
     kept = [i for i in range(9) if i not in (2, 4)]
-    features = torch.stack([method.vit.preprocess(images.picture(i)) for i in kept])
+    features = torch.stack([method.vit.preprocess(images.image(i)) for i in kept])
     similarity = F.normalize(method.vit.classify(features), dim=-1)
     texts = open_clip.tokenize([caption for i in kept for caption in images.captions(i)], 24)
     similarity = similarity @ F.normalize(method.text(texts), dim=-1).T
@@ -270,10 +270,10 @@ def test_image_tower_in_other_formats(tmp_path, num_registers):
     kind = json.loads((tmp_path / "folder" / "config.json").read_text())["architectures"][0]
     hf = getattr(transformers, kind).from_pretrained(tmp_path / "folder").eval()
     with torch.no_grad():
-        ours = vit.classify(pictures(64))
-        assert error(theirs(pictures(64)), ours) < 1e-5
-        assert error(hf(pictures(64)).logits, ours) < 1e-5
-        assert error(vitreg.load(tmp_path / "folder").classify(pictures(64)), ours) < 1e-5
+        ours = vit.classify(random_images(64))
+        assert error(theirs(random_images(64)), ours) < 1e-5
+        assert error(hf(random_images(64)).logits, ours) < 1e-5
+        assert error(vitreg.load(tmp_path / "folder").classify(random_images(64)), ours) < 1e-5
 
 
 def test_text_tower_from_its_file(method, tmp_path):
@@ -311,13 +311,13 @@ def test_a_file_that_is_no_text_tower(method, tmp_path):
         load_text_tower(path)
 
 
-def test_pictures_without_captions_are_refused(photographs, test_data):
+def test_images_without_captions_are_refused(photographs, test_data):
     images = Photographs(test_data / "flickr8k-1k", 3)
     images.sentences[1] = ()
-    with pytest.raises(ValueError, match=f"1 of the 3 pictures .* the first is {images.name(1)}"):
+    with pytest.raises(ValueError, match=f"1 of the 3 images .* the first is {images.name(1)}"):
         CONFIG.augmentation(MODEL, images)
     images.sentences = dict.fromkeys(range(3), ())
-    with pytest.raises(ValueError, match=r"no captions, which clip learns from; give pictures with a captions.csv"):
+    with pytest.raises(ValueError, match=r"no captions, which clip learns from; give images with a captions.csv"):
         CONFIG.augmentation(MODEL, images)
 
 

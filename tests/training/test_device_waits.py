@@ -45,7 +45,7 @@ class NoWaiting(TorchDispatchMode):
         return func(*args, **(kwargs or {}))
 
 
-class Labelled(Noise):
+class Labeled(Noise):
     classes = ("even", "odd")
     labels = (0, 1) * 4
 
@@ -66,7 +66,7 @@ def test_no_step_of_any_recipe_waits_for_the_device(recipe):
     config = dataclasses.replace(config, drop_path=0.3, num_steps=4, ema_decay=ema)
     config = dataclasses.replace(config, model=dataclasses.replace(config.model, depth=2))
     train_state = TrainState(config, Distributed(0, 1, torch.device("cpu")))
-    images = Labelled()
+    images = Labeled()
     batch, _ = SampleStream(images, config.method.augmentation(config.model, images), 0)[range(8)]
     train_state.advance([batch])  # the optimizer's state is there
     # LAMB counts steps on the CPU.

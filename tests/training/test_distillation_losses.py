@@ -12,7 +12,7 @@ from vitreg.training.data.multi_crop import locate_hidden
 from vitreg.training.recipes.dino_head import DINOHead
 from vitreg.training.recipes.dino_losses import MeanCentering, SinkhornKnopp, dino_loss, entropies, ibot_loss
 
-PICTURES, VIEWS, PROTOTYPES = 6, 5, 48
+IMAGES, VIEWS, PROTOTYPES = 6, 5, 48
 EXACT = dict(rtol=1e-6, atol=0)
 
 
@@ -36,10 +36,10 @@ def weights(masks):
 def test_view_loss_is_lightlys():
     theirs = DINOLoss(PROTOTYPES, center_momentum=0.9)
     centering = MeanCentering(PROTOTYPES)
-    for temperature in (0.04, 0.07):  # the second time the centre is not zero
-        teacher, student = cosines(PICTURES, 2), cosines(PICTURES, VIEWS).requires_grad_()
+    for temperature in (0.04, 0.07):  # the second time the center is not zero
+        teacher, student = cosines(IMAGES, 2), cosines(IMAGES, VIEWS).requires_grad_()
         expected = theirs(list(teacher.unbind(1)), list(student.unbind(1)), teacher_temp=temperature)
-        targets = centering(teacher.flatten(0, 1), temperature).unflatten(0, (PICTURES, 2))
+        targets = centering(teacher.flatten(0, 1), temperature).unflatten(0, (IMAGES, 2))
         loss = dino_loss(student, targets, 0.1)
         torch.testing.assert_close(loss, expected, **EXACT)
         (ours,), (others,) = torch.autograd.grad(loss, student), torch.autograd.grad(expected, student)
@@ -48,8 +48,8 @@ def test_view_loss_is_lightlys():
 
 
 def test_a_view_is_not_compared_with_itself():
-    targets = torch.softmax(cosines(PICTURES, 2) / 0.1, dim=-1)
-    student = cosines(PICTURES, 2)
+    targets = torch.softmax(cosines(IMAGES, 2) / 0.1, dim=-1)
+    student = cosines(IMAGES, 2)
     expected = -(targets[:, 0] * student[:, 1].div(0.1).log_softmax(-1)).sum(-1)
     expected = expected - (targets[:, 1] * student[:, 0].div(0.1).log_softmax(-1)).sum(-1)
     torch.testing.assert_close(dino_loss(student, targets, 0.1), expected.mean() / 2)
@@ -107,7 +107,7 @@ def test_entropies_tell_both_collapses():
     )
 
 
-def test_sinkhorn_of_equal_pictures_is_uniform():
+def test_sinkhorn_of_equal_images_is_uniform():
     # Hence its collapse shows in the entropy of a target, not of the mean target.
     teacher, marginal = entropies(SinkhornKnopp()(cosines(1).expand(8, -1), 0.04))
     assert float(teacher) == pytest.approx(1, rel=1e-4)

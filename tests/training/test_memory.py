@@ -20,7 +20,7 @@ from vitreg.training.engine.memory import out_of_memory
     ],
 )
 def test_out_of_memory_is_a_sentence(error):
-    told = r"out of memory with 8 pictures at a time .*; choose a smaller --batch-size"
+    told = r"out of memory with 8 images at a time .*; choose a smaller --batch-size"
     with pytest.raises(ValueError, match=told), out_of_memory(8):
         raise error
 
@@ -37,5 +37,5 @@ def test_a_batch_that_does_not_fit_is_a_sentence(class_folders, tmp_path):
     limits = {resource.RLIMIT_AS: 600 * 2**20}
     run = Run(*args, "--batch-size", "56", "--out", tmp_path / "run", told=tmp_path / "told.txt", limits=limits)
     assert run.wait() == 2
-    assert "vitreg: out of memory with 56 pictures at a time" in run.told
+    assert "vitreg: out of memory with 56 images at a time" in run.told
     assert "Traceback" not in run.told

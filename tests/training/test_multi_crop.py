@@ -71,16 +71,16 @@ def test_masks_of_few_patches():
     assert all(views._mask().sum() <= 2 for _ in range(50))
 
 
-def test_views_look_like_the_picture(samples, monkeypatch):
-    """Without changes of colour and shape a view is the picture, normalised with the model's mean and deviation."""
+def test_views_look_like_the_image(samples, monkeypatch):
+    """Without changes of color and shape a view is the image, normalized with the model's mean and deviation."""
     views = MultiCrop(MODEL, MultiCropConfig(local_size=32, global_scale=(1.0, 1.0)))
     views._global = [lambda crop: crop] * 2
-    picture = samples[0].picture
+    image = samples[0].image
     expected = (
-        torch.from_numpy(np.array(picture)).permute(2, 0, 1) / 255 - torch.tensor([0.485, 0.456, 0.406])[:, None, None]
+        torch.from_numpy(np.array(image)).permute(2, 0, 1) / 255 - torch.tensor([0.485, 0.456, 0.406])[:, None, None]
     ) / torch.tensor([0.229, 0.224, 0.225])[:, None, None]
     monkeypatch.setattr(
-        "torchvision.transforms.RandomResizedCrop.get_params", lambda *_: (0, 0, picture.height, picture.width)
+        "torchvision.transforms.RandomResizedCrop.get_params", lambda *_: (0, 0, image.height, image.width)
     )
     seen = [view for _ in range(8) for view in views(samples[0])["global"]]
     distances = [
@@ -90,7 +90,7 @@ def test_views_look_like_the_picture(samples, monkeypatch):
     assert {float((view - expected).abs().max()) < 1e-5 for view in seen} == {True, False}  # half are mirrored
 
 
-def test_a_large_picture_of_any_shape():
+def test_a_large_image_of_any_shape():
     wide = Image.fromarray(np.random.default_rng(0).integers(0, 255, (40, 900, 3), dtype=np.uint8))
     row = MultiCrop(MODEL, CONFIG)(Sample(wide))
     assert row["global"].isfinite().all()

@@ -1,4 +1,4 @@
-"""Order and augmentation: the same pictures whoever fetches them, and every epoch all of them."""
+"""Order and augmentation: the same images whoever fetches them, and every epoch all of them."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ CONFIG = small_config()
 
 
 class Numbered(ImageSet):
-    """Ten pictures that say their number; some cannot be read."""
+    """Ten images that say their number; some cannot be read."""
 
     source = "numbers"
 
@@ -31,21 +31,21 @@ class Numbered(ImageSet):
     def __len__(self) -> int:
         return self.total
 
-    def picture(self, index: int) -> Image.Image:
+    def image(self, index: int) -> Image.Image:
         if index in self.broken:
-            raise ImageError(f"picture {index} is damaged")
+            raise ImageError(f"image {index} is damaged")
         return Image.fromarray(np.full((2, 2, 3), index, np.uint8))
 
     def name(self, index: int) -> str:
-        return f"picture {index}"
+        return f"image {index}"
 
 
 class Numbers(Augmentation):
-    """The number of a picture, and what each source of randomness gives it."""
+    """The number of an image, and what each source of randomness gives it."""
 
     def __call__(self, sample: Sample) -> Batch:
         draws = torch.tensor([random.random(), np.random.rand(), torch.rand(1).item()])
-        return {"number": torch.tensor(np.asarray(sample.picture)[0, 0, 0]), "draws": draws}
+        return {"number": torch.tensor(np.asarray(sample.image)[0, 0, 0]), "draws": draws}
 
     def mix(self, pair: Batch) -> Batch:
         return {**pair, "mixed": torch.rand(1).expand(2)}
@@ -64,7 +64,7 @@ def test_every_epoch_is_another_permutation():
     # A batch across the end of an epoch, and going back.
     assert numbers(stream, range(16, 26)) == epochs[1][6:] + epochs[2][:6]
     assert numbers(stream, range(10)) == epochs[0]
-    # Sets of an odd number of pictures, too.
+    # Sets of an odd number of images, too.
     odd = SampleStream(Numbered(total=7), Numbers(), seed=0)
     assert sorted(numbers(odd, range(0, 14))) == sorted([*range(7)] * 2)
 
@@ -122,7 +122,7 @@ def test_going_on_from_the_middle_gives_the_same_batches():
         assert all(torch.equal(ours[name], theirs[name]) for name in ours)
 
 
-def test_every_picture_and_every_pair_has_its_own_randomness():
+def test_every_image_and_every_pair_has_its_own_randomness():
     batch = SampleStream(Numbered(), Numbers(), seed=0)[range(10)][0]
     assert len(batch["draws"].unique()) == 30
     assert len(batch["mixed"].unique()) == 5
@@ -142,7 +142,7 @@ def fetch_alone(stream: SampleStream, workers: int = 0):
     return fetch(stream, Distributed(0, 1, CPU), batch_size=4, accumulation=1, steps=range(9), num_workers=workers)
 
 
-def test_broken_pictures_are_replaced_and_named():
+def test_broken_images_are_replaced_and_named():
     whole, broken = SampleStream(Numbered(), Numbers(), 0), SampleStream(Numbered(broken=(3, 4)), Numbers(), 0)
     before, (after, skipped) = numbers(whole, range(10)), broken[range(10)]
     replaced = after["number"].tolist()
@@ -151,28 +151,26 @@ def test_broken_pictures_are_replaced_and_named():
         r for r, n in zip(replaced, before, strict=True) if n not in (3, 4)
     ]
     assert not {3, 4} & set(replaced)
-    assert set(skipped) == {"picture 3 is damaged", "picture 4 is damaged"}
+    assert set(skipped) == {"image 3 is damaged", "image 4 is damaged"}
     again, _ = SampleStream(Numbered(broken=(3, 4)), Numbers(), 0)[range(10)]
     assert again["number"].tolist() == replaced
-    # Others in other places: one picture does not stand in for all that are broken.
+    # Others in other places: one image does not stand in for all that are broken.
     places = [numbers(SampleStream(Numbered(broken=(3,)), Numbers(), 0), range(10 * e, 10 * e + 10)) for e in range(8)]
     assert len({max(set(epoch), key=epoch.count) for epoch in places}) > 2
 
 
 @pytest.mark.parametrize("workers", [0, 1])
-def test_a_set_without_a_readable_picture_ends_with_a_sentence(workers):
+def test_a_set_without_a_readable_image_ends_with_a_sentence(workers):
     """From a worker, too, whose errors PyTorch raises with the worker's traceback as their message."""
     stream = SampleStream(Numbered(broken=tuple(range(10))), Numbers(), 0)
-    with pytest.raises(
-        ValueError, match=rf"^{MAX_ATTEMPTS} pictures in a row cannot be read, the last: picture \d is d"
-    ):
+    with pytest.raises(ValueError, match=rf"^{MAX_ATTEMPTS} images in a row cannot be read, the last: image \d is d"):
         next(fetch_alone(stream, workers))
 
 
 class Deadly(Numbered):
-    """A picture on which the decoder crashes."""
+    """An image on which the decoder crashes."""
 
-    def picture(self, index: int) -> Image.Image:
+    def image(self, index: int) -> Image.Image:
         import os
         import signal
 
@@ -181,7 +179,7 @@ class Deadly(Numbered):
 
 
 def test_a_worker_that_dies_is_told_in_a_sentence():
-    with pytest.raises(ValueError, match="decodes pictures died"), worker_deaths():
+    with pytest.raises(ValueError, match="decodes images died"), worker_deaths():
         next(fetch_alone(SampleStream(Deadly(), Numbers(), 0), workers=1))
 
 

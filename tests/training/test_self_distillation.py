@@ -115,7 +115,7 @@ def test_the_teacher_sees_the_hidden_patches():
     method.teacher_vit.register_forward_pre_hook(lambda _, inputs: seen.append(inputs))
     method(batch, 0.5)
     assert len(seen) == 1
-    assert torch.equal(seen[0][0], batch["global"].flatten(0, 1))  # crops of a picture next to each other, no mask
+    assert torch.equal(seen[0][0], batch["global"].flatten(0, 1))  # crops of an image next to each other, no mask
 
 
 def test_a_copy_after_a_step_is_independent():
@@ -150,8 +150,8 @@ def test_a_temperature_that_float32_cannot_do_is_refused():
         DINOv2Config(teacher_temperature=(0.01, 0.07))
 
 
-def test_learning_on_real_pictures(test_data):
-    """Losses fall, targets neither become uniform nor the same for all pictures, and registers stay different."""
+def test_learning_on_real_images(test_data):
+    """Losses fall, targets neither become uniform nor the same for all images, and registers stay different."""
     model = sized("micro", patch_size=16, image_size=64, num_registers=4, layer_scale=True, embed_dim=64, depth=2)
     config = DINOv2Config(
         MultiCropConfig(num_local=2, local_size=32),
@@ -166,7 +166,7 @@ def test_learning_on_real_pictures(test_data):
     method = config.build(model).train()
     views = MultiCrop(model, config.crops)
     for block in [*method.vit.blocks, *method.teacher_vit.blocks]:
-        # From 1e-5 it takes hundreds of steps until class tokens of different pictures differ.
+        # From 1e-5 it takes hundreds of steps until class tokens of different images differ.
         torch.nn.init.constant_(block.ls1, 0.1)
         torch.nn.init.constant_(block.ls2, 0.1)
     optimizer = torch.optim.AdamW([p for p in method.parameters() if p.requires_grad], lr=5e-4)

@@ -143,8 +143,8 @@ def test_a_finished_run_is_left_alone(trained, tmp_path):
     assert (copy / "model.safetensors").read_bytes() == (trained / "model.safetensors").read_bytes()
 
 
-def test_a_run_goes_on_where_the_pictures_and_it_are_now(trained, folders, tmp_path, monkeypatch):
-    """Data given as a relative path, run resumed in another folder; then pictures and run are moved."""
+def test_a_run_goes_on_where_the_images_and_it_are_now(trained, folders, tmp_path, monkeypatch):
+    """Data given as a relative path, run resumed in another folder; then images and run are moved."""
     monkeypatch.chdir(folders.parent)
     go(small_config(3), "data", tmp_path / "run")
     monkeypatch.chdir("/")
@@ -159,10 +159,10 @@ def test_a_run_goes_on_where_the_pictures_and_it_are_now(trained, folders, tmp_p
     assert [line["step"] for line in log(tmp_path / "there")] == [1, 2, 3, 4, 5]
 
 
-def test_other_pictures_are_refused(run, folders):
+def test_other_images_are_refused(run, folders):
     shutil.rmtree(folders / "train" / "class3")
     shutil.rmtree(folders / "val" / "class3")
-    with pytest.raises(ValueError, match=r"45 pictures of 3 classes; the run began with 60 of 4; give the same"):
+    with pytest.raises(ValueError, match=r"45 images of 3 classes; the run began with 60 of 4; give the same"):
         go_on(run, data=folders)
     assert len(log(run)) == 6
 
@@ -182,7 +182,7 @@ def test_other_pictures_are_refused(run, folders):
         ({"recipe": "moco"}, "'moco' is unknown"),
         ({"format": "vitreg-run/9"}, "is not of a run of vitreg"),
         ({"batch_size": 7}, "cannot be shared out"),
-        ({"batch_size": 62}, "60 pictures, fewer than a batch of 62"),
+        ({"batch_size": 62}, "60 images, fewer than a batch of 62"),
     ],
 )
 def test_a_config_that_was_edited_is_refused_and_nothing_lost(changes, message, run):
@@ -320,7 +320,7 @@ def claimed_by_another(run: Path) -> str:
     return ours.recv()
 
 
-def test_held_out_pictures_are_not_trained_on(class_folders):
+def test_held_out_images_are_not_trained_on(class_folders):
     opened = open_data(class_folders / "train")
     images, held_out = opened.images, opened.held_out
     ours, theirs = ({part.name(i) for i in range(len(part))} for part in (images, held_out))
@@ -348,16 +348,16 @@ def test_the_val_part_is_held_out_and_others_may_be_given(class_folders, folders
         open_split(folders)
 
 
-def test_a_broken_picture_is_counted_and_listed(folders, tmp_path):
+def test_a_broken_image_is_counted_and_listed(folders, tmp_path):
     broken = folders / "train" / "class2" / "3.jpg"
     broken.unlink()
-    broken.write_bytes(b"\xff\xd8\xff no picture")
+    broken.write_bytes(b"\xff\xd8\xff no image")
     assert go(small_config(8), folders, tmp_path / "run")
     assert log(tmp_path / "run")[-1]["skipped"] == 1
     assert str(broken) in (tmp_path / "run" / "skipped.txt").read_text()
 
 
-def test_a_class_folder_that_vanishes_during_a_run_costs_its_pictures_only(folders, tmp_path, monkeypatch):
+def test_a_class_folder_that_vanishes_during_a_run_costs_its_images_only(folders, tmp_path, monkeypatch):
     advance = TrainState.advance
 
     def vanishing(self, batches):
@@ -373,10 +373,10 @@ def test_a_class_folder_that_vanishes_during_a_run_costs_its_pictures_only(folde
     assert all(str(folders / "train" / "class1") in sentence for sentence in missing)
 
 
-def test_held_out_pictures_that_cannot_be_read_are_told_before_any_step(folders, tmp_path):
+def test_held_out_images_that_cannot_be_read_are_told_before_any_step(folders, tmp_path):
     for path in (folders / "val").rglob("*.jpg"):
         path.unlink()
-        path.write_text("no picture")
+        path.write_text("no image")
     with pytest.raises(ValueError, match=r"can be read; give others by --val"):
         go(small_config(), folders, tmp_path / "run")
     assert not (tmp_path / "run" / "log.jsonl").exists()
@@ -479,7 +479,7 @@ def test_runs_of_the_first_version_called_the_dtype_precision(run):
     assert config_from_dict(config).dtype == "bfloat16"
 
 
-def test_the_pictures_are_in_memory_once(test_data, tmp_path, monkeypatch):
+def test_the_images_are_in_memory_once(test_data, tmp_path, monkeypatch):
     """`vitreg train` opened them to build the config, and `training.train` again."""
     import pyarrow
 

@@ -9,7 +9,7 @@ import pytest
 import torch
 from torch.utils.flop_counter import FlopCounterMode
 
-from peers import error, perturb, pictures
+from peers import error, perturb, random_images
 from training.small import small_config
 from vitreg.model import VisionTransformer
 from vitreg.training.engine.distributed import Distributed
@@ -28,7 +28,7 @@ def drawn(rate: float, batch: int, rank: int = 0, world: int = 1, depth: int = 3
 
 
 @pytest.mark.parametrize(("rate", "batch"), [(0.05, 8), (0.3, 2), (0.4, 64), (0.9, 4)])
-def test_a_picture_takes_a_branch_as_often_as_is_asked_for(rate, batch):
+def test_a_image_takes_a_branch_as_often_as_is_asked_for(rate, batch):
     draws = drawn(rate, batch, depth=4000)
     added = np.zeros(batch)
     for images, factor in draws:
@@ -82,7 +82,7 @@ def test_subsets_are_branches_that_are_dropped_and_scaled(parallel):
 
 
 def test_what_is_dropped_is_not_computed():
-    vit, images = VisionTransformer(MODEL).train(), pictures(32, batch=20)
+    vit, images = VisionTransformer(MODEL).train(), random_images(32, batch=20)
     counts = []
     for rate in (0.0, 0.4):
         add_stochastic_depth(vit, rate, ALONE)
@@ -93,11 +93,11 @@ def test_what_is_dropped_is_not_computed():
     assert counts[1] == pytest.approx(0.6 * counts[0], rel=0.01)
 
 
-def test_a_process_that_keeps_no_picture_still_has_gradients():
+def test_a_process_that_keeps_no_image_still_has_gradients():
     """DDP waits for those of all parameters."""
     vit = perturb(VisionTransformer(MODEL)).train()
     add_stochastic_depth(vit, 0.99, ALONE)
-    images = pictures(32, batch=2)
+    images = random_images(32, batch=2)
     vit.classify(images).sum().backward()
     assert [name for name, p in vit.named_parameters() if p.grad is None] == []
     assert not vit.blocks[0].mlp.fc1.weight.grad.any()
@@ -105,7 +105,7 @@ def test_a_process_that_keeps_no_picture_still_has_gradients():
 
 def test_all_blocks_drop_in_training_and_none_in_evaluation():
     vit = perturb(VisionTransformer(MODEL))
-    images = pictures(32, batch=8)
+    images = random_images(32, batch=8)
     before = vit.classify(images)
     add_stochastic_depth(vit, 0.5, ALONE)
     assert torch.equal(vit.eval().classify(images), before)
@@ -113,7 +113,7 @@ def test_all_blocks_drop_in_training_and_none_in_evaluation():
     assert not torch.allclose(vit.classify(images), before)
 
 
-def test_recomputed_blocks_drop_the_same_pictures():
+def test_recomputed_blocks_drop_the_same_images():
     """Gradients under checkpointing are those without, whose subsets are drawn once."""
     gradients = []
     vit = perturb(VisionTransformer(MODEL)).train()
@@ -122,7 +122,7 @@ def test_recomputed_blocks_drop_the_same_pictures():
         vit.zero_grad()
         vit.gradient_checkpointing = recompute
         np.random.seed(3)
-        sum(vit.classify(pictures(32, batch=8)).sum() for _ in range(2)).backward()
+        sum(vit.classify(random_images(32, batch=8)).sum() for _ in range(2)).backward()
         gradients.append([p.grad for p in vit.parameters()])
     for ours, theirs in zip(*gradients, strict=True):
         torch.testing.assert_close(ours, theirs)

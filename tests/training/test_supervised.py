@@ -18,7 +18,7 @@ from timm.loss.binary_cross_entropy import BinaryCrossEntropy
 from timm.loss.cross_entropy import LabelSmoothingCrossEntropy, SoftTargetCrossEntropy
 
 import vitreg
-from peers import error, perturb, pictures
+from peers import error, perturb, random_images
 from training.small import small_config
 from vitreg.checkpoints.to_timm import to_timm_state
 from vitreg.images import open_image_set, open_split
@@ -36,7 +36,7 @@ def small_method(**settings) -> DeiT3:
 
 
 def soft_targets() -> torch.Tensor:
-    """Two classes of a picture, as after mixup."""
+    """Two classes of an image, as after mixup."""
     target = torch.zeros(8, 4)
     target[torch.arange(8), torch.arange(8) % 4] = 0.7
     target[torch.arange(8), torch.arange(8) // 3] += 0.3
@@ -53,7 +53,7 @@ def test_gradients_are_timms(loss, tmp_path):
     peer = timm.create_model(metadata["architecture"], **json.loads(metadata["kwargs"]))
     peer.load_state_dict(load_file(tmp_path / "timm.safetensors"), strict=True)
     assert peer.num_reg_tokens == 4
-    images, target = pictures(32, batch=8), soft_targets()
+    images, target = random_images(32, batch=8), soft_targets()
 
     ours = method({"image": images, "target": target}, 0.0)["loss"]
     ours.backward()
@@ -77,7 +77,7 @@ def test_gradients_are_timms(loss, tmp_path):
     assert compared == len(list(method.vit.parameters()))
 
 
-def test_transformers_zero_initialised_registers_stay_identical(class_folders):
+def test_transformers_zero_initialized_registers_stay_identical(class_folders):
     """transformers starts registers at zero; equal ones have equal gradients for ever (timm PR #2229 too)."""
     method = small_method()
     stream = SampleStream(
@@ -115,8 +115,8 @@ def smallest_distance(rows: torch.Tensor) -> float:
 def test_registers_are_not_in_the_pooled_feature():
     method = small_method()
     perturb(method)
-    features = method.vit(pictures(32)).cls
-    assert torch.equal(method.vit.classify(pictures(32)), method.vit.head(features))
+    features = method.vit(random_images(32)).cls
+    assert torch.equal(method.vit.classify(random_images(32)), method.vit.head(features))
 
 
 @pytest.mark.parametrize(("mixup", "cutmix"), [(0.8, 0.0), (0.0, 1.0), (0.8, 1.0)])
@@ -148,25 +148,25 @@ def test_unmixed_targets_and_smoothing_are_timms(class_folders):
     assert error(method(batch, 0.0)["loss"], peer) < 1e-5
 
 
-def test_pictures_are_normalised_and_what_is_not_augmented_is_left_alone(class_folders):
-    gentle = DeiT3Config(mixup=0.0, cutmix=0.0, three_augment=False, colour_jitter=0.0, min_crop=1.0)
+def test_images_are_normalized_and_what_is_not_augmented_is_left_alone(class_folders):
+    gentle = DeiT3Config(mixup=0.0, cutmix=0.0, three_augment=False, color_jitter=0.0, min_crop=1.0)
     views = gentle.augmentation(CONFIG.model, open_image_set(class_folders / "train"))
-    picture = Image.fromarray(np.full((32, 32, 3), (255, 0, 0), np.uint8))
-    image = views(Sample(picture, 2))["image"]
+    photo = Image.fromarray(np.full((32, 32, 3), (255, 0, 0), np.uint8))
+    image = views(Sample(photo, 2))["image"]
     preprocess = CONFIG.model.preprocess
     expected = (torch.tensor([1.0, 0, 0]) - torch.tensor(preprocess.mean)) / torch.tensor(preprocess.std)
     torch.testing.assert_close(image, expected[:, None, None].expand(3, 32, 32))
 
 
-def test_top1_is_counted_over_the_pictures_that_can_be_read(folders):
+def test_top1_is_counted_over_the_images_that_can_be_read(folders):
     _, held_out = open_split(folders)
     broken = folders / "val" / "class1" / "0.jpg"
     broken.unlink()
-    broken.write_text("no picture")
+    broken.write_text("no image")
     method = perturb(small_method())
     with torch.no_grad():
         logits = {
-            i: method.vit.classify(method.vit.preprocess(held_out.picture(i))[None])[0]
+            i: method.vit.classify(method.vit.preprocess(held_out.image(i))[None])[0]
             for i in range(12)
             if held_out.name(i) != str(broken)
         }

@@ -20,7 +20,7 @@ from vitreg.training.engine.throughput import forward_flops, matrix_rate
 
 
 def counted(config, model, batch) -> float:
-    """By PyTorch's counter, for one picture."""
+    """By PyTorch's counter, for one image."""
     method = config.build(model).train()
     # The counter does not know the CPU's fused attention; the plain one has the same operations.
     with FlopCounterMode(display=False) as counter, sdpa_kernel(SDPBackend.MATH):

@@ -1,4 +1,4 @@
-"""What a run records of itself: the diagnosis of held-out pictures."""
+"""What a run records of itself: the diagnosis of held-out images."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ import vitreg
 from peers import perturb
 from training.small import small_config
 from vitreg.images import Subset, open_image_set, spaced_indices
-from vitreg.training.data.held_out import stream_pictures
+from vitreg.training.data.held_out import stream_images
 from vitreg.training.engine.held_out_diagnosis import HeldOutDiagnosis
 
 CPU = torch.device("cpu")
@@ -26,8 +26,8 @@ def test_a_diagnosis_is_that_of_diagnose(class_folders):
     watch = HeldOutDiagnosis(config, images, CPU)
     watch.read(config.model.preprocess)
     seen = watch.look(method, method.vit, {}, final=True)
-    chosen = [images.picture(i) for i in spaced_indices(12, 7).tolist()]
-    batch = torch.stack([method.vit.preprocess(picture) for picture in chosen])
+    chosen = [images.image(i) for i in spaced_indices(12, 7).tolist()]
+    batch = torch.stack([method.vit.preprocess(image) for image in chosen])
     expected = vitreg.diagnose(method.vit, batch).to_dict()
     assert seen["num_images"] == 7
     for key in ("outlier_fraction", "has_artifacts", "threshold", "register_norms", "onset_block"):
@@ -35,7 +35,7 @@ def test_a_diagnosis_is_that_of_diagnose(class_folders):
     assert [block["median"] for block in seen["blocks"]] == pytest.approx([b["median"] for b in expected["blocks"]])
     assert seen["metrics"] == method.evaluate(method.vit, {}, images, 4)
     json.dumps(seen, allow_nan=False)
-    # The same pictures every time.
+    # The same images every time.
     assert watch.look(method, method.vit, {}, final=False)["blocks"] == seen["blocks"]
 
 
@@ -46,17 +46,17 @@ def test_a_part_has_the_names_and_labels_of_the_set(class_folders):
     assert images.labels is not None
     assert part.labels == [images.labels[i] for i in (1, 5, 11)]
     assert [part.name(i) for i in range(3)] == [images.name(i) for i in (1, 5, 11)]
-    assert part.picture(2).tobytes() == images.picture(11).tobytes()
+    assert part.image(2).tobytes() == images.image(11).tobytes()
     assert (part.classes, part.captions(0)) == (images.classes, ())
 
 
-def test_pictures_that_cannot_be_read_are_left_out(folders):
+def test_images_that_cannot_be_read_are_left_out(folders):
     (folders / "val" / "class0" / "0.jpg").unlink()
-    (folders / "val" / "class0" / "0.jpg").write_text("no picture")
+    (folders / "val" / "class0" / "0.jpg").write_text("no image")
     images = open_image_set(folders / "val")
     preprocess = small_config().model.preprocess
-    batches = list(stream_pictures(images, preprocess, batch_size=5, device=CPU))
+    batches = list(stream_images(images, preprocess, batch_size=5, device=CPU))
     assert [indices for _, indices in batches] == [[1, 2, 3, 4], [5, 6, 7, 8, 9], [10, 11]]
-    torch.testing.assert_close(batches[1][0][0], preprocess(images.picture(5)))
-    few = stream_pictures(images, preprocess, batch_size=5, device=CPU, limit=3)
+    torch.testing.assert_close(batches[1][0][0], preprocess(images.image(5)))
+    few = stream_images(images, preprocess, batch_size=5, device=CPU, limit=3)
     assert [i for _, indices in few for i in indices] == [6, 11]

@@ -141,7 +141,7 @@ def compare(
 ) -> Comparison:
     """Diagnose two models on the same images, in one pass, and say what changed.
 
-    Made for a model and its fix; any two models of the same depth that cut pictures into the same patches will do.
+    Made for a model and its fix; any two models of the same depth that cut images into the same patches will do.
 
     Args:
         before: the first model, as for `diagnose`.
@@ -167,7 +167,7 @@ def compare(
 
     def look(batch: Tensor) -> tuple[Trace, Tensor, Trace]:
         first = observers[0].look(batch)
-        other = _as_normalised_by(after, before, batch)
+        other = _as_normalized_by(after, before, batch)
         return first, other, observers[1].look(other)
 
     def note(seen: tuple[Trace, Tensor, Trace], batch: Tensor, names: list[str]) -> None:
@@ -198,15 +198,15 @@ def _check_comparable(before: VisionTransformer, after: VisionTransformer) -> No
     for what, one, two in (
         ("blocks", before.config.depth, after.config.depth),
         ("pixels to a side of a patch", before.config.patch_size, after.config.patch_size),
-        ("(height, width) in pixels of a picture", before.preprocess.size, after.preprocess.size),
+        ("(height, width) in pixels of an image", before.preprocess.size, after.preprocess.size),
         ("class token", before.config.class_token, after.config.class_token),
     ):
         if one != two:
             raise ValueError(f"the models cannot be compared block by block: {what}: {one} and {two}; diagnose each")
 
 
-def _as_normalised_by(after: VisionTransformer, before: VisionTransformer, batch: Tensor) -> Tensor:
-    """The batch in the second model's normalisation, dtype and device."""
+def _as_normalized_by(after: VisionTransformer, before: VisionTransformer, batch: Tensor) -> Tensor:
+    """The batch in the second model's normalization, dtype and device."""
     one, two = before.preprocess, after.preprocess
     if (one.mean, one.std) != (two.mean, two.std):
         batch = two.normalize(one.unnormalize(batch))

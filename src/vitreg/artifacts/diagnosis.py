@@ -52,7 +52,7 @@ class BlockNorms:
 
 @dataclass(frozen=True)
 class NeighbourSimilarity:
-    """Mean cosine of a patch with its four neighbours right after patch embedding (paper, section 2.1, Fig. 5a)."""
+    """Mean cosine of a patch with its four neighbors right after patch embedding (paper, section 2.1, Fig. 5a)."""
 
     outliers: float | None
     others: float | None

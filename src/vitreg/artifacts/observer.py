@@ -182,12 +182,12 @@ def diagnose(
 
     Args:
         vit: the model, also one of timm, transformers or open_clip; it is used on the device and in the dtype it is in.
-        images: a normalised batch `[B, 3, H, W]` or image; a file, folder or glob, an image of Pillow or an array of
+        images: a normalized batch `[B, 3, H, W]` or image; a file, folder or glob, an image of Pillow or an array of
             8-bit pixels, or a list of these; a DataLoader (or any iterable) of batches, or of tuples that begin so.
         threshold: `"auto"` finds two separated modes or none (`two_modes`); or a norm such as 150, `"mean+3sd"`,
             `"5xmedian"`. The last two are rounded to 3 %.
         block: the block to report, or `"auto"`.
-        batch_size: pictures at a time.
+        batch_size: images at a time.
         max_examples: images kept whole for the report.
         strict: a file that cannot be read is an error, instead of being skipped and listed.
         limit: use only this many images, at equal distances; of an iterable of batches the first.

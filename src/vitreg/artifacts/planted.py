@@ -42,7 +42,7 @@ def plant_artifacts(vit: VisionTransformer, images: Float[Tensor, "B 3 H W"]) ->
 
     Args:
         vit: a model with learned positions and a plain MLP; it is left untouched.
-        images: some pictures, normalised, on the model's device. The corners are those of their size, to which the
+        images: some images, normalized, on the model's device. The corners are those of their size, to which the
             position table of the copy is resized.
 
     Returns:

@@ -111,7 +111,7 @@ class NormStatistics:
         return (per_position[..., step:].sum(-1).double() / self.num_images).cpu().numpy()
 
     def mean_similarity(self, block: int, step: int | None) -> tuple[float | None, float | None]:
-        """Mean neighbour similarity of the outliers and of the other patches of a block, None where there are none."""
+        """Mean neighbor similarity of the outliers and of the other patches of a block, None where there are none."""
         if self.grid == (1, 1):
             return None, None
         split = NUM_BINS if step is None else step * BINS_PER_STEP
@@ -151,14 +151,14 @@ def _accumulate(total: Tensor | None, values: Tensor) -> Tensor:
 
 
 def neighbour_similarity(embeddings: Float[Tensor, "B N D"], grid: tuple[int, int]) -> Float[Tensor, "B h w"]:
-    """Mean cosine between a patch and its (up to four) neighbours.
+    """Mean cosine between a patch and its (up to four) neighbors.
 
     The redundancy test of the paper (section 2.1, Fig. 5a): taken right after the patch embedding, patches that will
     become artifacts are close to 1.
     """
     unit = F.normalize(embeddings.float(), dim=-1).unflatten(1, grid)
     total = unit.new_zeros(unit.shape[:3])
-    neighbours = unit.new_zeros(grid)
+    neighbors = unit.new_zeros(grid)
     for near, far in (
         ((slice(None, -1), slice(None)), (slice(1, None), slice(None))),
         ((slice(None), slice(None, -1)), (slice(None), slice(1, None))),
@@ -166,5 +166,5 @@ def neighbour_similarity(embeddings: Float[Tensor, "B N D"], grid: tuple[int, in
         cosine = torch.linalg.vecdot(unit[:, *near], unit[:, *far])
         for side in (near, far):
             total[:, *side] += cosine
-            neighbours[*side] += 1
-    return total / neighbours.clamp_min(1)
+            neighbors[*side] += 1
+    return total / neighbors.clamp_min(1)

@@ -14,7 +14,7 @@ MIN_RATIO = 3.0
 """The upper mode's median is at least this many times the lower mode's; in the paper it is about 10."""
 
 MAX_FRACTION = 0.2
-"""Above this share the upper mode would be the picture, not an exception."""
+"""Above this share the upper mode would be the image, not an exception."""
 
 MIN_FRACTION, MIN_TOKENS = 1e-4, 3
 """A smaller share, or fewer tokens, are no mode but the end of a tail."""

@@ -18,7 +18,7 @@ FEW_IMAGES = 4
 
 
 def position_kind(frequency: NDArray[np.float64], num_images: int) -> str | None:
-    """Whether outliers sit at the same places in every picture, or where the picture has room for them.
+    """Whether outliers sit at the same places in every image, or where the image has room for them.
 
     Position-fixed: at least half of all outliers lie at positions that are outliers in at least half of the images;
     content-dependent: less than a tenth do.
@@ -113,7 +113,7 @@ def _places(d: Diagnosis) -> list[str]:
     if near is not None and far is not None:
         redundant = near > far + 0.05
         sentences.append(
-            f"Right after patch embedding, outliers have a mean cosine of {near:.2f} with their neighbours, other "
+            f"Right after patch embedding, outliers have a mean cosine of {near:.2f} with their neighbors, other "
             f"patches {far:.2f}: they are {'redundant patches' if redundant else 'no more redundant than the rest'}."
         )
     return sentences

@@ -22,7 +22,7 @@ from vitreg.model.preprocess import Crop
 def from_open_clip(model: nn.Module) -> VisionTransformer:
     """A vitreg model with the weights of an open_clip model or image tower; the original is left untouched.
 
-    `classify` equals `model.encode_image` (not normalised), and the tokens are those that open_clip pools, in
+    `classify` equals `model.encode_image` (not normalized), and the tokens are those that open_clip pools, in
     evaluation mode. Where an image has another size than the checkpoint, positions are resized as open_clip
     does when it loads a model at another size. Source: open_clip 3 `transformer.py`, `timm_model.py`.
 

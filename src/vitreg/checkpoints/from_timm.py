@@ -163,7 +163,7 @@ def _rope(model: Any) -> RopeConfig | None:
     interleaved = not model.blocks[0].attn.rotate_half  # what is applied; older ropes do not say it
     swap_axes = getattr(rope, "grid_indexing", "ij") == "xy"
     if _is(rope, "RotaryEmbeddingDinoV3"):
-        require(rope.normalize_coords == "separate", f"RoPE coordinates normalised by {rope.normalize_coords!r}")
+        require(rope.normalize_coords == "separate", f"RoPE coordinates normalized by {rope.normalize_coords!r}")
         # From the attributes, not the buffer: the model may have no memory yet (device "meta").
         if rope.min_period is not None and rope.max_period is not None:
             ratio = rope.max_period / rope.min_period

@@ -222,7 +222,7 @@ def preprocess_from_processor(config: Mapping[str, Any], patch_size: int) -> Pre
 
 
 def _geometry(config: Mapping[str, Any]) -> tuple[tuple[int, int], Crop, float]:
-    """(height, width) at the end, how it is reached, and the part of the resized picture that is kept."""
+    """(height, width) at the end, how it is reached, and the part of the resized image that is kept."""
     center = config.get("do_center_crop", "crop_size" in config)
     size = config.get("size")
     if size is None and "max_num_patches" in config:  # SigLIP 2 NaFlex; a batch needs one size, so the square

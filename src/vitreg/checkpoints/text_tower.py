@@ -69,7 +69,7 @@ class TextTower(nn.Module):
         return {"format": FORMAT, "config": json.dumps(self.options)}
 
     def forward(self, tokens: Int[Tensor, "B L"]) -> Float[Tensor, "B E"]:
-        """Embeddings of tokenised captions, not normalised."""
+        """Embeddings of tokenised captions, not normalized."""
         return self.text(tokens)
 
     def tokenize(self, captions: Sequence[str]) -> Int[Tensor, "B L"]:

@@ -21,7 +21,7 @@ COMMANDS = {
     "compare": "Show a model before and after: norms, attention, features, and whether the artifacts are gone.",
     "discover": "Find the main object of every image, without labels or training.",
     "evaluate all": "Ask every probe with its default protocol, and object discovery: one table, as in the paper.",
-    "evaluate knn": "Classify images by their nearest labelled neighbors: the protocol of DINO and DINOv2.",
+    "evaluate knn": "Classify images by their nearest labeled neighbors: the protocol of DINO and DINOv2.",
     "evaluate linear": "Train DINOv2's grid of linear classifiers on class token and patches; the best counts.",
     "evaluate zero-shot": "Classify images by sentences about the classes, with the text tower of a CLIP or SigLIP.",
     "evaluate tokens": "Classify images from one token: class token, a normal patch, an outlier, a register (Table 1).",

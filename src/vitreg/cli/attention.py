@@ -32,7 +32,7 @@ def attention(
 ) -> int:
     """Write the attention maps of a block: every head and their mean, as images and as arrays.
 
-    For each picture and query: NAME.npy (float32, heads x rows x columns, the share of attention each patch gets; with
+    For each image and query: NAME.npy (float32, heads x rows x columns, the share of attention each patch gets; with
     the shares of class token and registers it adds up to one, or to 1 - lambda in differential attention), NAME.png
     (every head) and NAME_overlay.png (the mean).
 
@@ -44,7 +44,7 @@ def attention(
         block: counted from 0; -1 is the last.
         queries: who attends: cls, registers, or a patch as ROW,COLUMN of the grid, counted from 0.
         out: folder for the maps.
-        crop: checkpoint crops as the model was trained; none keeps the whole picture and its aspect.
+        crop: checkpoint crops as the model was trained; none keeps the whole image and its aspect.
         reading: which images.
         json: print what was written as JSON.
     """
@@ -73,7 +73,7 @@ def attention(
             interrupted = True
     skipped = [{"path": str(skip.path), "reason": skip.reason} for skip in stream.skipped]
     if not written and not interrupted:
-        raise ValueError(f"there were no pictures to look at{': ' + skipped[0]['reason'] if skipped else ''}")
+        raise ValueError(f"there were no images to look at{': ' + skipped[0]['reason'] if skipped else ''}")
     if json:
         print_json({"maps": written, "skipped": skipped, "interrupted": interrupted})
     else:
@@ -85,7 +85,7 @@ def attention(
 def _attention_maps(
     vit: VisionTransformer, batch: ImageBatch, name: str, out: Path, block: int, queries: Sequence[Query]
 ) -> list[dict[str, object]]:
-    """Trace one picture and write a set of files for each query."""
+    """Trace one image and write a set of files for each query."""
     import torch
 
     from vitreg.report import write_attention

@@ -37,7 +37,7 @@ def compare(
     """Show a model before and after: norms, attention, features, and whether the artifacts are gone.
 
     Writes report.html (open it in a browser, or send it), comparison.json and comparison.png. The models must have the
-    same number of blocks and cut pictures into the same patches.
+    same number of blocks and cut images into the same patches.
 
     Example: vitreg compare dinov2_vitb14 fixed.safetensors photos/ --out before-after
 

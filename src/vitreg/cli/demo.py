@@ -28,7 +28,7 @@ if TYPE_CHECKING:
 
 
 GRID = 20
-"""Patches along each side of a photograph: in the 8 of a training picture there would be little to see."""
+"""Patches along each side of a photograph: in the 8 of a training image there would be little to see."""
 
 
 PHOTO_SIZE = 320
@@ -86,8 +86,8 @@ def _look(plain: VisionTransformer, trained: VisionTransformer) -> tuple[dict[st
     from vitreg.report import Photograph
 
     paths = bundled_photographs()
-    pictures = [read_image(path) for path in paths]
-    views = _batch(plain, [view for picture in pictures for view in _views(picture)])
+    images = [read_image(path) for path in paths]
+    views = _batch(plain, [view for image in images for view in _views(image)])
     without, with_registers = vitreg.diagnose(plain, paths), vitreg.diagnose(trained, paths)
     ill = plain if without.has_artifacts else plant_artifacts(plain, views)
     fixed = vitreg.add_test_time_registers(ill, views)
@@ -102,7 +102,7 @@ def _look(plain: VisionTransformer, trained: VisionTransformer) -> tuple[dict[st
         columns.append(("planted outliers", "artifacts, planted", ill, comparison.before))
     what = f"{'planted outliers, ' if planted else ''}test-time register"
     columns.append((what, comparison.outcome, fixed, comparison.after))
-    models = [_Model(*column, pictures, block) for column in columns]
+    models = [_Model(*column, images, block) for column in columns]
     summary = {
         "format": "vitreg-demo/1",
         "version": metadata.version("vitreg"),
@@ -119,36 +119,36 @@ def _look(plain: VisionTransformer, trained: VisionTransformer) -> tuple[dict[st
         "photographs": [
             {
                 "image": path.name,
-                "width": picture.width,
-                "height": picture.height,
-                "boxes": [model.box_in_picture(i) for model in models],
+                "width": image.width,
+                "height": image.height,
+                "boxes": [model.box_in_image(i) for model in models],
             }
-            for i, (path, picture) in enumerate(zip(paths, pictures, strict=True))
+            for i, (path, image) in enumerate(zip(paths, images, strict=True))
         ],
     }
     larger = plain.preprocess.with_size(PHOTO_SIZE, PHOTO_SIZE)
     photographs = [
         Photograph(
             path.name,
-            larger.pixels(picture).permute(1, 2, 0).numpy(),
+            larger.pixels(image).permute(1, 2, 0).numpy(),
             tuple(model.panels(i) for model in models),
         )
-        for i, (path, picture) in enumerate(zip(paths, pictures, strict=True))
+        for i, (path, image) in enumerate(zip(paths, images, strict=True))
     ]
     return summary, photographs
 
 
-def _views(picture: Image) -> list[Image]:
-    """A picture and its quarters, for more pictures to find register neurons in."""
-    width, height = picture.width // 2, picture.height // 2
+def _views(image: Image) -> list[Image]:
+    """An image and its quarters, for more images to find register neurons in."""
+    width, height = image.width // 2, image.height // 2
     corners = [(x, y) for y in (0, height) for x in (0, width)]
-    return [picture, *(picture.crop((x, y, x + width, y + height)) for x, y in corners)]
+    return [image, *(image.crop((x, y, x + width, y + height)) for x, y in corners)]
 
 
-def _batch(vit: VisionTransformer, pictures: Sequence[Image]) -> Float[Tensor, "B 3 H W"]:
+def _batch(vit: VisionTransformer, images: Sequence[Image]) -> Float[Tensor, "B 3 H W"]:
     import torch
 
-    return torch.stack([vit.preprocess(picture) for picture in pictures]).to(next(vit.parameters()).device)
+    return torch.stack([vit.preprocess(image) for image in images]).to(next(vit.parameters()).device)
 
 
 @dataclass(frozen=True)
@@ -158,7 +158,7 @@ class _Model:
     Attributes:
         what: how the model differs from the others.
         verdict: in a word or two.
-        vit, diagnosis, pictures: the model, and what was found in which pictures.
+        vit, diagnosis, images: the model, and what was found in which images.
         block: the one whose norms and attention are shown.
     """
 
@@ -166,14 +166,14 @@ class _Model:
     verdict: str
     vit: VisionTransformer
     diagnosis: Diagnosis
-    pictures: list[Image]
+    images: list[Image]
     block: int
 
     @cached_property
     def _detections(self) -> list[Detection]:
         import vitreg
 
-        return vitreg.discover_objects(self.vit, _batch(self.vit, self.pictures))
+        return vitreg.discover_objects(self.vit, _batch(self.vit, self.images))
 
     @cached_property
     def _attention(self) -> AttentionRows:
@@ -182,9 +182,7 @@ class _Model:
 
         queries = "cls" if self.vit.config.class_token else range(GRID * GRID)
         with torch.inference_mode():
-            rows = self.vit.trace(
-                _batch(self.vit, self.pictures), blocks=[self.block], attention_from=queries
-            ).attention
+            rows = self.vit.trace(_batch(self.vit, self.images), blocks=[self.block], attention_from=queries).attention
         assert rows is not None
         return rows
 
@@ -198,22 +196,22 @@ class _Model:
         return self.diagnosis.examples[i].norms[block] >= (math.inf if threshold is None else threshold)
 
     def panels(self, i: int) -> Panels:
-        """What the report shows of picture `i`."""
+        """What the report shows of image `i`."""
         from vitreg.report import Panels
 
         x0, y0, x1, y1 = (side // self.vit.config.patch_size for side in self._detections[i].box)
         norms = self.diagnosis.examples[i].norms[self.block]
         return Panels((x0, y0, x1, y1), norms, self._outliers(i, self.block), self._received[i])
 
-    def box_in_picture(self, i: int) -> list[int]:
-        """The box in pixels of the picture itself, of which the model saw a part."""
-        picture, preprocess = self.pictures[i], self.vit.preprocess
-        left, top, right, bottom = preprocess.region(picture.height, picture.width)
+    def box_in_image(self, i: int) -> list[int]:
+        """The box in pixels of the image itself, of which the model saw a part."""
+        image, preprocess = self.images[i], self.vit.preprocess
+        left, top, right, bottom = preprocess.region(image.height, image.width)
         height, width = preprocess.size
         across, down = (right - left) / width, (bottom - top) / height
         x0, y0, x1, y1 = self._detections[i].box
         places = (left + x0 * across, top + y0 * down, left + x1 * across, top + y1 * down)
-        return [round(min(max(at, 0), side)) for at, side in zip(places, picture.size * 2, strict=True)]
+        return [round(min(max(at, 0), side)) for at, side in zip(places, image.size * 2, strict=True)]
 
     def entry(self) -> dict[str, Any]:
         """The model in the summary."""
@@ -230,7 +228,7 @@ class _Model:
             "largest_over_median": at.max / at.median,
             "onset_block": self.diagnosis.onset_block,
             "register_norms": [] if norms is None else norms[self.block].tolist(),
-            "attention_on_outliers": sum(shares) / len(self.pictures),
+            "attention_on_outliers": sum(shares) / len(self.images),
             "attention_on_registers": float(registers) if self.vit.num_registers else None,
             "diagnosis": self.diagnosis.to_dict(),
         }

@@ -31,8 +31,8 @@ def discover(
 ) -> int:
     """Find the main object of every image, without labels or training.
 
-    Writes detections.json, coco.json (COCO annotations, one category) and for each picture NAME.jpg: box, seed and mask
-    on the photograph, beside the map of degrees. Pictures keep their own resolution. Without further options the
+    Writes detections.json, coco.json (COCO annotations, one category) and for each image NAME.jpg: box, seed and mask
+    on the photograph, beside the map of degrees. Images keep their own resolution. Without further options the
     documented protocol is used, the same for every model.
 
     Example: vitreg discover photos/ --model dinov2_vitb14_reg --out objects
@@ -43,7 +43,7 @@ def discover(
         out: folder for what is written.
         method: LOST (Simeoni et al. 2021) or TokenCut (Wang et al. 2022).
         protocol: what is compared; without these flags the documented protocol.
-        max_objects: objects a picture, by repeating LOST on what is left.
+        max_objects: objects an image, by repeating LOST on what is left.
         reading: which images, and how many of equal size at a time.
         overlays: draw what was found on each photograph.
         json: print detections.json.
@@ -56,7 +56,7 @@ def discover(
     paths = spaced(find_images(images), reading.limit)
     vit = model.load()
     stream = native_stream(vit, paths, batch_size=reading.batch_size, strict=reading.strict)
-    pictures: dict[Path, dict[str, Any]] = {}
+    entries: dict[Path, dict[str, Any]] = {}
     names: set[str] = set()
     interrupted = False
     with progress("discovering objects") as on_progress:
@@ -66,18 +66,18 @@ def discover(
                 for photo, (height, width), path, detection in zip(
                     photos, batch.sizes, batch.paths, detections, strict=True
                 ):
-                    entry = _picture(path, height, width, detection)
+                    entry = _entry(path, height, width, detection)
                     if overlays:
                         names.add(name := unused(path.stem, names))
                         entry["overlay"] = str(out / f"{name}.jpg")
                         _draw(photo[:height, :width], path.name, detection, vit.config.patch_size, out / f"{name}.jpg")
-                    pictures[path] = entry
-                on_progress(len(pictures), len(paths))
+                    entries[path] = entry
+                on_progress(len(entries), len(paths))
         except KeyboardInterrupt:
             interrupted = True
     skipped = [{"path": str(skip.path), "reason": skip.reason} for skip in stream.skipped]
-    if not pictures and not interrupted:
-        raise ValueError(f"there were no pictures to look at{': ' + skipped[0]['reason'] if skipped else ''}")
+    if not entries and not interrupted:
+        raise ValueError(f"there were no images to look at{': ' + skipped[0]['reason'] if skipped else ''}")
     found = {
         "format": "vitreg-detections/1",
         "version": metadata.version("vitreg"),
@@ -85,22 +85,22 @@ def discover(
         "patch_size": vit.config.patch_size,
         "method": method,
         "protocol": dataclasses.asdict(protocol),
-        "pictures": [pictures[path] for path in paths if path in pictures],
+        "images": [entries[path] for path in paths if path in entries],
         "skipped": skipped,
         "interrupted": interrupted,
     }
     replace_text(out / "detections.json", jsonlib.dumps(found, indent=1))
-    replace_text(out / "coco.json", jsonlib.dumps(_coco(found["pictures"]), indent=1))
+    replace_text(out / "coco.json", jsonlib.dumps(_coco(found["images"]), indent=1))
     if json:
         print_json(found)
     else:
         print_skipped([skip["reason"] for skip in skipped])
-        num = sum(len(picture["objects"]) for picture in found["pictures"])
-        print(f"{counted(num, 'object')} in {counted(len(pictures), 'image')}; see {out}")
+        num = sum(len(entry["objects"]) for entry in found["images"])
+        print(f"{counted(num, 'object')} in {counted(len(entries), 'image')}; see {out}")
     return INTERRUPTED if interrupted else 0
 
 
-def _picture(path: Path, height: int, width: int, detection: Detection) -> dict[str, Any]:
+def _entry(path: Path, height: int, width: int, detection: Detection) -> dict[str, Any]:
     return {
         "image": str(path),
         "width": width,
@@ -134,13 +134,13 @@ def _draw(photo: Any, name: str, detection: Detection, patch_size: int, path: Pa
         sheet.save(temporary, quality=90)
 
 
-def _coco(pictures: list[dict[str, Any]]) -> dict[str, Any]:
+def _coco(entries: list[dict[str, Any]]) -> dict[str, Any]:
     """COCO's detection format; ids count from 1."""
-    boxes = [(i, found["box"]) for i, picture in enumerate(pictures, start=1) for found in picture["objects"]]
+    boxes = [(i, found["box"]) for i, entry in enumerate(entries, start=1) for found in entry["objects"]]
     return {
         "images": [
-            {"id": i, "file_name": picture["image"], "width": picture["width"], "height": picture["height"]}
-            for i, picture in enumerate(pictures, start=1)
+            {"id": i, "file_name": entry["image"], "width": entry["width"], "height": entry["height"]}
+            for i, entry in enumerate(entries, start=1)
         ],
         "annotations": [
             {

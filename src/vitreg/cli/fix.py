@@ -25,8 +25,8 @@ def fix(
 ) -> int:
     """Move a model's artifacts into registers, without training, and save the fixed model.
 
-    The hidden units that write the artifacts are found in the pictures, 100 to 500 of the kind the model is for; the
-    fewest that remove them from pictures held back are moved. The file is read by --model of every command and by
+    The hidden units that write the artifacts are found in the images, 100 to 500 of the kind the model is for; the
+    fewest that remove them from images held back are moved. The file is read by --model of every command and by
     vitreg.load. A model without artifacts is left alone.
 
     Example: vitreg fix photos/ --model dinov2_vitb14 --out fixed.safetensors --report before-after
@@ -37,7 +37,7 @@ def fix(
         out: the file to write, NAME.safetensors.
         method: test-time moves activations to untrained registers (Jiang et al. 2025).
         registers: so many are added.
-        report: folder for a before/after report on the same pictures.
+        report: folder for a before/after report on the same images.
         reading: which images, and how many at a time.
         json: print the result as JSON.
     """

@@ -45,7 +45,7 @@ def first_line(error: BaseException) -> str:
 
 
 def unused(stem: str, taken: set[str]) -> str:
-    """A name for a picture's files; pictures of different folders may share theirs."""
+    """A name for an image's files; images of different folders may share theirs."""
     name, n = stem, 2
     while name in taken:
         name, n = f"{stem}-{n}", n + 1

@@ -40,7 +40,7 @@ def parse(name: str, command: Callable[..., int], args: list[str]) -> Callable[[
     config: Any = (tyro.conf.OmitArgPrefixes, tyro.conf.FlagCreatePairsOff)
     args = _renamed(name, args)
     try:
-        # Where neither is a terminal, nothing is drawn or coloured.
+        # Where neither is a terminal, nothing is drawn or colored.
         with contextlib.redirect_stderr(told), contextlib.redirect_stdout(io.StringIO()):
             return tyro.cli(bound, prog=f"vitreg {name}", args=args, config=config)
     except SystemExit:

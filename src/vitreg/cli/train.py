@@ -73,7 +73,7 @@ def train(
     Args:
         recipe: deit3 (from labels), dinov2 (from images alone) or clip (from captions); left out with --resume.
         data: class folders, Parquet files, WebDataset tars or captions.csv; or a folder with train and val parts.
-        val: held-out pictures; by default those in --data, or a twentieth of it, at most 1000.
+        val: held-out images; by default those in --data, or a twentieth of it, at most 1000.
         registers: 4 by default, as in the paper.
         arch: size of the model; deit3 takes small by default, clip base, dinov2 large.
         out: the run's folder, a new one.
@@ -82,7 +82,7 @@ def train(
         size: side of what the model sees in pixels; the recipe's by default, as all that follows.
         patch_size: in pixels.
         batch_size: images at a time: a step's, over all processes.
-        epochs: passes over the pictures.
+        epochs: passes over the images.
         steps: optimizer steps, instead of epochs.
         lr: peak learning rate.
         weight_decay: of matrices; tokens, norms and biases have none.
@@ -97,8 +97,8 @@ def train(
         gradient_checkpointing: recompute blocks in the backward pass, to save memory.
         log_every: steps between progress reports; every step is in log.jsonl.
         checkpoint_every: steps between checkpoints.
-        diagnose_every: steps between diagnoses on held-out pictures; 0 for the end only.
-        workers: processes that decode pictures, for each training process.
+        diagnose_every: steps between diagnoses on held-out images; 0 for the end only.
+        workers: processes that decode images, for each training process.
         device: cpu, cuda, mps; auto takes a GPU where there is one.
         json: print the result as JSON.
     """
@@ -206,9 +206,9 @@ def _conclude(folder: RunFolder, done: bool, *, as_json: bool) -> int:
             print_json({"run": str(folder.path), "finished": done, "log": last, "diagnosis": latest})
         elif done:
             print(f"finished after {last['step']} steps, loss {last['loss']:.4g}; the model is {folder.path}:")
-            print(f"  vitreg diagnose PICTURES --model {folder.path}")
+            print(f"  vitreg diagnose IMAGES --model {folder.path}")
         else:
             print(f"stopped after {last['step']} steps; go on with: vitreg train --resume {folder.path}")
         if last.get("skipped") and not as_json:
-            print(f"{last['skipped']} pictures could not be read and were replaced by others; see {folder.skipped}")
+            print(f"{last['skipped']} images could not be read and were replaced by others; see {folder.skipped}")
     return 0 if done else INTERRUPTED

@@ -1,4 +1,4 @@
-"""How sure one can be of a figure: it is computed again from resamples of the pictures."""
+"""How sure one can be of a figure: it is computed again from resamples of the images."""
 
 from __future__ import annotations
 
@@ -14,19 +14,19 @@ _INTERVAL = (2.5, 97.5)
 def resampled_sums(
     values: Shaped[np.ndarray, "n ..."], *, resamples: int = RESAMPLES, seed: int = 0
 ) -> Float64[np.ndarray, "resamples ..."]:
-    """Sums over pictures, of as many pictures drawn with replacement, again and again.
+    """Sums over images, of as many images drawn with replacement, again and again.
 
-    Equal seeds draw equal pictures, so the difference of two models' figures is their paired bootstrap.
+    Equal seeds draw equal images, so the difference of two models' figures is their paired bootstrap.
 
     Args:
-        values: of each picture.
-        resamples: how often pictures are drawn.
+        values: of each image.
+        resamples: how often images are drawn.
         seed: of the draws.
     """
     values = np.asarray(values, dtype=np.float64)
     num, flat = len(values), values.reshape(len(values), -1)
     rng = np.random.default_rng(seed)
-    # One at a time: all the counts at once would be as large as pictures times resamples.
+    # One at a time: all the counts at once would be as large as images times resamples.
     sums = [np.bincount(rng.integers(num, size=num), minlength=num) @ flat for _ in range(resamples)]
     return np.stack(sums).reshape(resamples, *values.shape[1:])
 

@@ -6,7 +6,7 @@ import re
 from collections.abc import Mapping
 from typing import Any
 
-_FIELDS = {"pre_norm": "norm_pre", "pool_norm": "fc_norm", "crop_fraction": "crop_pct"}
+_FIELDS = {"pre_norm": "norm_pre", "pool_norm": "fc_norm", "crop_fraction": "crop_pct", "colour_jitter": "color_jitter"}
 _TENSORS = {"pre_norm": "norm_pre", "pool_norm": "fc_norm", "scale1": "ls1", "scale2": "ls2", "positions": "pos_embed"}
 
 
@@ -26,7 +26,7 @@ def has_old_names(names: list[str]) -> bool:
 
 
 def with_old_names(value: Any) -> Any:
-    """What `torch.distributed.checkpoint` was given in 0.1: the same tensors, in the same nesting, under their old names."""
+    """The nested state of a checkpoint as 0.1 wrote it: the same tensors under their old names."""
     return _renested(value, {new: old for old, new in _TENSORS.items()})
 
 

@@ -24,7 +24,7 @@ def iou(box: Sequence[float | int], others: Shaped[np.ndarray, "n 4"]) -> Float6
 def is_found(box: Sequence[float | int], truth: Shaped[np.ndarray, "n 4"]) -> bool:
     """Whether the box has an IoU of at least 0.5 with any box of the truth.
 
-    CorLoc (Deselaers et al. 2010; `valeoai/LOST`, `main_lost.py`) is the share of pictures where it does. Pictures
+    CorLoc (Deselaers et al. 2010; `valeoai/LOST`, `main_lost.py`) is the share of images where it does. Images
     without any true box are left out of it.
     """
     return bool((iou(box, truth) >= IOU).any())
@@ -33,13 +33,13 @@ def is_found(box: Sequence[float | int], truth: Shaped[np.ndarray, "n 4"]) -> bo
 def bootstrap_interval(
     values: Shaped[np.ndarray, "*rows n"], *, resamples: int = RESAMPLES, seed: int = 0
 ) -> Float64[np.ndarray, "2 ..."]:
-    """The 95 % percentile interval of the mean over pictures, from resamples of the pictures.
+    """The 95 % percentile interval of the mean over images, from resamples of the images.
 
     Rows are resampled together, so the difference of two rows is their paired bootstrap.
 
     Args:
-        values: one column per picture.
-        resamples: how often as many pictures are drawn, with replacement.
+        values: one column per image.
+        resamples: how often as many images are drawn, with replacement.
         seed: of the draws.
     """
     columns = np.moveaxis(np.asarray(values, dtype=np.float64), -1, 0)
@@ -47,5 +47,5 @@ def bootstrap_interval(
 
 
 def half(num: int, *, seed: int = 0) -> Bool[np.ndarray, " n"]:
-    """A random half of the pictures: True for those that a setting is chosen on, False for those it is judged on."""
+    """A random half of the images: True for those that a setting is chosen on, False for those it is judged on."""
     return np.random.default_rng(seed).permutation(num) < (num + 1) // 2

@@ -1,4 +1,4 @@
-"""Object discovery: pictures in, boxes out, for any model."""
+"""Object discovery: images in, boxes out, for any model."""
 
 from __future__ import annotations
 
@@ -34,20 +34,20 @@ from vitreg.images import (
 from vitreg.model import VisionTransformer
 
 MIN_GRID = 3
-"""Patches that a picture must have along each side: fewer are no object and background around it."""
+"""Patches that an image must have along each side: fewer are no object and background around it."""
 
 
 @dataclass(frozen=True, eq=False)
 class Detection:
-    """An object of one picture.
+    """An object of one image.
 
     Attributes:
-        box: x0, y0, x1, y1 in pixels of the picture; x1 and y1 are the first column and row beyond the object.
+        box: x0, y0, x1, y1 in pixels of the image; x1 and y1 are the first column and row beyond the object.
         seed: (row, column) of the patch that it was found from.
-        mask: the patches of the object; patches lie from the picture's top left corner.
+        mask: the patches of the object; patches lie from the image's top left corner.
         degree: to how many other patches each patch is similar.
-        others: the picture's further objects, in the order in which they were found.
-        path: the picture's file, None for a picture of a batch.
+        others: the image's further objects, in the order in which they were found.
+        path: the image's file, None for an image of a batch.
     """
 
     box: tuple[int, int, int, int]
@@ -72,32 +72,32 @@ def discover_objects(
     max_objects: int = 1,
     batch_size: int = 8,
 ) -> list[Detection]:
-    """Find the main object of every picture, without labels or training.
+    """Find the main object of every image, without labels or training.
 
-    Files are read at their own resolution and padded at the right and the bottom, with the checkpoint's mean colour, to
-    a multiple of the patch size; boxes end where the picture does. Pictures of equal padded size go through the model
+    Files are read at their own resolution and padded at the right and the bottom, with the checkpoint's mean color, to
+    a multiple of the patch size; boxes end where the image does. Images of equal padded size go through the model
     together. The defaults are the documented protocol, the same for every model (docs/discovery.md).
 
     Args:
         vit: any model, with registers or without, as for `diagnose`.
-        images: a batch or image, normalised as `vit.preprocess` does, of any size; files, folders or globs; or images
+        images: a batch or image, normalized as `vit.preprocess` does, of any size; files, folders or globs; or images
             of Pillow or arrays of their pixels.
         method: `"lost"` (Simeoni et al. 2021) or `"tokencut"` (Wang et al. 2022; always of cosines, whatever
             `normalize` says, and without `k_patches`).
         facet: the features compared: `"keys"`, `"queries"` or `"values"` of the block's attention, or its `"tokens"`.
         block: the block they are from, counted from 0, negative from the end.
         normalize: divide the features by their L2 norm.
-        center: subtract the mean feature of the picture first.
+        center: subtract the mean feature of the image first.
         bias: added to every similarity.
-        k_patches: patches of lowest degree that the seed may be expanded with; all of them in a smaller picture.
+        k_patches: patches of lowest degree that the seed may be expanded with; all of them in a smaller image.
         max_objects: find so many by repeating LOST on the patches outside the objects found before.
-        batch_size: pictures at a time.
+        batch_size: images at a time.
 
     Returns:
-        One detection a picture, in the order of the pictures.
+        One detection an image, in the order of the images.
 
     Raises:
-        ValueError: a picture cannot be read or is smaller than 3 x 3 patches, or an argument does not fit.
+        ValueError: an image cannot be read or is smaller than 3 x 3 patches, or an argument does not fit.
     """
     if facet not in FACETS:
         raise ValueError(f"facet {facet!r} is unknown; choose from {', '.join(FACETS)}")
@@ -125,7 +125,7 @@ def discover_objects(
 
 
 def native_stream(vit: VisionTransformer, paths: Sequence[Path], *, batch_size: int, strict: bool) -> ImageStream:
-    """Pictures at their own resolution, padded to the patch size; equal sizes follow each other, for full batches."""
+    """Images at their own resolution, padded to the patch size; equal sizes follow each other, for full batches."""
     preprocess = replace(vit.preprocess, crop="pad", multiple_of=vit.config.patch_size)
 
     def padded_size(path: Path) -> tuple[int, int]:
@@ -150,7 +150,7 @@ def detect(
     """The detections of every batch, as it comes. A stream that is not strict skips what is too small, and lists it.
 
     Raises:
-        ValueError: an argument does not fit, or (unless the stream skips it) a picture is smaller than 3 x 3 patches.
+        ValueError: an argument does not fit, or (unless the stream skips it) an image is smaller than 3 x 3 patches.
     """
     if method not in get_args(Method):
         raise ValueError(f"method {method!r} is unknown; choose from {', '.join(get_args(Method))}")
@@ -174,11 +174,11 @@ def detect(
 
 
 def _large_enough(batch: ImageBatch, source: Iterable[ImageBatch], patch: int) -> ImageBatch:
-    """The batch without pictures that are too small, which are errors unless they are from a stream that skips."""
+    """The batch without images that are too small, which are errors unless they are from a stream that skips."""
     keep = []
     for i, size in enumerate(batch.sizes):
         try:
-            check_size(size, patch, str(batch.paths[i]) if batch.paths else "a picture of the batch")
+            check_size(size, patch, str(batch.paths[i]) if batch.paths else "an image of the batch")
             keep.append(i)
         except ValueError as error:
             if not isinstance(source, ImageStream) or source.strict:
@@ -197,7 +197,7 @@ def find_regions(
     method: str = "lost",
     max_objects: int = 1,
 ) -> list[Region]:
-    """The objects of one picture: at least one, at most `max_objects`, until no patch is left."""
+    """The objects of one image: at least one, at most `max_objects`, until no patch is left."""
     features = condition(features, normalize=protocol.normalize, center=protocol.center)
     if method == "tokencut":
         return [tokencut(features, grid, bias=protocol.bias)]
@@ -212,13 +212,13 @@ def find_regions(
 
 
 def pad(images: Float[Tensor, "B 3 H W"], patch: int) -> Float[Tensor, "B 3 h w"]:
-    """Pad right and bottom with 0, the mean colour, to a multiple of the patch size."""
+    """Pad right and bottom with 0, the mean color, to a multiple of the patch size."""
     height, width = images.shape[-2:]
     return torch.nn.functional.pad(images, (0, -width % patch, 0, -height % patch))
 
 
 def check_size(size: tuple[int, int], patch: int, name: str) -> None:
-    """Raise `ValueError` for a picture, of (height, width) pixels, that is smaller than 3 x 3 patches."""
+    """Raise `ValueError` for an image, of (height, width) pixels, that is smaller than 3 x 3 patches."""
     if min(size) < MIN_GRID * patch:
         raise ValueError(
             f"{name} has {size[1]} x {size[0]} pixels; object discovery needs {MIN_GRID} x {MIN_GRID} patches of "

@@ -1,4 +1,4 @@
-"""The features that discovery compares: which tensor of which block, centred or not, of unit length or not."""
+"""The features that discovery compares: which tensor of which block, centered or not, of unit length or not."""
 
 from __future__ import annotations
 
@@ -48,7 +48,7 @@ def condition(features: Float[Tensor, "*B N D"], *, normalize: bool, center: boo
     Args:
         features: one row per patch.
         normalize: divide by the L2 norm (Jiang et al., arXiv 2506.08010: helps every method).
-        center: subtract the mean over the picture's patches first (Bach et al., TMLR 2025).
+        center: subtract the mean over the image's patches first (Bach et al., TMLR 2025).
     """
     features = features.float()
     if center:

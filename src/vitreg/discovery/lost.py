@@ -24,7 +24,7 @@ def lost(
     k_patches: int = 100,
     allowed: Bool[Tensor, " N"] | None = None,
 ) -> Region:
-    """The object of one picture (Simeoni et al., BMVC 2021, arXiv 2109.14279, section 3; `valeoai/LOST`).
+    """The object of one image (Simeoni et al., BMVC 2021, arXiv 2109.14279, section 3; `valeoai/LOST`).
 
     With the Gram matrix `A = F F^T + bias`:
 

@@ -20,7 +20,7 @@ class Protocol:
         facet: queries, keys or values of the block's attention, or the tokens after the block.
         block: counted from 0, negative from the end.
         normalize: divide features by their L2 norm.
-        center: subtract the mean feature of the picture first.
+        center: subtract the mean feature of the image first.
         bias: added to every entry of the Gram matrix.
         k_patches: size of the set that the seed is expanded from.
     """

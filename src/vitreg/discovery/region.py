@@ -1,4 +1,4 @@
-"""What a method finds in one picture, on the grid of patches."""
+"""What a method finds in one image, on the grid of patches."""
 
 from __future__ import annotations
 
@@ -25,9 +25,9 @@ class Region:
     degree: Int64[np.ndarray, "h w"]
 
     def box(self, patch_size: int, height: int, width: int) -> tuple[int, int, int, int]:
-        """The tight box around the mask, x0, y0, x1, y1 in pixels of a `height` x `width` picture.
+        """The tight box around the mask, x0, y0, x1, y1 in pixels of a `height` x `width` image.
 
-        The picture's top left corner is the grid's. What the last patches hold besides the picture is padding and
+        The image's top left corner is the grid's. What the last patches hold besides the image is padding and
         cut off.
         """
         rows, columns = (np.flatnonzero(self.mask.any(axis)) for axis in (1, 0))

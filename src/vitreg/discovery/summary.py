@@ -1,4 +1,4 @@
-"""What a sweep says: CorLoc of every setting, the best setting judged on pictures that did not choose it."""
+"""What a sweep says: CorLoc of every setting, the best setting judged on images that did not choose it."""
 
 from __future__ import annotations
 
@@ -17,9 +17,9 @@ from vitreg.images import BoxedImage, BoxSet, image_size
 
 def describe(protocol: Protocol) -> str:
     """A setting in a few words."""
-    parts = [f"{protocol.facet} of block {protocol.block}", "normalised" if protocol.normalize else "raw"]
+    parts = [f"{protocol.facet} of block {protocol.block}", "normalized" if protocol.normalize else "raw"]
     if protocol.center:
-        parts.append("centred")
+        parts.append("centered")
     if protocol.bias:
         parts.append(f"bias {protocol.bias:+g}")
     return ", ".join(parts)
@@ -28,7 +28,7 @@ def describe(protocol: Protocol) -> str:
 def hits(
     boxes: Sequence[Sequence[Sequence[float | int]]], images: Sequence[BoxedImage]
 ) -> Bool[np.ndarray, "settings n"]:
-    """Whether each setting found an object of each picture, from boxes by picture and setting."""
+    """Whether each setting found an object of each image, from boxes by image and setting."""
     return np.array(
         [[is_found(box, image.boxes) for box in row] for row, image in zip(boxes, images, strict=True)], dtype=bool
     ).T
@@ -45,7 +45,7 @@ def summarize(
 ) -> dict[str, Any]:
     """The evaluation in JSON types, format `vitreg-discovery/1`; docs/discovery.md describes the keys.
 
-    Shares are in percent. Intervals are 95 % bootstrap intervals over pictures.
+    Shares are in percent. Intervals are 95 % bootstrap intervals over images.
 
     Args:
         found: `hits` by model.
@@ -66,7 +66,7 @@ def summarize(
         "num_images": len(images),
         "num_images_without_boxes": len(boxed.images) - len(images),
         "missing_images": [str(path) for path in boxed.missing],
-        "whole_picture": _share(hits(whole, images)[0]),
+        "whole_image": _share(hits(whole, images)[0]),
         "protocol": asdict(DEFAULT),
         "models": list(models.values()),
         "differences": [

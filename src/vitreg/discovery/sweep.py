@@ -1,4 +1,4 @@
-"""Many settings on many pictures: features once per model, boxes kept on disk, so that nothing is computed twice."""
+"""Many settings on many images: features once per model, boxes kept on disk, so that nothing is computed twice."""
 
 from __future__ import annotations
 
@@ -30,8 +30,8 @@ Box = list[int]
 def settings(axes: Sequence[str]) -> list[Protocol]:
     """Every combination of the values of these axes; the other axes as in the default protocol, but without a bias.
 
-    The last four blocks, as Jiang et al. (arXiv 2506.08010) sweep them; queries, keys and values; raw and normalised;
-    centred and not; and biases from -0.4 to 0.1. A bias goes with normalised features only: on raw ones it would mean
+    The last four blocks, as Jiang et al. (arXiv 2506.08010) sweep them; queries, keys and values; raw and normalized;
+    centered and not; and biases from -0.4 to 0.1. A bias goes with normalized features only: on raw ones it would mean
     something else in every model.
 
     Raises:
@@ -44,14 +44,14 @@ def settings(axes: Sequence[str]) -> list[Protocol]:
     blocks = LAST_BLOCKS if "blocks" in axes else (DEFAULT.block,)
     facets = ATTENTION_FACETS if "facets" in axes else (DEFAULT.facet,)
     lengths = (False, True) if "normalize" in axes else (DEFAULT.normalize,)
-    centres = (False, True) if "center" in axes else (DEFAULT.center,)
+    centers = (False, True) if "center" in axes else (DEFAULT.center,)
     biases = BIASES if "bias" in axes else (0.0,)
     return [
         Protocol(facet, block, normalize, center, bias)
         for block in blocks
         for facet in facets
         for normalize in lengths
-        for center in centres
+        for center in centers
         for bias in (biases if normalize else (0.0,))
     ]
 
@@ -66,25 +66,25 @@ def find_boxes(
     batch_size: int = 8,
     on_progress: Callable[[int, int], None] | None = None,
 ) -> list[list[Box]]:
-    """LOST's box for every picture and setting.
+    """LOST's box for every image and setting.
 
-    Boxes are written to `record` (JSON lines: what was run, then a picture a line) as soon as they are known. A file
+    Boxes are written to `record` (JSON lines: what was run, then an image a line) as soon as they are known. A file
     that an interrupted run left behind is read first, and what it holds is not computed again.
 
     Args:
         vit: the model.
         name: what to call it.
-        images: distinct pictures.
+        images: distinct images.
         protocols: the settings.
         record: the file, made or continued.
-        batch_size: pictures at a time.
-        on_progress: called with the number of pictures done and their total.
+        batch_size: images at a time.
+        on_progress: called with the number of images done and their total.
 
     Returns:
-        Boxes, by picture and setting.
+        Boxes, by image and setting.
 
     Raises:
-        ValueError: a picture is too small or unreadable, the model lacks a block, or `record` is of another run.
+        ValueError: an image is too small or unreadable, the model lacks a block, or `record` is of another run.
     """
     for image in images:
         check_size(image_size(image.path), vit.config.patch_size, str(image.path))
@@ -116,7 +116,7 @@ def find_boxes(
 def _boxes(
     vit: VisionTransformer, images: torch.Tensor, sizes: Sequence[tuple[int, int]], protocols: Sequence[Protocol]
 ) -> list[list[Box]]:
-    """Boxes of every picture of a batch, for every setting, from one forward pass."""
+    """Boxes of every image of a batch, for every setting, from one forward pass."""
     patch = vit.config.patch_size
     grid = (images.shape[-2] // patch, images.shape[-1] // patch)
     blocks = list(dict.fromkeys(protocol.block for protocol in protocols))
@@ -128,7 +128,7 @@ def _boxes(
 
 
 def _read(record: Path, header: dict[str, Any]) -> dict[int, list[Box]]:
-    """The pictures that an earlier run finished; the file begins with the header afterwards and ends with a line."""
+    """The images that an earlier run finished; the file begins with the header afterwards and ends with a line."""
     lines = record.read_text(encoding="utf-8", errors="replace").splitlines(keepends=True) if record.exists() else []
     # A process that was killed may have left half a line.
     whole = [line for line in lines if line.endswith("\n")]

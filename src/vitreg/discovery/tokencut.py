@@ -1,4 +1,4 @@
-"""TokenCut: an object is one side of the normalised cut of the patches' graph."""
+"""TokenCut: an object is one side of the normalized cut of the patches' graph."""
 
 from __future__ import annotations
 
@@ -26,15 +26,15 @@ _TIE = 1e-6
 
 
 def tokencut(features: Float[Tensor, "N D"], grid: tuple[int, int], *, bias: float = 0.0) -> Region:
-    """The object of one picture (Wang et al., CVPR 2022, arXiv 2202.11539; `YangtaoWANG95/TokenCut`).
+    """The object of one image (Wang et al., CVPR 2022, arXiv 2202.11539; `YangtaoWANG95/TokenCut`).
 
     Patches whose cosine (plus `bias`) exceeds `TAU` are joined by an edge of weight 1, all others by one of `EPS`.
     `cut_coordinates` is cut at its mean. The seed is the patch farthest from 0, its side is the foreground, and the
     object is the foreground's 4-connected component that holds the seed. Where no partition is better than another (a
-    picture of equal patches) the object is everything.
+    image of equal patches) the object is everything.
 
     Args:
-        features: one row per patch, row by row; they are normalised here.
+        features: one row per patch, row by row; they are normalized here.
         grid: (rows, columns).
         bias: added to every cosine.
 

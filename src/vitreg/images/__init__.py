@@ -1,12 +1,12 @@
-"""Pictures in: finding files, reading them, streaming them, and sets with labels, captions, boxes, masks or depth."""
+"""Images in: finding files, reading them, streaming them, and sets with labels, captions, boxes, masks or depth."""
 
 from vitreg.images.ahead import map_ahead
 from vitreg.images.batches import Batches, Images, check_batch, in_memory
 from vitreg.images.boxes import BoxedImage, BoxSet, open_box_set
 from vitreg.images.bundled import bundled_photographs
 from vitreg.images.dense import DenseSet, refuse
-from vitreg.images.depth import MILLIMETRES, DepthSet, open_depth
-from vitreg.images.labelled import ImageSet, Subset, spaced, spaced_indices
+from vitreg.images.depth import MILLIMETERS, DepthSet, open_depth
+from vitreg.images.labeled import ImageSet, Subset, spaced, spaced_indices
 from vitreg.images.masks import IGNORED, SegmentationSet, open_segmentation
 from vitreg.images.reading import EXTENSIONS, MAX_PIXELS, ImageError, as_rgb, find_images, image_size, read_image
 from vitreg.images.sets import check_classes, open_image_set, open_split
@@ -16,7 +16,7 @@ __all__ = [
     "EXTENSIONS",
     "IGNORED",
     "MAX_PIXELS",
-    "MILLIMETRES",
+    "MILLIMETERS",
     "Batches",
     "BoxSet",
     "BoxedImage",

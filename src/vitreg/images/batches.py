@@ -1,4 +1,4 @@
-"""Pictures in whatever form they come, as batches on the model's device."""
+"""Images in whatever form they come, as batches on the model's device."""
 
 from __future__ import annotations
 
@@ -12,17 +12,17 @@ from jaxtyping import Float
 from PIL import Image
 from torch import Tensor
 
-from vitreg.images.labelled import spaced_indices
+from vitreg.images.labeled import spaced_indices
 from vitreg.images.reading import as_rgb, find_images
 from vitreg.images.stream import ImageBatch, ImageStream, SkippedImage
 from vitreg.model.preprocess import Preprocess
 
 Images = Float[Tensor, "B 3 H W"] | str | os.PathLike[str] | Image.Image | Iterable[Any]
-"""A normalised batch or image; a file, folder or glob, an open image or an array of pixels, or a list of these; a
+"""A normalized batch or image; a file, folder or glob, an open image or an array of pixels, or a list of these; a
 DataLoader (or any iterable) of batches, or of tuples that begin with a batch."""
 
 MAX_NORMALIZED = 20.0
-"""Normalised values are within about 3; pixels go to 255."""
+"""Normalized values are within about 3; pixels go to 255."""
 
 
 class Batches:
@@ -161,18 +161,18 @@ def check_batch(batch: Tensor, first: int = 0) -> Float[Tensor, "B 3 H W"]:
     """The batch, or the batch of one image `[3, H, W]`.
 
     Args:
-        batch: what is given for normalised images.
+        batch: what is given for normalized images.
         first: number of its first image, for messages.
 
     Raises:
-        ValueError: another shape, pixels instead of normalised values, or values that are not finite.
+        ValueError: another shape, pixels instead of normalized values, or values that are not finite.
     """
     if batch.ndim == 3:
         batch = batch.unsqueeze(0)
     if batch.ndim != 4 or batch.shape[1] != 3:
         hint = "; move the channels: images.movedim(-1, -3)" if batch.ndim == 4 and batch.shape[-1] == 3 else ""
         raise ValueError(f"images has the shape {list(batch.shape)}; expected [B, 3, H, W], or [3, H, W] for one{hint}")
-    advice = "normalise them: vit.preprocess.normalize(images) of 8-bit values, or give files or Pillow's images"
+    advice = "normalize them: vit.preprocess.normalize(images) of 8-bit values, or give files or Pillow's images"
     if not batch.is_floating_point():
         raise ValueError(f"images holds {str(batch.dtype).removeprefix('torch.')} values, models take floats; {advice}")
     if batch.numel():

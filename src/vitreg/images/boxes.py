@@ -1,4 +1,4 @@
-"""Sets of pictures with boxes around their objects: Pascal VOC, COCO20k, YOLO folders, and plain JSON."""
+"""Sets of images with boxes around their objects: Pascal VOC, COCO20k, YOLO folders, and plain JSON."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ COCO20K_LISTS = ("coco_20k_filenames.txt", "coco20k.txt")
 
 @dataclass(frozen=True, eq=False)
 class BoxedImage:
-    """A picture and the boxes of its objects: x0, y0, x1, y1 in pixels of the upright picture, none or more."""
+    """An image and the boxes of its objects: x0, y0, x1, y1 in pixels of the upright image, none or more."""
 
     path: Path
     boxes: Float64[np.ndarray, "n 4"]
@@ -27,11 +27,11 @@ class BoxedImage:
 
 @dataclass(frozen=True, eq=False)
 class BoxSet:
-    """Pictures with boxes, in the data set's order.
+    """Images with boxes, in the data set's order.
 
     Attributes:
-        images: pictures, those without any object included.
-        missing: pictures that the annotations name and that do not exist.
+        images: images, those without any object included.
+        missing: images that the annotations name and that do not exist.
     """
 
     images: tuple[BoxedImage, ...]
@@ -44,15 +44,15 @@ def open_box_set(source: str) -> BoxSet:
     - `voc2007:PATH`, `voc2012:PATH`: Pascal VOC's trainval, PATH being the folder that holds `VOCdevkit`. As in LOST's
       protocol (Simeoni et al. 2021; `valeoai/LOST`, `datasets.py`), objects marked difficult or truncated count like
       any other, and pixel numbers from 1 become coordinates from 0.
-    - `coco20k:PATH`: PATH holds `annotations/instances_train2014.json`, the pictures in `train2014/`, and LOST's
+    - `coco20k:PATH`: PATH holds `annotations/instances_train2014.json`, the images in `train2014/`, and LOST's
       list `coco_20k_filenames.txt` (a file name or an image id a line). Crowd regions are left out and corners rounded
       to whole pixels, as there.
-    - `yolo:PATH`: PATH holds `images/` and `labels/`; a row is `class cx cy w h`, relative to the picture. A picture
+    - `yolo:PATH`: PATH holds `images/` and `labels/`; a row is `class cx cy w h`, relative to the image. An image
       without a label file has no objects.
     - `json:FILE`: a list of `{"image": "a.jpg", "boxes": [[x0, y0, x1, y1], ...]}`, paths relative to the file.
 
     Raises:
-        ValueError: the kind is unknown, an annotation file is missing or malformed, or there is not one picture.
+        ValueError: the kind is unknown, an annotation file is missing or malformed, or there is not one image.
     """
     kind, colon, path = source.partition(":")
     if not colon or kind not in _READERS:
@@ -60,11 +60,11 @@ def open_box_set(source: str) -> BoxSet:
         raise ValueError(f"data {source!r} is unknown; give one of {kinds}")
     images = _READERS[kind](Path(path).expanduser())
     if len({image.path for image in images}) < len(images):
-        raise ValueError(f"{source} names a picture twice; give each picture once, with all of its boxes")
+        raise ValueError(f"{source} names an image twice; give each image once, with all of its boxes")
     present = tuple(image for image in images if image.path.is_file())
     missing = tuple(image.path for image in images if not image.path.is_file())
     if not present:
-        raise ValueError(f"{source} has no pictures{f'; {missing[0]} does not exist' if missing else ''}")
+        raise ValueError(f"{source} has no images{f'; {missing[0]} does not exist' if missing else ''}")
     return BoxSet(present, missing)
 
 
@@ -123,20 +123,20 @@ def _coco20k(folder: Path) -> list[BoxedImage]:
 
 
 def _yolo(folder: Path) -> list[BoxedImage]:
-    pictures, labels = folder / "images", folder / "labels"
-    for part in (pictures, labels):
+    photos, labels = folder / "images", folder / "labels"
+    for part in (photos, labels):
         if not part.is_dir():
             raise ValueError(f"{part} is not a folder; a YOLO folder holds images/ and labels/")
     unused = {path for path in labels.rglob("*.txt") if path.name != "classes.txt"}
     images = []
-    for path in find_images(pictures):
-        label = labels / path.relative_to(pictures).with_suffix(".txt")
+    for path in find_images(photos):
+        label = labels / path.relative_to(photos).with_suffix(".txt")
         rows = read_text(label).splitlines() if label in unused else []
         unused.discard(label)
         images.append(BoxedImage(path, _yolo_boxes(rows, path, label)))
-    # Labels of pictures that are not there: `open_box_set` sorts them out.
+    # Labels of images that are not there: `open_box_set` sorts them out.
     for label in sorted(unused):
-        images.append(BoxedImage(pictures / label.relative_to(labels).with_suffix(".jpg"), _boxes([], label)))
+        images.append(BoxedImage(photos / label.relative_to(labels).with_suffix(".jpg"), _boxes([], label)))
     return images
 
 

@@ -1,4 +1,4 @@
-"""Pictures with sentences about them, listed in a CSV file."""
+"""Images with sentences about them, listed in a CSV file."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from vitreg.images.packed import PackedStrings
 
 
 class CaptionedFiles(ImageFiles):
-    """Picture files with one sentence or more about each."""
+    """Image files with one sentence or more about each."""
 
     def __init__(self, source: str, captions: Mapping[str, Sequence[str]]) -> None:
         """Takes paths and their sentences.
@@ -33,25 +33,25 @@ class CaptionedFiles(ImageFiles):
 
 
 def open_captions(path: Path) -> CaptionedFiles:
-    """The pictures of a CSV file with columns `image` and `caption`, in the order in which it first names them.
+    """The images of a CSV file with columns `image` and `caption`, in the order in which it first names them.
 
     An image has as many captions as rows. Paths are relative to the folder `images` beside the file where one of the
-    pictures is there, else to the file. Some pictures may be missing, which reading them reports.
+    images is there, else to the file. Some images may be missing, which reading them reports.
 
     Raises:
-        ValueError: the file is malformed, empty, or all of its pictures are missing.
+        ValueError: the file is malformed, empty, or all of its images are missing.
     """
     captions: dict[str, list[str]] = {}
     for image, caption in read_rows(path, "image", "caption"):
         captions.setdefault(image, []).append(caption)
     if not captions:
-        raise ValueError(f"{path} has no rows; expected one for each caption of a picture")
+        raise ValueError(f"{path} has no rows; expected one for each caption of an image")
     folders = (path.parent / "images", path.parent)
     folder = next((folder for folder in folders if any((folder / name).is_file() for name in captions)), None)
     if folder is None:
         first = ", ".join(list(captions)[:3])
         raise ValueError(
-            f"none of the {len(captions)} pictures of {path} exists ({first}, ...); "
+            f"none of the {len(captions)} images of {path} exists ({first}, ...); "
             f"put them into {folders[0]} or beside the file"
         )
     return CaptionedFiles(str(path), {str(folder / name): sentences for name, sentences in captions.items()})

@@ -1,4 +1,4 @@
-"""Pictures that have a value for every pixel: a class, or a depth."""
+"""Images that have a value for every pixel: a class, or a depth."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ Targets = TypeVar("Targets", bound="DenseSet")
 
 
 class DenseSet(ImageFiles):
-    """Picture files with a target each, an array of the picture's own height and width.
+    """Image files with a target each, an array of the image's own height and width.
 
     Attributes:
         kind: what a target is called in messages: `"mask"`.
@@ -40,21 +40,21 @@ class DenseSet(ImageFiles):
     wanted: str
 
     def __init__(self, source: str, pairs: Sequence[Pair]) -> None:
-        """Takes pairs of paths, of the picture and of its target, and compares their headers.
+        """Takes pairs of paths, of the image and of its target, and compares their headers.
 
         Raises:
             ValueError: there are none, or targets are missing, unreadable, of another size or another mode; it names
                 the first ones.
         """
         if not pairs:
-            raise ValueError(f"{source} holds no picture with a {self.kind}")
-        super().__init__(source, (picture for picture, _ in pairs))
+            raise ValueError(f"{source} holds no image with a {self.kind}")
+        super().__init__(source, (image for image, _ in pairs))
         self._targets = PackedStrings(target for _, target in pairs)
         found = map_ahead(self._misfit, range(len(self)), ahead=_HEADERS_AHEAD)
-        refuse(f"{self.kind}s of {source} do not fit their pictures", [misfit for misfit in found if misfit])
+        refuse(f"{self.kind}s of {source} do not fit their images", [misfit for misfit in found if misfit])
 
     def part(self: Targets, indices: Iterable[int]) -> Targets:
-        """Some of the pictures, with their targets."""
+        """Some of the images, with their targets."""
         part, chosen = copy.copy(self), list(indices)
         part._paths = PackedStrings(self._paths[index] for index in chosen)
         part._targets = PackedStrings(self._targets[index] for index in chosen)
@@ -95,7 +95,7 @@ class DenseSet(ImageFiles):
         """
 
     def _misfit(self, index: int) -> str:
-        """Why a target cannot be the picture's, by their headers; nothing where it can."""
+        """Why a target cannot be the image's, by their headers; nothing where it can."""
         try:
             height, width = image_size(self.name(index))
             with Image.open(self.target_name(index)) as target:
@@ -103,9 +103,9 @@ class DenseSet(ImageFiles):
         except ImageError as error:
             return str(error)
         except OSError as error:
-            return f"{self.target_name(index)} cannot be read ({error.strerror or 'it is not a picture'})"
+            return f"{self.target_name(index)} cannot be read ({error.strerror or 'it is not an image'})"
         if size != (height, width):
-            return f"{self.target_name(index)} is {size[1]} x {size[0]}, its picture {width} x {height} pixels"
+            return f"{self.target_name(index)} is {size[1]} x {size[0]}, its image {width} x {height} pixels"
         if mode not in self.modes:
             return f"{self.target_name(index)} is of mode {mode}, not {self.wanted}"
         return ""
@@ -116,7 +116,7 @@ class DenseSet(ImageFiles):
         try:
             with Image.open(name) as target:
                 return np.asarray(target)
-        # As with pictures: damaged files raise whatever the parsing trips over.
+        # As with images: damaged files raise whatever the parsing trips over.
         except Exception as error:
             raise ImageError(f"{name} is damaged ({error or type(error).__name__}); replace it") from error
 
@@ -136,24 +136,24 @@ def refuse(what: str, found: Sequence[str]) -> None:
         raise ValueError(f"{what} ({len(found)}): {'; '.join(found[:_NAMED])}{more}")
 
 
-def folder_pairs(pictures: Path, targets: Path) -> list[Pair]:
-    """The pictures below a folder, each with the file of the same name, but for the suffix, below another.
+def folder_pairs(images: Path, targets: Path) -> list[Pair]:
+    """The images below a folder, each with the file of the same name, but for the suffix, below another.
 
     Raises:
         ValueError: a folder does not exist, a name comes twice in one, or only in one of the two.
     """
     found = []
-    for folder in (pictures, targets):
+    for folder in (images, targets):
         if not folder.is_dir():
-            raise ValueError(f"{folder} is not a folder; expected {pictures.name} and {targets.name} side by side")
+            raise ValueError(f"{folder} is not a folder; expected {images.name} and {targets.name} side by side")
         paths = sorted(walk_images(folder))
         by_name = {str(path.relative_to(folder).with_suffix("")): str(path) for path in paths}
         kept = set(by_name.values())
         refuse(f"files of {folder} have the name of another", [str(path) for path in paths if str(path) not in kept])
         found.append(by_name)
     ours, theirs = found
-    refuse(f"pictures have no partner in {targets}", [ours[name] for name in ours if name not in theirs])
-    refuse(f"files have no picture in {pictures}", [theirs[name] for name in theirs if name not in ours])
+    refuse(f"images have no partner in {targets}", [ours[name] for name in ours if name not in theirs])
+    refuse(f"files have no image in {images}", [theirs[name] for name in theirs if name not in ours])
     return [(ours[name], theirs[name]) for name in ours]
 
 

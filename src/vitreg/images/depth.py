@@ -1,4 +1,4 @@
-"""Sets of pictures with a depth for every pixel: NYUv2, and folder pairs."""
+"""Sets of images with a depth for every pixel: NYUv2, and folder pairs."""
 
 from __future__ import annotations
 
@@ -11,11 +11,11 @@ from jaxtyping import Float32
 from vitreg.images.dense import DenseSet, Pair, existing_pairs, folder_pairs, read_list
 from vitreg.images.reading import ImageError
 
-MILLIMETRES = 1 / 1000
+MILLIMETERS = 1 / 1000
 
 
 class DepthSet(DenseSet):
-    """Picture files with a depth for every pixel."""
+    """Image files with a depth for every pixel."""
 
     kind = "depth map"
     # Which one a 16-bit PNG gets depends on Pillow's version.
@@ -23,15 +23,15 @@ class DepthSet(DenseSet):
     wanted = "one channel of 16 bits"
 
     def __init__(
-        self, source: str, pairs: Sequence[Pair], scale: float = MILLIMETRES, *, eigen_crop: bool = False
+        self, source: str, pairs: Sequence[Pair], scale: float = MILLIMETERS, *, eigen_crop: bool = False
     ) -> None:
         """As of `DenseSet`.
 
         Args:
             source: of the set.
-            pairs: pictures and their depth maps.
-            scale: metres in one step of a file's numbers.
-            eigen_crop: whether it is the custom to judge by the middle of the pictures (Eigen et al. 2014).
+            pairs: images and their depth maps.
+            scale: meters in one step of a file's numbers.
+            eigen_crop: whether it is the custom to judge by the middle of the images (Eigen et al. 2014).
         """
         super().__init__(source, pairs)
         self.scale, self.eigen_crop = scale, eigen_crop
@@ -42,35 +42,35 @@ class DepthSet(DenseSet):
         return self.scale, self.eigen_crop
 
     def target(self, index: int) -> Float32[np.ndarray, "H W"]:
-        """Metres; 0 where nothing was measured.
+        """Meters; 0 where nothing was measured.
 
         Raises:
             ImageError: the map cannot be read, or nothing at all was measured; the message names it.
         """
         steps = self._read(index)
         if not steps.any():
-            raise ImageError(f"{self.target_name(index)} is all holes (0 everywhere); leave it and its picture out")
+            raise ImageError(f"{self.target_name(index)} is all holes (0 everywhere); leave it and its image out")
         return steps.astype(np.float32) * np.float32(self.scale)
 
 
-def open_depth(source: str, *, scale: float = MILLIMETRES) -> tuple[DepthSet, DepthSet]:
-    """The pictures with depth that `source` names: those to train on, and those to judge by.
+def open_depth(source: str, *, scale: float = MILLIMETERS) -> tuple[DepthSet, DepthSet]:
+    """The images with depth that `source` names: those to train on, and those to judge by.
 
     - PATH: a folder with `train/images`, `train/depth`, `val/images` and `val/depth`; depth maps are PNG of 16 bits
-      with their pictures' names, 0 where nothing was measured.
+      with their images' names, 0 where nothing was measured.
     - `nyu:PATH`: NYUv2 as exported for BTS, AdaBins and the Monocular-Depth-Estimation-Toolbox, which DINOv2 evaluates
-      with: scene folders of `rgb_*.jpg` and `sync_depth_*.png` in millimetres, and the lists `nyu_train.txt` and
-      `nyu_test.txt`, whose lines are a picture, its depth and a focal length.
+      with: scene folders of `rgb_*.jpg` and `sync_depth_*.png` in millimeters, and the lists `nyu_train.txt` and
+      `nyu_test.txt`, whose lines are an image, its depth and a focal length.
 
     Args:
         source: as above.
-        scale: metres in one step of the files' numbers; 1/1000, millimetres, by default.
+        scale: meters in one step of the files' numbers; 1/1000, millimeters, by default.
 
     Raises:
-        ValueError: there is nothing of the kind, or maps do not fit their pictures; the message has the first files.
+        ValueError: there is nothing of the kind, or maps do not fit their images; the message has the first files.
     """
     if not 0 < scale < 1:
-        raise ValueError(f"scale is {scale}; it must be the metres in one step, such as 0.001 for millimetres")
+        raise ValueError(f"scale is {scale}; it must be the meters in one step, such as 0.001 for millimeters")
     kind, _, path = source.partition(":")
     if kind == "nyu":
         train, val = (_listed(Path(path).expanduser(), part, scale) for part in ("train", "test"))
@@ -89,9 +89,9 @@ def _listed(folder: Path, part: str, scale: float) -> DepthSet:
     listed = folder / f"nyu_{part}.txt"
     pairs = []
     for line in read_list(listed, "the scenes of NYUv2 and this list"):
-        picture, *rest = line.split()
+        image, *rest = line.split()
         if not rest:
-            raise ValueError(f"{listed} is malformed: {line!r} is not a picture and its depth")
+            raise ValueError(f"{listed} is malformed: {line!r} is not an image and its depth")
         # Paths begin with a slash there, and are of the folder all the same.
-        pairs.append((str(folder / picture.lstrip("/")), str(folder / rest[0].lstrip("/"))))
+        pairs.append((str(folder / image.lstrip("/")), str(folder / rest[0].lstrip("/"))))
     return DepthSet(str(listed), existing_pairs(listed, pairs), scale, eigen_crop=True)

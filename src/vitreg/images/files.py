@@ -1,4 +1,4 @@
-"""Pictures that are files: folders of them, with or without a folder for each class."""
+"""Images that are files: folders of them, with or without a folder for each class."""
 
 from __future__ import annotations
 
@@ -9,13 +9,13 @@ from pathlib import Path
 
 from PIL import Image
 
-from vitreg.images.labelled import ImageSet
+from vitreg.images.labeled import ImageSet
 from vitreg.images.packed import PackedStrings
 from vitreg.images.reading import EXTENSIONS, ImageError, read_image, walk_images
 
 
 class ImageFiles(ImageSet):
-    """Picture files, in the order they are given."""
+    """Image files, in the order they are given."""
 
     def __init__(
         self,
@@ -39,7 +39,7 @@ class ImageFiles(ImageSet):
     def __len__(self) -> int:
         return len(self._paths)
 
-    def picture(self, index: int) -> Image.Image:
+    def image(self, index: int) -> Image.Image:
         return read_image(self._paths[index])
 
     def name(self, index: int) -> str:
@@ -47,20 +47,20 @@ class ImageFiles(ImageSet):
 
 
 def open_folder(folder: Path) -> ImageFiles:
-    """The pictures below a folder, sorted by their paths.
+    """The images below a folder, sorted by their paths.
 
-    A folder that holds two or more others and no picture is one of classes, as ImageNet's: the classes are these
-    folders in sorted order, and their pictures may be nested deeper. Otherwise there are no labels.
+    A folder that holds two or more others and no image is one of classes, as ImageNet's: the classes are these
+    folders in sorted order, and their images may be nested deeper. Otherwise there are no labels.
 
     Raises:
-        ValueError: there is no picture, or none in the folder of a class.
+        ValueError: there is no image, or none in the folder of a class.
     """
     names = _class_folders(folder)
     if not names:
         paths = sorted(map(str, walk_images(folder)))
         if not paths:
             raise ValueError(
-                f"{folder} holds no picture; expected class folders, files ending in {', '.join(sorted(EXTENSIONS))}, "
+                f"{folder} holds no image; expected class folders, files ending in {', '.join(sorted(EXTENSIONS))}, "
                 "*.parquet, *.tar or captions.csv"
             )
         return ImageFiles(str(folder), paths)
@@ -69,7 +69,7 @@ def open_folder(folder: Path) -> ImageFiles:
     for label, name in enumerate(names):
         paths = sorted(map(str, walk_images(folder / name)))
         if not paths:
-            raise ValueError(f"class folder {folder / name} holds no picture; put some in it or remove the folder")
+            raise ValueError(f"class folder {folder / name} holds no image; put some in it or remove the folder")
         found += paths
         labels.extend([label] * len(paths))
     return ImageFiles(str(folder), found, classes=tuple(names), labels=labels)

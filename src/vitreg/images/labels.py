@@ -16,7 +16,7 @@ def classes_of(labels: array[int], names: tuple[str, ...], source: str) -> tuple
     """Names of the classes that labels are numbers of; the numbers themselves where no names are known.
 
     Args:
-        labels: class number of every picture.
+        labels: class number of every image.
         names: those that are known, maybe none.
         source: for messages.
 
@@ -60,7 +60,7 @@ def check_same_classes(train: tuple[str, ...], held_out: tuple[str, ...], train_
 
     Args:
         train: names of the classes.
-        held_out: those of another part of the pictures.
+        held_out: those of another part of the images.
         train_name: for messages.
         held_out_name: for messages.
 

@@ -1,4 +1,4 @@
-"""Sets of pictures with a class for every pixel: ADE20k, Pascal VOC 2012, and folder pairs."""
+"""Sets of images with a class for every pixel: ADE20k, Pascal VOC 2012, and folder pairs."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ from vitreg.images.reading import ImageError
 IGNORED = 255
 """The class of pixels that do not count."""
 
-_UNCOUNTED = frozenset({"ignore", "unlabeled", "unlabelled", "void"})
+_UNCOUNTED = frozenset({"ignore", "unlabeled", "void"})
 _MASKS_AHEAD = 32
 _PARTS = ("train", "val")
 _VOC = (
@@ -58,7 +58,7 @@ class PixelClasses:
 
 
 class SegmentationSet(DenseSet):
-    """Picture files with a class for every pixel."""
+    """Image files with a class for every pixel."""
 
     kind = "mask"
     modes = frozenset({"1", "L", "P", "I;16", "I"})
@@ -106,15 +106,15 @@ class SegmentationSet(DenseSet):
 def open_segmentation(
     source: str, *, num_classes: int | None = None, ignore: int | None = None
 ) -> tuple[SegmentationSet, SegmentationSet]:
-    """The pictures with masks that `source` names: those to train on, and those to judge by.
+    """The images with masks that `source` names: those to train on, and those to judge by.
 
     - `ade20k:PATH`: PATH holds `ADEChallengeData2016` as released; 150 classes, 0 in a mask does not count.
     - `voc2012:PATH`: PATH holds `VOCdevkit`; the lists `train` and `val` of `ImageSets/Segmentation`, 21 classes.
-    - PATH: a folder with `train/images`, `train/masks`, `val/images` and `val/masks`. A mask has its picture's name and
+    - PATH: a folder with `train/images`, `train/masks`, `val/images` and `val/masks`. A mask has its image's name and
       one channel, or a palette, of class numbers.
 
     A folder's `classes.csv` (columns `label` and `name`) or `classes.txt` (a name a line, from 0) says what the numbers
-    mean; those named void, ignore or unlabelled do not count. Without either, classes are the numbers from 0 to the
+    mean; those named void, ignore or unlabeled do not count. Without either, classes are the numbers from 0 to the
     largest in the training masks, all of which are read for it. 255 never counts.
 
     Args:
@@ -123,7 +123,7 @@ def open_segmentation(
         ignore: a number that does not count in a folder's masks, beside 255.
 
     Raises:
-        ValueError: there is nothing of the kind, or masks do not fit their pictures; the message has the first files.
+        ValueError: there is nothing of the kind, or masks do not fit their images; the message has the first files.
     """
     kind, _, path = source.partition(":")
     if kind not in _RELEASED:

@@ -1,4 +1,4 @@
-"""Pictures in Parquet files, as Hugging Face's data sets store them."""
+"""Images in Parquet files, as Hugging Face's data sets store them."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any
 
 from PIL import Image
 
-from vitreg.images.labelled import ImageSet, source_of
+from vitreg.images.labeled import ImageSet, source_of
 from vitreg.images.labels import classes_of, read_class_names
 from vitreg.images.reading import ImageError, decode_image
 
@@ -23,9 +23,9 @@ CAPTION_COLUMNS = ("caption", "captions", "text")
 
 
 class ParquetImages(ImageSet):
-    """Pictures of Parquet files, in the order of the files and their rows.
+    """Images of Parquet files, in the order of the files and their rows.
 
-    The column `image` holds the bytes of picture files, in a struct's field `bytes` or by itself (it may then also be
+    The column `image` holds the bytes of image files, in a struct's field `bytes` or by itself (it may then also be
     called `image.bytes`). Optional are `label` (integers; their names are in Hugging Face's metadata, or in a
     `classes.csv` with columns `label` and `name` beside the files) and `caption`, `captions` or `text` (a sentence or a
     list of them).
@@ -42,7 +42,7 @@ class ParquetImages(ImageSet):
         """
         self._files = tuple(files)
         self.source = source_of(files)
-        self._pictures: list[pyarrow.ChunkedArray] = []
+        self._images: list[pyarrow.ChunkedArray] = []
         self._captions: list[pyarrow.ChunkedArray] = []
         labels, names = array("q"), read_class_names(files[0].parent)
         expected: set[str] = set()
@@ -50,15 +50,15 @@ class ParquetImages(ImageSet):
             columns = _read_columns(file)
             if columns.keys() != (expected := expected or set(columns)):
                 raise ValueError(f"{file} and {files[0]} have different columns; give files of one data set")
-            self._pictures.append(columns["image"])
+            self._images.append(columns["image"])
             if "label" in columns:
                 labels.frombytes(columns["label"].to_numpy().tobytes())
                 names = names or columns["names"]
             if "caption" in columns:
                 self._captions.append(columns["caption"])
-        self._starts = [0, *accumulate(len(pictures) for pictures in self._pictures)]
+        self._starts = [0, *accumulate(len(images) for images in self._images)]
         if not len(self):
-            raise ValueError(f"{self.source} has no rows; expected one for each picture")
+            raise ValueError(f"{self.source} has no rows; expected one for each image")
         self.classes = classes_of(labels, names, self.source) if labels else ()
         self.labels = labels if self.classes else None
 
@@ -68,11 +68,11 @@ class ParquetImages(ImageSet):
     def __len__(self) -> int:
         return self._starts[-1]
 
-    def picture(self, index: int) -> Image.Image:
+    def image(self, index: int) -> Image.Image:
         file, row = self._place(index)
-        data = self._pictures[file][row].as_buffer()
+        data = self._images[file][row].as_buffer()
         if data is None:
-            raise ImageError(f"{self.name(index)} has no bytes; only pictures inside the file can be read")
+            raise ImageError(f"{self.name(index)} has no bytes; only images inside the file can be read")
         return decode_image(memoryview(data), self.name(index))
 
     def name(self, index: int) -> str:
@@ -107,18 +107,16 @@ def _read_columns(file: Path) -> dict[str, Any]:
     try:
         with pyarrow.parquet.ParquetFile(file) as parquet:
             schema = parquet.schema_arrow
-            picture = next((name for name in ("image", "image.bytes") if name in schema.names), None)
-            if picture is None:
+            column = next((name for name in ("image", "image.bytes") if name in schema.names), None)
+            if column is None:
                 raise ValueError(
-                    f"{file} has no column `image`, only {', '.join(schema.names)}; rename that of the pictures"
+                    f"{file} has no column `image`, only {', '.join(schema.names)}; rename that of the images"
                 )
-            nested = types.is_struct(schema.field(picture).type)
-            image = parquet.read([f"{picture}.bytes" if nested else picture]).column(picture)
+            nested = types.is_struct(schema.field(column).type)
+            image = parquet.read([f"{column}.bytes" if nested else column]).column(column)
             columns: dict[str, Any] = {"image": image.flatten()[0] if nested else image}
             if not _is_binary(columns["image"].type):
-                raise ValueError(
-                    f"{file} has no bytes in `image` but {schema.field(picture).type}; store picture files"
-                )
+                raise ValueError(f"{file} has no bytes in `image` but {schema.field(column).type}; store image files")
             if "label" in schema.names:
                 columns["label"] = _labels(parquet.read(["label"]).column("label"), file)
                 columns["names"] = _hugging_face_names(schema)

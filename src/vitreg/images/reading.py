@@ -1,4 +1,4 @@
-"""Picture files: finding them, and reading any of them as upright RGB or saying in one sentence why not."""
+"""Image files: finding them, and reading any of them as upright RGB or saying in one sentence why not."""
 
 import difflib
 import glob
@@ -13,10 +13,10 @@ import numpy as np
 from PIL import Image, ImageCms
 
 MAX_PIXELS = 178_956_970
-"""More than this in one picture is refused before decoding; Pillow's own limit on decompression bombs."""
+"""More than this in one image is refused before decoding; Pillow's own limit on decompression bombs."""
 
 EXTENSIONS = frozenset({"avif", "bmp", "gif", "jpeg", "jpg", "pgm", "png", "ppm", "tif", "tiff", "webp"})
-"""What counts as a picture in folders and patterns; a file that is named is read whatever it is called."""
+"""What counts as an image in folders and patterns; a file that is named is read whatever it is called."""
 
 _ORIENTATION_TAG = 0x0112
 _UPRIGHT = {
@@ -31,18 +31,18 @@ _UPRIGHT = {
 
 
 class ImageError(ValueError):
-    """A file that cannot be read as a picture: one sentence with the file, what is wrong and what to do."""
+    """A file that cannot be read as an image: one sentence with the file, what is wrong and what to do."""
 
 
 def read_image(path: str | Path) -> Image.Image:
-    """The picture in a file as RGB, turned upright by its EXIF orientation.
+    """The image in a file as RGB, turned upright by its EXIF orientation.
 
     Transparent parts come out white; of animations and documents the first frame is taken. 16-bit grey is
     divided by 257. 32-bit integer grey is taken for 16-bit where its values fit, floating-point grey for 0..1
     or 0..255 where its values fit; otherwise both are stretched from their minimum to their maximum.
 
     Raises:
-        ImageError: The file is missing, unreadable, no picture, damaged, or larger than `MAX_PIXELS`.
+        ImageError: The file is missing, unreadable, no image, damaged, or larger than `MAX_PIXELS`.
     """
     path = Path(path)
     _check_file(path)
@@ -50,14 +50,14 @@ def read_image(path: str | Path) -> Image.Image:
 
 
 def decode_image(data: bytes | memoryview, name: str) -> Image.Image:
-    """What `read_image` gives, from the bytes of a picture file.
+    """What `read_image` gives, from the bytes of an image file.
 
     Args:
         data: the file's content.
-        name: what to call the picture in messages.
+        name: what to call the image in messages.
 
     Raises:
-        ImageError: They are no picture, damaged, or one larger than `MAX_PIXELS`.
+        ImageError: They are no image, damaged, or one larger than `MAX_PIXELS`.
     """
     if not len(data):
         raise ImageError(f"{name} is empty (0 bytes); replace it or leave it out")
@@ -96,7 +96,7 @@ def _read(source: Path | io.BytesIO, name: str) -> Image.Image:
     except PermissionError:
         raise ImageError(f"{name} may not be read; check its permissions") from None
     except Image.UnidentifiedImageError:
-        raise ImageError(f"{name} is not a picture that Pillow can read; convert it to PNG or JPEG") from None
+        raise ImageError(f"{name} is not an image that Pillow can read; convert it to PNG or JPEG") from None
     # Damaged files raise whatever the parsing trips over: OSError, SyntaxError, struct.error, KeyError ...
     except Exception as error:
         what = str(error) or type(error).__name__
@@ -104,10 +104,10 @@ def _read(source: Path | io.BytesIO, name: str) -> Image.Image:
 
 
 def image_size(path: str | Path) -> tuple[int, int]:
-    """(height, width) in pixels of the upright picture, from the file's header alone.
+    """(height, width) in pixels of the upright image, from the file's header alone.
 
     Raises:
-        ImageError: The file is missing, unreadable or no picture.
+        ImageError: The file is missing, unreadable or no image.
     """
     path = Path(path)
     _check_file(path)
@@ -116,18 +116,18 @@ def image_size(path: str | Path) -> tuple[int, int]:
             turned = (_orientation(image) or 1) >= 5
             return (image.width, image.height) if turned else (image.height, image.width)
     except Exception as error:
-        raise ImageError(f"{path} is not a picture that Pillow can read; convert it to PNG or JPEG") from error
+        raise ImageError(f"{path} is not an image that Pillow can read; convert it to PNG or JPEG") from error
 
 
 def find_images(sources: str | Path | Iterable[str | Path]) -> list[Path]:
-    """The picture files that `sources` name: files, folders (and theirs), and patterns like `photos/*.jpg`.
+    """The image files that `sources` name: files, folders (and theirs), and patterns like `photos/*.jpg`.
 
     Files come in the order of the sources, those of one folder or pattern sorted naturally (`2.jpg` before
     `10.jpg`), each once. In folders and patterns, hidden files and what does not end in one of `EXTENSIONS`
     are passed over; links are followed, and broken ones kept, so that they get reported where they are read.
 
     Raises:
-        ImageError: A source does not exist, a folder cannot be listed, or there is no picture in any of them.
+        ImageError: A source does not exist, a folder cannot be listed, or there is no image in any of them.
     """
     if isinstance(sources, str | Path):
         sources = [sources]
@@ -138,7 +138,7 @@ def find_images(sources: str | Path | Iterable[str | Path]) -> list[Path]:
             found.setdefault(os.path.abspath(path), path)
     if not found:
         where = ", ".join(map(str, sources)) or "an empty list"
-        raise ImageError(f"no picture in {where}; looked for files ending in {', '.join(sorted(EXTENSIONS))}")
+        raise ImageError(f"no image in {where}; looked for files ending in {', '.join(sorted(EXTENSIONS))}")
     return list(found.values())
 
 
@@ -154,7 +154,7 @@ def _files(source: Path) -> Iterable[Path]:
 
 
 def walk_images(folder: Path) -> Iterator[Path]:
-    """The picture files below a folder in no order, chosen as `find_images` does but without the cost of its sorting.
+    """The image files below a folder in no order, chosen as `find_images` does but without the cost of its sorting.
 
     Raises:
         ImageError: A folder cannot be listed.
@@ -217,9 +217,9 @@ def _check_file(path: Path) -> None:
             raise ImageError(f"{path} is a link to a file that does not exist; restore it or remove the link") from None
         raise ImageError(f"{path} cannot be read ({error.strerror}); check the path") from None
     if stat.S_ISDIR(status.st_mode):
-        raise ImageError(f"{path} is a folder; use find_images to list the pictures in it")
+        raise ImageError(f"{path} is a folder; use find_images to list the images in it")
     if not stat.S_ISREG(status.st_mode):
-        raise ImageError(f"{path} is not a regular file; save the picture to one")
+        raise ImageError(f"{path} is not a regular file; save the image to one")
     if status.st_size == 0:
         raise ImageError(f"{path} is empty (0 bytes); replace it or leave it out")
 
@@ -227,7 +227,7 @@ def _check_file(path: Path) -> None:
 def _orientation(image: Image.Image) -> int | None:
     try:
         return image.getexif().get(_ORIENTATION_TAG)
-    # A picture with damaged EXIF is a good picture that does not say which way is up.
+    # An image with damaged EXIF is a good image that does not say which way is up.
     except Exception:
         return None
 

@@ -1,4 +1,4 @@
-"""Recognises how a set of pictures is stored, and which part of it is held out."""
+"""Recognizes how a set of images is stored, and which part of it is held out."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from pathlib import Path
 
 from vitreg.images.captions import open_captions
 from vitreg.images.files import ImageFiles, open_folder
-from vitreg.images.labelled import ImageSet, source_of
+from vitreg.images.labeled import ImageSet, source_of
 from vitreg.images.labels import check_same_classes
 from vitreg.images.parquet import ParquetImages
 from vitreg.images.reading import EXTENSIONS, find_images
@@ -19,9 +19,9 @@ _RANGE = re.compile(r"\{(\d+)\.\.(\d+)\}")
 
 
 def open_image_set(path: str | Path) -> ImageSet:
-    """The pictures at a path, whichever of these it is.
+    """The images at a path, whichever of these it is.
 
-    - A folder of pictures, or of folders for the classes, as ImageNet's.
+    - A folder of images, or of folders for the classes, as ImageNet's.
     - `captions.csv` (rows of `image,caption`), or the folder that holds it.
     - Parquet with a column `image`: a file, a folder of them, or a pattern like `train-*.parquet`.
     - WebDataset: a `.tar`, a folder of them, or a pattern like `shard-*.tar` or `shard-{000000..000099}.tar`.
@@ -38,7 +38,7 @@ def open_image_set(path: str | Path) -> ImageSet:
 
 
 def open_split(path: str | Path) -> tuple[ImageSet, ImageSet | None]:
-    """The pictures to train on, and those that are held out where the folder has both.
+    """The images to train on, and those that are held out where the folder has both.
 
     These are its folders `train` and `val` (or `validation`, or `test`), or its Parquet files or tars that have these
     words in their names. Otherwise everything is for training.
@@ -61,7 +61,7 @@ def _parts(folder: Path) -> dict[str, list[Path]]:
         return {}
     names = ("train", *_HELD_OUT)
     folders = {name: [folder / name] for name in names if (folder / name).is_dir()}
-    # A class may be called train, too: then it has other neighbours.
+    # A class may be called train, too: then it has other neighbors.
     if "train" in folders and (len(folders) > 1 or sum(entry.is_dir() for entry in folder.iterdir()) == 1):
         return folders
     for suffix in (".parquet", ".tar"):
@@ -113,9 +113,9 @@ def _open(files: list[Path]) -> ImageSet:
         return TarImages(files)
     if kinds == {".csv"} and len(files) == 1:
         return open_captions(first)
-    if kinds <= {"folder", "picture", "missing"}:
+    if kinds <= {"folder", "image", "missing"}:
         return ImageFiles(source_of(files), map(str, find_images(files)))
-    raise ValueError(f"no set of pictures in {source_of(files)}; give a folder, one CSV file, Parquet files or tars")
+    raise ValueError(f"no set of images in {source_of(files)}; give a folder, one CSV file, Parquet files or tars")
 
 
 def _kind(file: Path) -> str:
@@ -126,7 +126,7 @@ def _kind(file: Path) -> str:
     # Compressed tars, too: opening them says what to do.
     if ".tar" in file.suffixes or file.suffix == ".tgz":
         return ".tar"
-    return "picture" if file.suffix[1:].lower() in EXTENSIONS else file.suffix.lower()
+    return "image" if file.suffix[1:].lower() in EXTENSIONS else file.suffix.lower()
 
 
 def _open_folder(folder: Path) -> ImageSet:

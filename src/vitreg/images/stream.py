@@ -1,4 +1,4 @@
-"""Many pictures to a model: decoded by background threads, in order, in full batches, in constant memory."""
+"""Many images to a model: decoded by background threads, in order, in full batches, in constant memory."""
 
 from collections.abc import Iterable, Iterator
 from contextlib import closing
@@ -27,7 +27,7 @@ class SkippedImage:
 
 @dataclass(frozen=True, eq=False)
 class ImageBatch:
-    """Pictures ready for the model, the files they are from, and (height, width) of the upright pictures in these."""
+    """Images ready for the model, the files they are from, and (height, width) of the upright images in these."""
 
     images: Float[Tensor, "B 3 h w"]
     paths: list[Path]
@@ -35,21 +35,21 @@ class ImageBatch:
 
 
 @dataclass(frozen=True, eq=False)
-class _Picture:
+class _Pixels:
     pixels: UInt8[Tensor, "3 h w"]
     size: tuple[int, int]
 
 
-_Decoded = tuple[Path, _Picture | ImageError]
+_Decoded = tuple[Path, _Pixels | ImageError]
 
 
 class ImageStream:
-    """Batches of preprocessed pictures from files, any number of them; iterate as often as you like.
+    """Batches of preprocessed images from files, any number of them; iterate as often as you like.
 
     Threads decode while the model computes. They stay at most `_BATCHES_AHEAD` batches ahead, so memory does
     not grow with the number of files, and they end with the iteration, also when it is left early.
 
-    Skipped files are made up for by those that follow: only the last batch may be short. But where pictures
+    Skipped files are made up for by those that follow: only the last batch may be short. But where images
     come out in different sizes (`Preprocess(crop="none")`), a batch ends where the size changes.
 
     Attributes:
@@ -70,11 +70,11 @@ class ImageStream:
 
         Args:
             paths: Files, as from `find_images`.
-            preprocess: What is done to each picture, `vit.preprocess`.
-            batch_size: Pictures a batch.
+            preprocess: What is done to each image, `vit.preprocess`.
+            batch_size: Images a batch.
             strict: Raise `ImageError` at the first file that cannot be read, instead of skipping it.
             num_threads: Decoding threads; by default one for each core this process may use, at most 8.
-            device: Where batches are put. They travel as bytes and are normalised there.
+            device: Where batches are put. They travel as bytes and are normalized there.
 
         Raises:
             ValueError: `paths` is a single path, or a count is below 1.
@@ -100,34 +100,34 @@ class ImageStream:
 
     def __iter__(self) -> Iterator[ImageBatch]:
         skipped = self.skipped = []
-        batch: list[tuple[Path, _Picture]] = []
+        batch: list[tuple[Path, _Pixels]] = []
         ahead = _BATCHES_AHEAD * self.batch_size
         with closing(map_ahead(self._decode, self.paths, ahead=ahead, num_threads=self.num_threads)) as decoded:
-            for path, picture in decoded:
-                if isinstance(picture, ImageError):
+            for path, found in decoded:
+                if isinstance(found, ImageError):
                     if self.strict:
-                        raise picture
-                    skipped.append(SkippedImage(path, str(picture)))
+                        raise found
+                    skipped.append(SkippedImage(path, str(found)))
                     continue
-                if batch and batch[0][1].pixels.shape != picture.pixels.shape:
+                if batch and batch[0][1].pixels.shape != found.pixels.shape:
                     yield self._collate(batch)
                     batch = []
-                batch.append((path, picture))
+                batch.append((path, found))
                 if len(batch) == self.batch_size:
                     yield self._collate(batch)
                     batch = []
             if batch:
                 yield self._collate(batch)
 
-    def _collate(self, batch: list[tuple[Path, _Picture]]) -> ImageBatch:
-        paths, pictures = zip(*batch, strict=True)
-        stacked = torch.from_numpy(np.stack([picture.pixels.numpy() for picture in pictures]))
+    def _collate(self, batch: list[tuple[Path, _Pixels]]) -> ImageBatch:
+        paths, decoded = zip(*batch, strict=True)
+        stacked = torch.from_numpy(np.stack([one.pixels.numpy() for one in decoded]))
         images = self.preprocess.normalize(stacked.to(self.device))
-        return ImageBatch(images, list(paths), [picture.size for picture in pictures])
+        return ImageBatch(images, list(paths), [one.size for one in decoded])
 
     def _decode(self, path: Path) -> _Decoded:
         try:
             image = read_image(path)
-            return path, _Picture(self.preprocess.pixels(image), (image.height, image.width))
+            return path, _Pixels(self.preprocess.pixels(image), (image.height, image.width))
         except ImageError as error:
             return path, error

@@ -63,7 +63,7 @@ def _check_first(path: Path, header: bytes) -> None:
     if header[257:262] == b"ustar":
         return
     if header.startswith(_COMPRESSED):
-        raise ValueError(f"{path} is compressed, so that its pictures cannot be read in any order; unpack it to a .tar")
+        raise ValueError(f"{path} is compressed, so that its images cannot be read in any order; unpack it to a .tar")
     raise ValueError(f"{path} is no tar archive (ustar, GNU or pax); give .tar files")
 
 

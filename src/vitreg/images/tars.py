@@ -1,4 +1,4 @@
-"""Pictures in tar archives, as WebDataset stores them."""
+"""Images in tar archives, as WebDataset stores them."""
 
 from __future__ import annotations
 
@@ -11,14 +11,14 @@ from typing import Any, BinaryIO
 
 from PIL import Image
 
-from vitreg.images.labelled import ImageSet, source_of
+from vitreg.images.labeled import ImageSet, source_of
 from vitreg.images.labels import classes_of, read_class_names
 from vitreg.images.packed import PackedStrings
 from vitreg.images.reading import ImageError, decode_image
 from vitreg.images.tar_index import tar_members
 
-# Where a sample has several, the first of these is its picture.
-_PICTURES = ("jpg", "jpeg", "png", "webp")
+# Where a sample has several, the first of these is its image.
+_IMAGES = ("jpg", "jpeg", "png", "webp")
 # As WebDataset splits names: the key ends at the first dot of the file's own name.
 _KEY = re.compile(r"((?:.*/)?[^./]+)\.([^/]+)")
 
@@ -28,24 +28,24 @@ _Member = tuple[int, int]
 
 
 class TarImages(ImageSet):
-    """Pictures of uncompressed tar archives, in the order of the archives and of the samples in them.
+    """Images of uncompressed tar archives, in the order of the archives and of the samples in them.
 
-    Files whose names are the same up to the first dot are one sample: the picture (jpg, jpeg, png or webp), and maybe
+    Files whose names are the same up to the first dot are one sample: the image (jpg, jpeg, png or webp), and maybe
     its label (`cls`, a number, or `label` in `json`) and its caption (`txt`, or `caption` in `json`). The first sample
     decides which of these are used. Class names are taken from a `classes.csv` (`label,name`) beside the archives.
 
-    Archives are scanned once for where everything is; a picture is then one read.
+    Archives are scanned once for where everything is; an image is then one read.
     """
 
     def __init__(self, archives: Sequence[Path]) -> None:
         """Scans the archives.
 
         Raises:
-            ValueError: an archive is compressed, damaged or holds no picture, or the label of a picture is missing.
+            ValueError: an archive is compressed, damaged or holds no image, or the label of an image is missing.
         """
         self.source = source_of(archives)
         self._archives = tuple(archives)
-        self._archive, self._picture, self._caption = array("i"), array("q"), array("q")
+        self._archive, self._image, self._caption = array("i"), array("q"), array("q")
         self._label_in = self._caption_in = ""
         names: list[str] = []
         labels = array("q")
@@ -53,20 +53,20 @@ class TarImages(ImageSet):
             before, samples = len(names), _samples(archive)
             with archive.open("rb") as file:
                 for key, members in samples.items():
-                    picture = next((extension for extension in _PICTURES if extension in members), None)
-                    if picture is None:
+                    image = next((extension for extension in _IMAGES if extension in members), None)
+                    if image is None:
                         continue
                     where = f"{archive}, {key}"
                     if not names:
                         self._label_in, self._caption_in = _extensions(file, members, where)
                     if self._label_in or "cls" in members:
                         labels.append(_label(file, members, self._label_in, where))
-                    names.append(f"{key}.{picture}")
+                    names.append(f"{key}.{image}")
                     self._archive.append(number)
-                    self._picture.extend(members[picture])
+                    self._image.extend(members[image])
                     self._caption.extend(members.get(self._caption_in, (0, 0)))
             if len(names) == before:
-                raise ValueError(f"{archive} holds no picture; expected members named KEY.{', KEY.'.join(_PICTURES)}")
+                raise ValueError(f"{archive} holds no image; expected members named KEY.{', KEY.'.join(_IMAGES)}")
         self._names = PackedStrings(names)
         self.classes = classes_of(labels, read_class_names(archives[0].parent), self.source) if labels else ()
         self.labels = labels if self.classes else None
@@ -74,8 +74,8 @@ class TarImages(ImageSet):
     def __len__(self) -> int:
         return len(self._names)
 
-    def picture(self, index: int) -> Image.Image:
-        return decode_image(self._read(index, self._picture), self.name(index))
+    def image(self, index: int) -> Image.Image:
+        return decode_image(self._read(index, self._image), self.name(index))
 
     def name(self, index: int) -> str:
         return f"{self._archives[self._archive[index]]}, {self._names[index]}"
@@ -125,7 +125,7 @@ def _extensions(file: BinaryIO, members: dict[str, _Member], where: str) -> tupl
 
 def _label(file: BinaryIO, members: dict[str, _Member], extension: str, where: str) -> int:
     if extension not in members:
-        raise ValueError(f"{where} and the first picture do not both have a label in a .cls; write one for each")
+        raise ValueError(f"{where} and the first image do not both have a label in a .cls; write one for each")
     data = _read(file, members[extension])
     value: Any = data.decode(errors="replace") if extension == "cls" else _fields(data, where).get("label")
     try:

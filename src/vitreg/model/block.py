@@ -99,7 +99,7 @@ class Block(nn.Module):
 
     With `parallel`, both branches read `norm1(x)` and share one scale (ViT-22B, arXiv 2302.05442).
 
-    A test-time register stands for the several artifacts of a picture, each of which had a share in the softmax. With a
+    A test-time register stands for the several artifacts of an image, each of which had a share in the softmax. With a
     `register_weight` of w, attention sees it w times: what w equal registers would do, without their cost elsewhere.
 
     Args:

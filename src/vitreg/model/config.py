@@ -37,11 +37,11 @@ class RopeConfig:
 
     Attributes:
         frequencies: radians per coordinate unit, head_dim / 4 of them.
-        coordinates: `"centered"`: patch centres on [-1, 1] along each side (DINOv3); `"index"`: patch numbers
+        coordinates: `"centered"`: patch centers on [-1, 1] along each side (DINOv3); `"index"`: patch numbers
             from 0.
-        offset: added to patch numbers (`"index"`) or to centres before they are scaled (`"centered"`).
+        offset: added to patch numbers (`"index"`) or to centers before they are scaled (`"centered"`).
         reference_grid: rescale patch numbers so that the grid spans this one (EVA); None leaves them.
-        interleaved: rotate neighbouring channels together (EVA) instead of the two halves of a head (DINOv3).
+        interleaved: rotate neighboring channels together (EVA) instead of the two halves of a head (DINOv3).
         swap_axes: put the column before the row.
     """
 
@@ -75,14 +75,14 @@ class ViTConfig:
         pool: what the head reads: the class token, the mean of the patches, both concatenated, or an
             attention pool.
         pool_heads: heads of the attention pool.
-        final_norm: normalise all tokens after the last block.
-        fc_norm: normalise the pooled feature (instead, for MAE-style and CLIP models).
-        norm_pre: normalise after the position embedding (CLIP).
+        final_norm: normalize all tokens after the last block.
+        fc_norm: normalize the pooled feature (instead, for MAE-style and CLIP models).
+        norm_pre: normalize after the position embedding (CLIP).
         patch_bias: whether the patch projection has a bias.
         qkv_bias, key_bias: whether queries, keys, values have a bias; DINOv3 masks the keys' part.
         proj_bias, mlp_bias: whether the outputs of attention and the MLP's layers have a bias.
         differential: attention is the difference of two softmaxes (`DifferentialAttention`).
-        qk_norm: normalise queries and keys per head.
+        qk_norm: normalize queries and keys per head.
         attention_norm, mlp_norm: a norm before the output projection of attention or MLP (EVA-02).
         activation: non-linearity of the MLP.
         gated_mlp: `act(gate) * value` in the MLP (SwiGLU with silu).
@@ -92,7 +92,7 @@ class ViTConfig:
         learned_positions: whether there is a position table for the patches.
         position_interpolation: the checkpoint's rule for other image sizes.
         rope: rotary embedding, or None.
-        preprocess: how pictures become the checkpoint's input.
+        preprocess: how images become the checkpoint's input.
         name: where the weights come from, for reports.
         architecture: timm's name of the architecture where there is one.
         changes: what was done to the checkpoint, in sentences.

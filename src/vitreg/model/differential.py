@@ -69,7 +69,7 @@ class DifferentialAttention(Attention):
 
 
 class HalvesNorm(nn.LayerNorm):
-    """Normalises both halves of a head apart, with the same weights."""
+    """Normalizes both halves of a head apart, with the same weights."""
 
     def forward(self, input: Float[Tensor, "B H T d"]) -> Float[Tensor, "B H T d"]:
         return super().forward(input.unflatten(-1, (2, -1))).flatten(-2)

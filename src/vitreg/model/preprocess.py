@@ -1,4 +1,4 @@
-"""What a checkpoint expects of its pictures: size, crop, interpolation, mean and standard deviation."""
+"""What a checkpoint expects of its images: size, crop, interpolation, mean and standard deviation."""
 
 import math
 from collections.abc import Mapping
@@ -15,7 +15,7 @@ from torch.nn import functional
 IMAGENET_MEAN = (0.485, 0.456, 0.406)
 IMAGENET_STD = (0.229, 0.224, 0.225)
 MAX_ASPECT = 16
-"""With `crop="none"` longer pictures are squeezed to this aspect: 3000 x 1 would become 672000 x 224."""
+"""With `crop="none"` longer images are squeezed to this aspect: 3000 x 1 would become 672000 x 224."""
 
 Interpolation = Literal["bicubic", "bilinear", "nearest", "lanczos"]
 Crop = Literal["center", "squash", "border", "none", "pad"]
@@ -37,15 +37,15 @@ class Preprocess:
     """The evaluation transform of a checkpoint, equal to timm's (`timm.data.create_transform`).
 
     Attributes:
-        size: Height and width in pixels that the picture is cropped to.
+        size: Height and width in pixels that the image is cropped to.
         mean: Per channel (RGB), of values in 0..1.
         std: Per channel (RGB), of values in 0..1.
         interpolation: Pillow's filter; all but "nearest" are antialiased.
-        crop_pct: The part of the resized picture that the crop keeps (timm's `crop_pct`).
-        crop: "center" resizes the short side to `size / crop_pct` and takes the centre. "squash" resizes
+        crop_pct: The part of the resized image that the crop keeps (timm's `crop_pct`).
+        crop: "center" resizes the short side to `size / crop_pct` and takes the center. "squash" resizes
             both sides to it, whatever the aspect (SigLIP). "border" resizes the long side to it and pads with
-            the mean. "none" keeps the whole picture and its aspect: short side to `min(size)`, both sides to
-            the nearest multiple of `multiple_of`, so pictures differ in size; aspects beyond `MAX_ASPECT` are
+            the mean. "none" keeps the whole image and its aspect: short side to `min(size)`, both sides to
+            the nearest multiple of `multiple_of`, so images differ in size; aspects beyond `MAX_ASPECT` are
             squeezed to it. "pad" keeps every pixel as it is and pads right and bottom with the mean to the next
             multiple of `multiple_of`.
         multiple_of: The patch size. Where it does not divide `size`, the rows and columns left over at the
@@ -85,11 +85,11 @@ class Preprocess:
             multiple_of: The patch size of the model.
 
         Raises:
-            ValueError: The model is not for RGB pictures, or names an interpolation or crop unknown here.
+            ValueError: The model is not for RGB images, or names an interpolation or crop unknown here.
         """
         channels, height, width = config.get("input_size") or (3, 224, 224)
         if channels != 3:
-            raise ValueError(f"the checkpoint takes {channels} channels; vitreg reads RGB pictures, 3 channels")
+            raise ValueError(f"the checkpoint takes {channels} channels; vitreg reads RGB images, 3 channels")
         return cls(
             size=(height, width),
             mean=tuple(config.get("mean") or IMAGENET_MEAN),
@@ -101,15 +101,15 @@ class Preprocess:
         )
 
     def with_size(self, height: int, width: int) -> "Preprocess":
-        """The same preprocessing for pictures of another size in pixels."""
+        """The same preprocessing for images of another size in pixels."""
         return replace(self, size=(height, width))
 
     def __call__(self, image: Image.Image) -> Float[Tensor, "3 h w"]:
-        """The picture as the model wants it: resized, cropped, normalised float32."""
+        """The image as the model wants it: resized, cropped, normalized float32."""
         return self.normalize(self.pixels(image))
 
     def pixels(self, image: Image.Image) -> UInt8[Tensor, "3 h w"]:
-        """The geometric part alone: the picture resized and cropped, values 0..255."""
+        """The geometric part alone: the image resized and cropped, values 0..255."""
         if image.mode != "RGB":
             image = image.convert("RGB")
         window = self._window(image, self._geometry(image.height, image.width))
@@ -122,10 +122,10 @@ class Preprocess:
         if pixels.device.type != "cpu":
             return pixels.to(torch.float32).mul_(scale).add_(shift)
         images = torch.empty(pixels.shape)
-        # Picture by picture it stays in the cache. And by numpy, because torch's threads would spin, waiting
-        # for the cores `images.ImageStream` decodes on: half a core-millisecond a picture on two cores.
-        pictures = pixels.reshape(-1, *pixels.shape[-3:]).numpy()
-        for source, target in zip(pictures, images.view(pictures.shape).numpy(), strict=True):
+        # Image by image it stays in the cache. And by numpy, because torch's threads would spin, waiting
+        # for the cores `images.ImageStream` decodes on: half a core-millisecond an image on two cores.
+        flat = pixels.reshape(-1, *pixels.shape[-3:]).numpy()
+        for source, target in zip(flat, images.view(flat.shape).numpy(), strict=True):
             np.multiply(source, scale.numpy(), out=target)
             target += shift.numpy()
         return images
@@ -136,15 +136,15 @@ class Preprocess:
         return images.float().sub(shift).div_(scale).round_().clamp_(0, 255).to(torch.uint8)
 
     def output_size(self, height: int, width: int) -> tuple[int, int]:
-        """Height and width that a picture of `height` x `width` pixels comes out with."""
+        """Height and width that an image of `height` x `width` pixels comes out with."""
         geometry = self._geometry(height, width)
         return geometry.rows, geometry.columns
 
     def region(self, height: int, width: int) -> tuple[float, float, float, float]:
-        """The part of a `height` x `width` picture that comes out: x0, y0, x1, y1 in its own pixels.
+        """The part of a `height` x `width` image that comes out: x0, y0, x1, y1 in its own pixels.
 
         Use it to place on the original what was found in the output. With `crop="border"` and `"pad"` it reaches
-        beyond the picture, by the padding.
+        beyond the image, by the padding.
         """
         geometry = self._geometry(height, width)
         per_row, per_column = height / geometry.height, width / geometry.width
@@ -191,7 +191,7 @@ class Preprocess:
         return _Geometry(rows, columns, 0, 0, rows, columns)
 
     def _window(self, image: Image.Image, geometry: _Geometry) -> np.ndarray:
-        """The window of the resized picture as height x width x 3 bytes, padding where it reaches beyond."""
+        """The window of the resized image as height x width x 3 bytes, padding where it reaches beyond."""
         height, width, top, left, rows, columns = geometry
         x0, y0, x1, y1 = max(left, 0), max(top, 0), min(left + columns, width), min(top + rows, height)
         if image.size == (width, height):
@@ -199,7 +199,7 @@ class Preprocess:
         elif self.interpolation in ("bicubic", "bilinear") and max(height, width) <= MAX_ASPECT * min(height, width):
             seen = _resize(image, height, width, self.interpolation)[y0:y1, x0:x1]
         else:
-            # Pillow computes the window alone; all of a 3000 x 1 picture would be 200 million pixels.
+            # Pillow computes the window alone; all of a 3000 x 1 image would be 200 million pixels.
             per_column, per_row = image.width / width, image.height / height
             box = (x0 * per_column, y0 * per_row, x1 * per_column, y1 * per_row)
             filter_ = Image.Resampling[self.interpolation.upper()]

@@ -92,14 +92,14 @@ class VisionTransformer(nn.Module):
 
     @property
     def preprocess(self) -> Preprocess:
-        """Turns a picture into the checkpoint's input (mean, std, size, interpolation)."""
+        """Turns an image into the checkpoint's input (mean, std, size, interpolation)."""
         return self.config.preprocess
 
     def forward(self, images: Float[Tensor, "B 3 H W"], masked: Masked | None = None) -> Tokens:
         """The tokens after the last block and, where there is one before pooling, after the final norm.
 
         Args:
-            images: normalised as `preprocess` does; sides are multiples of the patch size.
+            images: normalized as `preprocess` does; sides are multiples of the patch size.
             masked: patches that a mask token replaces, for masked image modelling.
 
         Raises:

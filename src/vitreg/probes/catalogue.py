@@ -35,14 +35,14 @@ Task = Literal["classification", "segmentation", "depth"]
 
 @dataclass(frozen=True)
 class ProbeInput:
-    """A model on a set of pictures, as probes see it.
+    """A model on a set of images, as probes see it.
 
     Attributes:
         vit: the model.
         source: what it was loaded from, which has the text tower of a CLIP.
-        train: its features of the training pictures.
-        vals: its features of the validation pictures, first in the size of `train`, then in each of `Probe.enlarged`.
-        train_images, val_images: the pictures that they are of.
+        train: its features of the training images.
+        vals: its features of the validation images, first in the size of `train`, then in each of `Probe.enlarged`.
+        train_images, val_images: the images that they are of.
         class_names: words for the classes, where the set has only numbers.
         state: a file for what a probe keeps while it trains.
     """
@@ -58,7 +58,7 @@ class ProbeInput:
 
     @property
     def val(self) -> FeatureStore:
-        """Its features of the validation pictures, in the size of `train`."""
+        """Its features of the validation images, in the size of `train`."""
         return self.vals[0]
 
     @property
@@ -78,9 +78,9 @@ class Probe:
         blocks: whose tokens it needs, of a model of so many blocks.
         patches: whether it needs patch tokens of these blocks.
         ask: what makes it.
-        labels: whether it needs the classes of pictures.
-        trains: whether it needs training pictures.
-        enlarged: by how much the validation pictures are enlarged besides, for predictions that are averaged over
+        labels: whether it needs the classes of images.
+        trains: whether it needs training images.
+        enlarged: by how much the validation images are enlarged besides, for predictions that are averaged over
             sizes.
         size: short side in pixels of the protocol, which a model whose own size is smaller does not see; None for each
             checkpoint's own. DINOv2 evaluates k-NN and linear classifiers at 224 pixels, whatever the size of its last

@@ -44,7 +44,7 @@ def hold_out(images: ImageSet) -> tuple[ImageSet, ImageSet]:
     if not held_out.any():
         few = "" if images.labels is None else ", and three of no class"
         raise ValueError(
-            f"{images.source} has {len(images)} pictures{few}, of which none can be held out; give more, or a folder "
+            f"{images.source} has {len(images)} images{few}, of which none can be held out; give more, or a folder "
             "with train/ and val/"
         )
     return _part(images, np.flatnonzero(~held_out)), _part(images, np.flatnonzero(held_out))

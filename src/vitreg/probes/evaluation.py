@@ -32,7 +32,7 @@ from vitreg.probes.store.extract import Progress, extract
 from vitreg.probes.store.feature_store import FeatureStore
 from vitreg.probes.store.manifest import read_manifest
 from vitreg.probes.store.origin import FeaturesConfig, Origin, StoredData, StoredModel
-from vitreg.probes.tasks.classes import classes_of_pictures
+from vitreg.probes.tasks.classes import classes_of_images
 from vitreg.probes.tasks.linear import linear_blocks
 
 _CROP = 224 / 256
@@ -121,7 +121,7 @@ def evaluate(
     ]
     for one in data:
         if any(question.probe.labels for question in questions if question.data is one):
-            classes_of_pictures(one.train, one.val)
+            classes_of_images(one.train, one.val)
     open_questions: list[_Question] = []
     for question in questions:
         if (answer := load_answer(question.file, question.asked)) is None:
@@ -171,7 +171,7 @@ class _Question:
         skipped = {"training": len(case.train.skipped) * self.probe.trains, "validation": len(case.val.skipped)}
         val = self.data.val
         shown = {
-            number: Shown(Path(val.name(number)).name, np.asarray(val.picture(number)), val.target(number), prediction)
+            number: Shown(Path(val.name(number)).name, np.asarray(val.image(number)), val.target(number), prediction)
             for number, prediction in result.predictions.items()
             if isinstance(val, DenseSet)
         }

@@ -13,8 +13,8 @@ class KNNConfig:
     """DINOv2's `eval/knn.py`.
 
     Attributes:
-        k: numbers of neighbours; the first is the one for a table of all probes. DINOv2 reports all of them.
-        temperature: a neighbour's vote weighs `exp(cosine similarity / temperature)`.
+        k: numbers of neighbors; the first is the one for a table of all probes. DINOv2 reports all of them.
+        temperature: a neighbor's vote weighs `exp(cosine similarity / temperature)`.
     """
 
     k: tuple[int, ...] = (10, 20, 100, 200)
@@ -22,7 +22,7 @@ class KNNConfig:
 
     def __post_init__(self) -> None:
         if not self.k or min(self.k) < 1:
-            raise ValueError(f"k is {self.k}; give at least one number of neighbours, all above 0")
+            raise ValueError(f"k is {self.k}; give at least one number of neighbors, all above 0")
         if self.temperature <= 0:
             raise ValueError(f"temperature is {self.temperature}; it must be above 0")
 
@@ -34,12 +34,12 @@ class LinearConfig:
     Attributes:
         blocks: the class tokens of so many last blocks are a head's input.
         mean_patch: whether the mean patch token of the last block is added to it.
-        learning_rates: for 256 pictures a batch, and scaled to `head_batch_size`.
-        head_batch_size: pictures an iteration of the heads' training.
+        learning_rates: for 256 images a batch, and scaled to `head_batch_size`.
+        head_batch_size: images an iteration of the heads' training.
         epochs: in the protocol's sense, a number of iterations.
         epoch_length: iterations an epoch.
         momentum: of SGD, which has no weight decay here.
-        seed: of the weights and of the order of pictures.
+        seed: of the weights and of the order of images.
     """
 
     blocks: tuple[int, ...] = (1, 4)
@@ -90,7 +90,7 @@ class LogisticConfig:
         max_iter: of L-BFGS, for each fit.
         tolerance: a fit ends when no element of the gradient of the mean loss is larger, as scikit-learn's `tol`.
             (DINOv2 asks for 1e-12 in float64, which float32 cannot reach.)
-        held_back: random share of the training set on which C is chosen; one picture of every class is always fitted.
+        held_back: random share of the training set on which C is chosen; one image of every class is always fitted.
         patience: larger C are not tried after so many in a row that did worse than the best.
         held_back_seed: of the choice of what is held back.
     """
@@ -120,9 +120,9 @@ class SingleTokenConfig:
 
     Attributes:
         block: whose tokens are classified, counted from 0, negative from the end.
-        draws: how often a patch of every picture is drawn, for the deviation. The paper does not say how often; five
+        draws: how often a patch of every image is drawn, for the deviation. The paper does not say how often; five
             tell a deviation of a tenth of a point from one of a point, which is what its table is read for.
-        min_images: a kind of token that fewer pictures of the training or the validation set have has no figure.
+        min_images: a kind of token that fewer images of the training or the validation set have has no figure.
         logistic: how classifiers are fitted. C is chosen with the first draw, and holds for all.
         seed: of the draws.
     """
@@ -150,9 +150,9 @@ class PositionConfig:
         block: whose patch tokens, counted from 0, negative from the end.
         learning_rate: at the start; it falls to zero along a cosine.
         epochs: at most.
-        patience: training ends after so many epochs in which the loss on held out pictures did not fall, and the best
+        patience: training ends after so many epochs in which the loss on held out images did not fall, and the best
             weights are kept.
-        held_out: so many training pictures at most, and at most a tenth of them, are held out for that.
+        held_out: so many training images at most, and at most a tenth of them, are held out for that.
         head_batch_size: patches a step of the head's training.
         seed: of the order of patches.
     """
@@ -186,19 +186,19 @@ class ReconstructionConfig:
 class SegmentationConfig:
     """DINOv2's linear protocol (Oquab et al. 2023; `BNHead`, and the published config of DVT, Yang et al. 2024).
 
-    Batch normalisation and a 1 x 1 convolution, logits upsampled bilinearly, cross-entropy, AdamW, linear warm-up and
-    linear decay to 0. There: 40000 steps of 16 pictures of ADE20k, which are 32 epochs, with random scales, crops,
-    flips and colours. Here pictures are whole and not augmented, because their features are computed once, and the loss
+    Batch normalization and a 1 x 1 convolution, logits upsampled bilinearly, cross-entropy, AdamW, linear warm-up and
+    linear decay to 0. There: 40000 steps of 16 images of ADE20k, which are 32 epochs, with random scales, crops,
+    flips and colors. Here images are whole and not augmented, because their features are computed once, and the loss
     is taken at 4 x 4 points a patch.
 
     Attributes:
         blocks: whose patch tokens are concatenated: the last; the last four are DINOv2's +ms, which also averages over
-            several sizes of the test pictures.
+            several sizes of the test images.
         lr, weight_decay, betas: of AdamW.
         warmup: part of the steps in which the learning rate rises.
-        head_batch_size: pictures a step of the head's training.
+        head_batch_size: images a step of the head's training.
         steps: of training; by default 32 epochs, at least 2000 steps.
-        seed: of the initial weights and the pictures' order.
+        seed: of the initial weights and the images' order.
     """
 
     blocks: tuple[int, ...] = (-1,)
@@ -213,26 +213,26 @@ class SegmentationConfig:
 
 @dataclass(frozen=True)
 class DepthConfig:
-    """DINOv2's linear protocol (Oquab et al. 2023), optimised as in DVT's published config (Yang et al. 2024).
+    """DINOv2's linear protocol (Oquab et al. 2023), optimized as in DVT's published config (Yang et al. 2024).
 
     The class token is put behind every patch token, a 1 x 1 convolution gives bins, upsampled 4 times, and a pixel's
     depth is the mean of the bins' depths. SigLoss, of its mean term alone for the first 100 steps; AdamW, one cycle of
     learning rate and momentum that rises for a third of the steps, gradients clipped at 35. There: 38400 steps of 16
-    pictures of NYUv2, which are 25 epochs, with random crops, rotations, flips and colours, and predictions averaged
-    with those of the mirrored picture. Here pictures are whole, not augmented and not mirrored, because their features
+    images of NYUv2, which are 25 epochs, with random crops, rotations, flips and colors, and predictions averaged
+    with those of the mirrored image. Here images are whole, not augmented and not mirrored, because their features
     are computed once, and the loss is taken at 4 x 4 points a patch.
 
     Attributes:
         blocks: whose tokens are concatenated: the last; DINOv2's lin.4 takes four.
-        batch_norm: normalise channels before the convolution, as DINOv3 does.
+        batch_norm: normalize channels before the convolution, as DINOv3 does.
         bins: number of depths.
-        min_depth, max_depth: metres, of the first and last bin; what is beyond is neither trained on nor judged.
-        eigen_crop: judge by the middle of 480 x 640 pictures only (Eigen et al. 2014); by default those of NYUv2, for
+        min_depth, max_depth: meters, of the first and last bin; what is beyond is neither trained on nor judged.
+        eigen_crop: judge by the middle of 480 x 640 images only (Eigen et al. 2014); by default those of NYUv2, for
             which it is the custom.
         lr, weight_decay: of AdamW.
-        head_batch_size: pictures a step of the head's training.
+        head_batch_size: images a step of the head's training.
         steps: of training; by default 25 epochs, at least 2000 steps.
-        seed: of the initial weights and the pictures' order.
+        seed: of the initial weights and the images' order.
     """
 
     blocks: tuple[int, ...] = (-1,)

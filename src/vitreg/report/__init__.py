@@ -4,7 +4,7 @@ from vitreg.report.attention import attention_figure, overlay, write_attention
 from vitreg.report.comparison import write_comparison
 from vitreg.report.diagnosis import write_report
 from vitreg.report.discovery import discovery_overlay, sweep_figure
-from vitreg.report.evaluation import DensePicture, Table, write_evaluation
+from vitreg.report.evaluation import DenseImage, Table, write_evaluation
 from vitreg.report.examples import ExampleMaps
 from vitreg.report.figures import comparison_figure, diagnosis_figure
 from vitreg.report.side_by_side import Panels, Photograph, write_side_by_side
@@ -12,7 +12,7 @@ from vitreg.report.side_by_side_figure import side_by_side_figure
 from vitreg.report.timeline import timeline_figure
 
 __all__ = [
-    "DensePicture",
+    "DenseImage",
     "ExampleMaps",
     "Panels",
     "Photograph",

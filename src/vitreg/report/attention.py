@@ -1,4 +1,4 @@
-"""Attention maps of one picture, to look at and as files."""
+"""Attention maps of one image, to look at and as files."""
 
 from __future__ import annotations
 
@@ -24,13 +24,13 @@ def overlay(
 ) -> UInt8[np.ndarray, "H W 3"]:
     """Lay an attention map over a photograph, patches as sharp rectangles.
 
-    The colour goes with the square root of the attention: a few patches often hold most of it, and on a
+    The color goes with the square root of the attention: a few patches often hold most of it, and on a
     linear scale everything else would be black.
 
     Args:
         photo: The photograph; the h x w patches tile it.
         attention: What each patch receives, not negative.
-        highest: The attention of the brightest colour, to compare several maps; by default the
+        highest: The attention of the brightest color, to compare several maps; by default the
             map's own maximum.
     """
     import matplotlib
@@ -38,12 +38,12 @@ def overlay(
     highest = float(attention.max()) if highest is None else highest
     rows, columns = (np.arange(n) * m // n for n, m in zip(photo.shape[:2], attention.shape, strict=True))
     heat = np.sqrt(np.clip(attention / (highest or 1.0), 0, 1))[rows[:, None], columns]
-    colour = matplotlib.colormaps["magma"](heat)[..., :3]
-    # Grey, since the photograph's own colours would be read as heat, and less of it where there is more to
-    # show, so that the brightest patches have the colour that the colour bar gives them.
+    color = matplotlib.colormaps["magma"](heat)[..., :3]
+    # Grey, since the photograph's own colors would be read as heat, and less of it where there is more to
+    # show, so that the brightest patches have the color that the color bar gives them.
     grey = (photo @ np.array([0.299, 0.587, 0.114]) / 255)[..., None]
     strength = 0.45 + 0.5 * heat[..., None]
-    return (255 * ((1 - strength) * grey + strength * colour)).round().astype(np.uint8)
+    return (255 * ((1 - strength) * grey + strength * color)).round().astype(np.uint8)
 
 
 def attention_figure(
@@ -56,7 +56,7 @@ def attention_figure(
 ) -> Path:
     """Write a PNG of a photograph, its attention averaged over heads, and the attention of every head.
 
-    All maps share one colour scale, the share of a query's attention that a patch receives.
+    All maps share one color scale, the share of a query's attention that a patch receives.
 
     Args:
         photo: what the model saw.
@@ -70,14 +70,14 @@ def attention_figure(
     """
     heads, highest = len(attention), float(attention.max())
     aspect = photo.shape[0] / photo.shape[1]
-    # Two large pictures beside the heads: next to each other over two rows of heads, or stacked over four.
+    # Two large images beside the heads: next to each other over two rows of heads, or stacked over four.
     stacked = aspect < 0.5 or (heads > 8 and aspect < 2)
     rows = 4 if stacked else 2
     columns = math.ceil(heads / rows)
-    # A head's picture has the same area whatever its shape, except where a side would be too long or short to look at.
+    # A head's image has the same area whatever its shape, except where a side would be too long or short to look at.
     label, small = 0.24, min(max(1.25 / math.sqrt(aspect), 0.6), 2.5)
     step_x, step_y = small + GAP, small * aspect + label
-    # A large picture is as tall as two small ones with the label between them.
+    # A large image is as tall as two small ones with the label between them.
     tall = small * aspect + step_y
     large = tall / aspect
     left = MARGIN + (large + GAP) * (1 if stacked else 2)
@@ -87,18 +87,18 @@ def attention_figure(
     mean = overlay(photo, attention.mean(axis=0), highest=highest)
     second = (MARGIN, top + label + 2 * step_y) if stacked else (MARGIN + large + GAP, top + label)
     drawn = [
-        sheet.picture(photo, MARGIN, top + label, large, tall, "photograph"),
-        sheet.picture(mean, *second, large, tall, f"mean of {counted(heads, 'head')}"),
+        sheet.image(photo, MARGIN, top + label, large, tall, "photograph"),
+        sheet.image(mean, *second, large, tall, f"mean of {counted(heads, 'head')}"),
     ]
     for i, head in enumerate(attention):
         x, y = left + i % columns * step_x, top + label + i // columns * step_y
-        drawn.append(sheet.picture(overlay(photo, head, highest=highest), x, y, small, small * aspect, f"head {i}"))
+        drawn.append(sheet.image(overlay(photo, head, highest=highest), x, y, small, small * aspect, f"head {i}"))
     if patch is not None:
         for axes in drawn:
             _mark(axes, _place(patch, attention, photo))
     ticks = [highest * t**2 for t in (0, 0.5, 0.75, 1)]
     bar = left + columns * step_x, top + label, rows * step_y - label
-    sheet.colour_bar(*bar, root_scale(highest), "magma", ticks, "attention a patch receives", percent=True)
+    sheet.color_bar(*bar, root_scale(highest), "magma", ticks, "attention a patch receives", percent=True)
     return sheet.write(path)
 
 
@@ -110,14 +110,14 @@ def _place(patch: tuple[int, int], attention: np.ndarray, photo: np.ndarray) -> 
 
 
 def _mark(axes: Axes, box: tuple[float, float, float, float]) -> None:
-    """White on black, which shows on any picture."""
+    """White on black, which shows on any image."""
     from matplotlib.patches import Rectangle
 
     x0, y0, x1, y1 = box
-    for colour, line in (("black", 2.6), ("white", 1.2)):
-        # Pixels are centred on whole numbers.
+    for color, line in (("black", 2.6), ("white", 1.2)):
+        # Pixels are centered on whole numbers.
         place = (x0 - 0.5, y0 - 0.5), x1 - x0, y1 - y0
-        axes.add_patch(Rectangle(*place, fill=False, edgecolor=colour, linewidth=line, clip_on=False))
+        axes.add_patch(Rectangle(*place, fill=False, edgecolor=color, linewidth=line, clip_on=False))
 
 
 def write_attention(
@@ -136,7 +136,7 @@ def write_attention(
         attention: share of the query's attention that each patch receives, per head.
         query: who attends, as a trace names it; a `patch (row, column)` is marked.
         block: counted from 0.
-        name: of the picture, as the files shall begin.
+        name: of the image, as the files shall begin.
         folder: where they go.
 
     Returns:
@@ -151,17 +151,17 @@ def write_attention(
     }
     with replacing(paths["array"]) as temporary:
         np.save(temporary, attention.astype(np.float32))
-    attention = attention.clip(min=0)  # differential attention may be negative; colours begin at nothing
+    attention = attention.clip(min=0)  # differential attention may be negative; colors begin at nothing
     title = f"{name}: attention of {query}, block {block}"
     named = re.fullmatch(r"patch \((\d+), (\d+)\)", query)
     patch = None if named is None else (int(named[1]), int(named[2]))
     attention_figure(photo, attention, title=title, path=paths["heads"], patch=patch)
-    picture = Image.fromarray(overlay(photo, attention.mean(0)))
+    image = Image.fromarray(overlay(photo, attention.mean(0)))
     if patch is not None:
         x0, y0, x1, y1 = _place(patch, attention, photo)
-        for inset, colour in ((0, "black"), (1, "white")):
+        for inset, color in ((0, "black"), (1, "white")):
             box = (round(x0) + inset, round(y0) + inset, round(x1) - 1 - inset, round(y1) - 1 - inset)
-            ImageDraw.Draw(picture).rectangle(box, outline=colour)
+            ImageDraw.Draw(image).rectangle(box, outline=color)
     with replacing(paths["overlay"]) as temporary:
-        picture.save(temporary)
+        image.save(temporary)
     return {kind: str(path) for kind, path in paths.items()}

@@ -1,4 +1,4 @@
-"""Pictures of object discovery: what was found in a photograph, and how settings compare."""
+"""Images of object discovery: what was found in a photograph, and how settings compare."""
 
 from __future__ import annotations
 
@@ -35,7 +35,7 @@ def discovery_overlay(
     """A photograph with box, seed and mask, beside or above its map of degrees, under a line of text.
 
     Args:
-        photo: the picture at its own resolution; patches lie from its top left corner and may reach beyond it.
+        photo: the image at its own resolution; patches lie from its top left corner and may reach beyond it.
         boxes: x0, y0, x1, y1 in pixels; the first belongs to seed and mask, further ones are drawn thinner.
         seed: (row, column) of the patch.
         mask: the patches of the object.
@@ -44,7 +44,7 @@ def discovery_overlay(
         title: the line of text.
     """
     height, width = photo.shape[:2]
-    # Pictures larger than a screen are drawn smaller: encoding them would take longer than finding the object.
+    # Images larger than a screen are drawn smaller: encoding them would take longer than finding the object.
     step = -(-max(height, width) // _LARGEST)
     rows, columns = (np.arange(0, side, step) // patch_size for side in (height, width))
     photo = photo[::step, ::step]
@@ -53,7 +53,7 @@ def discovery_overlay(
     found[inside] = (found[inside] // 2 + MASK // 2).astype(np.uint8)
     spread = max(int(degree.max() - degree.min()), 1)
     levels = ((degree.max() - degree) * 255 // spread).astype(np.uint8)
-    degrees = _colours()[levels][rows[:, None], columns]
+    degrees = _colors()[levels][rows[:, None], columns]
     # Beside each other, or below where they are wide.
     across, down = (0, len(rows) + _GAP) if width > 2 * height else (len(columns) + _GAP, 0)
     texts = [
@@ -67,13 +67,13 @@ def discovery_overlay(
     sheet = Image.new("RGB", size, "white")
     draw = ImageDraw.Draw(sheet)
     line = max(2, len(rows) // 160)
-    for picture, left, top in ((found, 0, _STRIP), (degrees, across, _STRIP + down)):
-        sheet.paste(Image.fromarray(picture), (left, top))
+    for image, left, top in ((found, 0, _STRIP), (degrees, across, _STRIP + down)):
+        sheet.paste(Image.fromarray(image), (left, top))
         for number, box in reversed(list(enumerate(boxes))):
             x0, y0, x1, y1 = (side / step for side in box)
             outline = (x0 + left, y0 + top, x1 + left - 1, y1 + top - 1)
             draw.rectangle(outline, outline=BOX, width=line if number == 0 else 1)
-        # The middle of a patch that reaches beyond the picture may lie outside.
+        # The middle of a patch that reaches beyond the image may lie outside.
         y, x = (
             min((place + 0.5) * patch_size, side - 1) / step for place, side in zip(seed, (height, width), strict=True)
         )
@@ -89,7 +89,7 @@ def discovery_overlay(
 
 
 @cache
-def _colours() -> UInt8[np.ndarray, "256 3"]:
+def _colors() -> UInt8[np.ndarray, "256 3"]:
     import matplotlib
 
     return matplotlib.colormaps["magma"](range(256), bytes=True)[:, :3]
@@ -135,7 +135,7 @@ def sweep_figure(summary: Mapping[str, Any], path: Path, *, most: int = 48) -> P
             color=f"C{m}",
             label=shorten(model["model"], 80),
         )
-    whole = summary["whole_picture"]["corloc"]
+    whole = summary["whole_image"]["corloc"]
     axes.axvline(whole, color="grey", linestyle=":", label=f"box around the whole image, {whole:.1f}")
     axes.set_yticks(range(len(lines)), [name for name, _ in lines], fontsize=8)
     axes.set_ylim(len(lines) - 0.5, -0.5)

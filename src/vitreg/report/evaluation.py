@@ -18,8 +18,8 @@ from vitreg.report.packing import photo_url
 from vitreg.report.page import write_still_page
 
 _SIDE = 360
-"""Largest side in pixels of a picture in the page."""
-_DEPTH_COLOURS = "viridis"
+"""Largest side in pixels of an image in the page."""
+_DEPTH_COLORS = "viridis"
 
 
 @dataclass(frozen=True)
@@ -40,13 +40,13 @@ class Table:
 
 
 @dataclass(frozen=True)
-class DensePicture:
+class DenseImage:
     """A photograph with the truth and the models' predictions for every pixel.
 
     Attributes:
         name: of the photograph.
         photo: it.
-        truth: class numbers (255 does not count), or metres (0 is a hole).
+        truth: class numbers (255 does not count), or meters (0 is a hole).
         predictions: of models, by name.
     """
 
@@ -62,8 +62,8 @@ def write_evaluation(
     *,
     tables: Sequence[Table],
     legend: str,
-    masks: Sequence[DensePicture] = (),
-    depths: Sequence[DensePicture] = (),
+    masks: Sequence[DenseImage] = (),
+    depths: Sequence[DenseImage] = (),
     class_names: Sequence[str] = (),
 ) -> Path:
     """Write a self-contained page; it appears whole or not at all.
@@ -73,8 +73,8 @@ def write_evaluation(
         path: the file to write; its folder is made.
         tables: the one of all probes first.
         legend: what the tables' marks mean.
-        masks: pictures with classes.
-        depths: pictures with depth.
+        masks: images with classes.
+        depths: images with depth.
         class_names: of the classes in masks.
 
     Returns:
@@ -83,22 +83,22 @@ def write_evaluation(
     present = sorted(
         {c for p in masks for m in (p.truth, *p.predictions.values()) for c in np.unique(m).tolist() if c != 255}
     )
-    colours = class_colours(max(present, default=0) + 1)
+    colors = class_colors(max(present, default=0) + 1)
     return write_still_page(
         "evaluation",
         path,
         s=summary,
         tables=tables,
         legend=legend,
-        masks=[_mask_card(picture, colours) for picture in masks],
-        classes=[(class_names[c] if c < len(class_names) else str(c), _css(colours[c])) for c in present],
-        depths=[_depth_card(picture) for picture in depths],
-        depth_colours=_ramp(),
+        masks=[_mask_card(image, colors) for image in masks],
+        classes=[(class_names[c] if c < len(class_names) else str(c), _css(colors[c])) for c in present],
+        depths=[_depth_card(image) for image in depths],
+        depth_colors=_ramp(),
     )
 
 
-def class_colours(count: int) -> UInt8[np.ndarray, "count 3"]:
-    """Colours that are told apart, also by those who do not see red and green alike where there are few."""
+def class_colors(count: int) -> UInt8[np.ndarray, "count 3"]:
+    """Colors that are told apart, also by those who do not see red and green alike where there are few."""
     import matplotlib
 
     few = [
@@ -111,62 +111,62 @@ def class_colours(count: int) -> UInt8[np.ndarray, "count 3"]:
     return (255 * np.array([*few, *more][:count])).round().astype(np.uint8)
 
 
-def _mask_card(picture: DensePicture, colours: UInt8[np.ndarray, "C 3"]) -> dict[str, Any]:
+def _mask_card(image: DenseImage, colors: UInt8[np.ndarray, "C 3"]) -> dict[str, Any]:
     return {
-        "name": picture.name,
-        "photo": photo_url(picture.photo, _SIDE, 80),
-        "truth": _url(_painted(picture.truth, colours)),
-        "predictions": {name: _url(_painted(prediction, colours)) for name, prediction in picture.predictions.items()},
+        "name": image.name,
+        "photo": photo_url(image.photo, _SIDE, 80),
+        "truth": _url(_painted(image.truth, colors)),
+        "predictions": {name: _url(_painted(prediction, colors)) for name, prediction in image.predictions.items()},
     }
 
 
-def _painted(mask: Integer[np.ndarray, "H W"], colours: UInt8[np.ndarray, "C 3"]) -> UInt8[np.ndarray, "H W 3"]:
-    """Classes in their colours; what does not count is black."""
+def _painted(mask: Integer[np.ndarray, "H W"], colors: UInt8[np.ndarray, "C 3"]) -> UInt8[np.ndarray, "H W 3"]:
+    """Classes in their colors; what does not count is black."""
     table = np.zeros((256, 3), np.uint8)
-    table[: len(colours)] = colours
+    table[: len(colors)] = colors
     return table[mask]
 
 
-def _depth_card(picture: DensePicture) -> dict[str, Any]:
-    valid = picture.truth[picture.truth > 0]
-    maps = [valid, *(prediction.ravel() for prediction in picture.predictions.values())]
+def _depth_card(image: DenseImage) -> dict[str, Any]:
+    valid = image.truth[image.truth > 0]
+    maps = [valid, *(prediction.ravel() for prediction in image.predictions.values())]
     low = min(float(m.min()) for m in maps if m.size)
     high = max(float(np.quantile(m, 0.99)) for m in maps if m.size)
     return {
-        "name": picture.name,
-        "photo": photo_url(picture.photo, _SIDE, 80),
-        "truth": _url(_depth_painted(picture.truth, low, high)),
+        "name": image.name,
+        "photo": photo_url(image.photo, _SIDE, 80),
+        "truth": _url(_depth_painted(image.truth, low, high)),
         "predictions": {
-            name: _url(_depth_painted(prediction, low, high)) for name, prediction in picture.predictions.items()
+            name: _url(_depth_painted(prediction, low, high)) for name, prediction in image.predictions.items()
         },
         "ticks": [f"{number(low + (high - low) * share)} m" for share in (0, 0.5, 1)],
     }
 
 
 def _depth_painted(depth: Float[np.ndarray, "H W"], low: float, high: float) -> UInt8[np.ndarray, "H W 3"]:
-    """Metres in colours; holes are black."""
+    """Meters in colors; holes are black."""
     import matplotlib
 
     shares = np.clip((depth - low) / max(high - low, 1e-9), 0, 1)
-    painted = matplotlib.colormaps[_DEPTH_COLOURS](shares, bytes=True)[..., :3]
+    painted = matplotlib.colormaps[_DEPTH_COLORS](shares, bytes=True)[..., :3]
     return np.where((depth > 0)[..., None], painted, 0).astype(np.uint8)
 
 
 def _ramp() -> str:
     import matplotlib
 
-    stops = matplotlib.colormaps[_DEPTH_COLOURS](np.linspace(0, 1, 17), bytes=True)
+    stops = matplotlib.colormaps[_DEPTH_COLORS](np.linspace(0, 1, 17), bytes=True)
     return ", ".join(f"rgb({r} {g} {b})" for r, g, b, _ in stops)
 
 
 def _url(pixels: UInt8[np.ndarray, "H W 3"]) -> str:
-    """A picture without loss, as a data URL; shrunk without mixing colours."""
-    picture = Image.fromarray(pixels)
-    picture.thumbnail((_SIDE, _SIDE), Image.Resampling.NEAREST)
+    """An image without loss, as a data URL; shrunk without mixing colors."""
+    image = Image.fromarray(pixels)
+    image.thumbnail((_SIDE, _SIDE), Image.Resampling.NEAREST)
     buffer = io.BytesIO()
-    picture.convert("P", palette=Image.Palette.ADAPTIVE).save(buffer, "PNG", optimize=True)
+    image.convert("P", palette=Image.Palette.ADAPTIVE).save(buffer, "PNG", optimize=True)
     return "data:image/png;base64," + base64.b64encode(buffer.getvalue()).decode()
 
 
-def _css(colour: UInt8[np.ndarray, " 3"]) -> str:
-    return "rgb({} {} {})".format(*colour.tolist())
+def _css(color: UInt8[np.ndarray, " 3"]) -> str:
+    return "rgb({} {} {})".format(*color.tolist())

@@ -13,7 +13,7 @@ class ExampleMaps:
 
     Attributes:
         name: What to call the image, usually its file name.
-        photo: What the model saw, not normalised; the h x w patches tile it.
+        photo: What the model saw, not normalized; the h x w patches tile it.
         norms: L2 norm of every patch token after each block, before the final norm.
         attention: The attention each patch receives, mean over heads, after each block; keyed by who attends
             ("class token", "register 1", ...). Empty for a model with neither class token nor registers.
@@ -32,15 +32,15 @@ class ExampleMaps:
 def check_examples(summary: dict, examples: Sequence[ExampleMaps]) -> None:
     """Raise `ValueError` unless every example fits the summary, and so every other example.
 
-    One slider and one colour scale serve all images, so they must agree on blocks, grid and who attends, and
-    a single NaN would take the scale of every picture with it.
+    One slider and one color scale serve all images, so they must agree on blocks, grid and who attends, and
+    a single NaN would take the scale of every image with it.
     """
     shape = (len(summary["blocks"]), *summary["grid"])
     for example in examples:
         if example.photo.dtype != np.uint8 or example.photo.ndim != 3 or example.photo.shape[2] != 3:
             raise ValueError(
                 f"{example.name}: photo is {example.photo.dtype} {list(example.photo.shape)}, expected uint8 "
-                "[H, W, 3]; undo the model's normalisation first."
+                "[H, W, 3]; undo the model's normalization first."
             )
         if example.attention.keys() != examples[0].attention.keys():
             raise ValueError(

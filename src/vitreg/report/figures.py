@@ -1,4 +1,4 @@
-"""Pictures for papers, READMEs and slides: the norm and attention maps of a diagnosis or a comparison."""
+"""Images for papers, READMEs and slides: the norm and attention maps of a diagnosis or a comparison."""
 
 from __future__ import annotations
 
@@ -63,7 +63,7 @@ def comparison_figure(
 ) -> Path:
     """Write a PNG of two models on the same images: photographs, norms and attention, each before and after.
 
-    Before and after share a colour scale. The attention is that of the first query both models have, the class token
+    Before and after share a color scale. The attention is that of the first query both models have, the class token
     where there is one.
 
     Args:
@@ -111,11 +111,11 @@ class _Row:
 
 @dataclass(frozen=True)
 class _Group:
-    """Rows on one colour scale, with a colour bar beside them; `mark` is drawn across it."""
+    """Rows on one color scale, with a color bar beside them; `mark` is drawn across it."""
 
     rows: Sequence[_Row]
     scale: Normalize
-    colours: str
+    colors: str
     ticks: Sequence[float]
     label: str
     percent: bool = False
@@ -166,16 +166,16 @@ def _draw(
         sheet.text(label, left - 0.22, top + i * step + height / 2, **style)
     columns = [left + i * (width + GAP) for i in range(len(shown))]
     for example, x in zip(shown, columns, strict=True):
-        sheet.picture(example.photo, x, top, width, height, example.name)
+        sheet.image(example.photo, x, top, width, height, example.name)
     y = top + step
     for group in groups:
         place = right, y, height + (len(group.rows) - 1) * step
-        bar = sheet.colour_bar(*place, group.scale, group.colours, group.ticks, group.label, percent=group.percent)
+        bar = sheet.color_bar(*place, group.scale, group.colors, group.ticks, group.label, percent=group.percent)
         if group.mark is not None:
             bar.axhline(group.mark, color=OUTLIER, linewidth=2)
         for row in group.rows:
             for x, values, outliers in zip(columns, row.maps, row.outliers, strict=True):
-                axes = sheet.picture(values, x, y, width, height, scale=group.scale, colours=group.colours)
+                axes = sheet.image(values, x, y, width, height, scale=group.scale, colors=group.colors)
                 outline(axes, outliers)
             y += step
     return sheet.write(path)

@@ -23,8 +23,8 @@ Block = Mapping[str, Any]
 """One block of one diagnosis, of a timeline: histogram, threshold, quantiles, register norms."""
 
 
-def colours(outliers: bool = False) -> Colormap:
-    """White where there is no patch; the lightest colour is one that can be told from white."""
+def colors(outliers: bool = False) -> Colormap:
+    """White where there is no patch; the lightest color is one that can be told from white."""
     import matplotlib
     from matplotlib.colors import ListedColormap
 
@@ -54,7 +54,7 @@ def norm_limits(blocks: Sequence[Block]) -> tuple[float, float]:
 
 
 def draw_column(axes: Axes, left: float, right: float, block: Block, scale: Normalize, median: int) -> None:
-    """The distribution of the patch norms after one block, its median, and outliers in their own colour."""
+    """The distribution of the patch norms after one block, its median, and outliers in their own color."""
     edges, shares = np.array(block["histogram"]["edges"]), _shares(block)
     # A threshold lies on an edge, but both are rounded.
     split = len(shares)
@@ -65,7 +65,7 @@ def draw_column(axes: Axes, left: float, right: float, block: Block, scale: Norm
         if shares[part].any():
             cells = np.ma.masked_equal(shares[part], 0)[:, None]
             corners = edges[part.start : part.stop + 1]
-            axes.pcolormesh([left, right], corners, cells, norm=scale, cmap=colours(outliers), zorder=0.5)
+            axes.pcolormesh([left, right], corners, cells, norm=scale, cmap=colors(outliers), zorder=0.5)
     axes.plot([left, right], [block["quantiles"][median]] * 2, color=MEDIAN, linewidth=1.2, solid_capstyle="butt")
 
 
@@ -106,7 +106,7 @@ def log_ticks(low: float, high: float) -> list[float]:
     return [float(t) for t in MaxNLocator(4).tick_values(low, high) if low <= t <= high]
 
 
-def norm_axis(axes: Axes, limits: tuple[float, float], labelled: bool) -> None:
+def norm_axis(axes: Axes, limits: tuple[float, float], labeled: bool) -> None:
     """A logarithmic axis of norms."""
     from matplotlib.ticker import NullLocator
 
@@ -114,17 +114,17 @@ def norm_axis(axes: Axes, limits: tuple[float, float], labelled: bool) -> None:
     axes.set_ylim(limits)
     axes.yaxis.set_minor_locator(NullLocator())
     ticks = log_ticks(*limits)
-    axes.set_yticks(ticks, [f"{t:g}" for t in ticks] if labelled else [""] * len(ticks))
-    if labelled:
+    axes.set_yticks(ticks, [f"{t:g}" for t in ticks] if labeled else [""] * len(ticks))
+    if labeled:
         _label(axes, "patch norm")
 
 
-def share_axis(axes: Axes, most: float, labelled: bool) -> None:
+def share_axis(axes: Axes, most: float, labeled: bool) -> None:
     """The share of the patches that are outliers, from zero to the largest."""
     top = max(most, 0.01)
     axes.set_ylim(0, 1.1 * top)
-    axes.set_yticks([0, top], ["0", percent(top)] if labelled else ["", ""])
-    if labelled:
+    axes.set_yticks([0, top], ["0", percent(top)] if labeled else ["", ""])
+    if labeled:
         _label(axes, "outliers")
 
 

@@ -1,4 +1,4 @@
-"""Fits pictures and maps into a page small enough to send: JPEG, one byte a value, zlib, base64."""
+"""Fits images and maps into a page small enough to send: JPEG, one byte a value, zlib, base64."""
 
 import base64
 import io
@@ -62,7 +62,7 @@ def pack_examples(
 
 
 def _pack_maps(summary: dict, models: Sequence[Sequence[ExampleMaps]], blocks: list[int]) -> dict:
-    """Quantise the maps of the given blocks, with one range per block (and query) over all examples and models."""
+    """Quantize the maps of the given blocks, with one range per block (and query) over all examples and models."""
     queries = list(dict.fromkeys(query for examples in models for query in (examples[0].attention if examples else ())))
     having = [[q for q in queries if q in examples[0].attention] for examples in models if examples]
     packed = {"blocks": blocks, "queries": queries, "models": having, "norm_range": [], "attention_range": []}
@@ -71,11 +71,11 @@ def _pack_maps(summary: dict, models: Sequence[Sequence[ExampleMaps]], blocks: l
     thresholds = [summary["blocks"][k]["threshold"] for k in blocks]
     limits = np.array([np.inf if t is None else t for t in thresholds])[:, None, None]
     norms = [np.stack([e.norms[blocks] for e in examples]) for examples in models]
-    codes, packed["norm_range"] = _quantise(norms)
+    codes, packed["norm_range"] = _quantize(norms)
     layers = [[layer] for layer in codes]
     for query in queries:
         attending = [m for m, names in enumerate(having) if query in names]
-        codes, ranges = _quantise([np.stack([e.attention[query][blocks] for e in models[m]]) for m in attending])
+        codes, ranges = _quantize([np.stack([e.attention[query][blocks] for e in models[m]]) for m in attending])
         packed["attention_range"].append(ranges)
         for m, layer in zip(attending, codes, strict=True):
             layers[m].append(layer)
@@ -86,7 +86,7 @@ def _pack_maps(summary: dict, models: Sequence[Sequence[ExampleMaps]], blocks: l
     return {**packed, "maps": [base64.b64encode(zlib.compress(image.tobytes(), 9)).decode() for image in data]}
 
 
-def _quantise(maps: list[np.ndarray]) -> tuple[list[np.ndarray], list[list[float]]]:
+def _quantize(maps: list[np.ndarray]) -> tuple[list[np.ndarray], list[list[float]]]:
     """Code every model's `[B, L, h, w]` as bytes on a log scale from the lowest to the highest of each block."""
     values = np.stack(maps).astype(np.float64)
     values = values.reshape(*values.shape[:3], -1)

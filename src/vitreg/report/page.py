@@ -27,14 +27,14 @@ def write_page(name: str, path: Path, *, summary: dict, maps: dict, onset: int |
     import matplotlib
 
     tables = {name: matplotlib.colormaps[name](range(256), bytes=True) for name in ("viridis", "magma")}
-    colours = {name: table[:, :3].tobytes().hex() for name, table in tables.items()}
+    colors = {name: table[:, :3].tobytes().hex() for name, table in tables.items()}
     return write_still_page(
         name,
         path,
         s=summary,
         num_examples=len(maps["examples"]),
         queries=maps["queries"],
-        data=_script_safe({"summary": summary, "maps": maps, "colours": colours, "onset": onset}),
+        data=_script_safe({"summary": summary, "maps": maps, "colors": colors, "onset": onset}),
         js=_sources("page.js", "charts.js", "maps.js", f"{name}.js"),
     )
 

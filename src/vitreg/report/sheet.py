@@ -1,4 +1,4 @@
-"""A sheet of pictures, laid out in inches."""
+"""A sheet of images, laid out in inches."""
 
 from __future__ import annotations
 
@@ -68,39 +68,39 @@ class Sheet:
         axes.tick_params(labelsize=8, labelcolor=QUIET, color=FAINT, length=3)
         return axes
 
-    def picture(
+    def image(
         self,
-        picture: np.ndarray,
+        image: np.ndarray,
         x: float,
         y: float,
         width: float,
         height: float,
         label: str = "",
         scale: Normalize | None = None,
-        colours: str | None = None,
+        colors: str | None = None,
     ) -> Axes:
         axes = self._axes(x, y, width, height)
-        axes.imshow(picture, norm=scale, cmap=colours, interpolation="nearest", aspect="auto")
+        axes.imshow(image, norm=scale, cmap=colors, interpolation="nearest", aspect="auto")
         self._fit(axes.set_title(label, fontsize=8.5, color=QUIET, pad=3, parse_math=False), width)
         axes.set(xticks=[], yticks=[])
         return axes
 
-    def colour_bar(
+    def color_bar(
         self,
         x: float,
         y: float,
         height: float,
         scale: Normalize,
-        colours: str | Colormap,
+        colors: str | Colormap,
         ticks: Sequence[float],
         label: str,
         percent: bool,
     ) -> Axes:
         from matplotlib.cm import ScalarMappable
 
-        # Shorter than what it stands beside, so that the numbers at its ends keep off its neighbour's.
+        # Shorter than what it stands beside, so that the numbers at its ends keep off its neighbor's.
         axes = self._axes(x, y + 0.06, 0.11, height - 0.12)
-        bar = self.figure.colorbar(ScalarMappable(scale, colours), cax=axes)
+        bar = self.figure.colorbar(ScalarMappable(scale, colors), cax=axes)
         bar.set_ticks(ticks, labels=[in_percent(t) if percent else number(t) for t in ticks], minor=False)
         bar.minorticks_off()
         bar.ax.tick_params(labelsize=8, labelcolor=QUIET, color=QUIET, length=2)
@@ -117,7 +117,7 @@ class Sheet:
 
 
 def root_scale(highest: float) -> Normalize:
-    """Colours that go with the square root, from zero to `highest`."""
+    """Colors that go with the square root, from zero to `highest`."""
     from matplotlib.colors import PowerNorm
 
     return PowerNorm(0.5, 0, highest or 1.0)

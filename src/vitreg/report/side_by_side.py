@@ -56,7 +56,7 @@ def write_side_by_side(summary: dict, photographs: Sequence[Photograph], path: P
 
     Args:
         summary: format "vitreg-demo/1".
-        photographs: what is shown; of each, all models share one colour scale for norms and one for attention.
+        photographs: what is shown; of each, all models share one color scale for norms and one for attention.
         path: the file to write; its folder is made.
 
     Returns:
@@ -88,9 +88,9 @@ def check_photographs(summary: dict, photographs: Sequence[Photograph]) -> None:
 
 @dataclass(frozen=True)
 class Scale:
-    """The colours of one kind of map in one photograph, the same for every model."""
+    """The colors of one kind of map in one photograph, the same for every model."""
 
-    colours: str
+    colors: str
     norm: Normalize
     ticks: tuple[float, float, float]
 
@@ -142,15 +142,15 @@ def _card(photograph: Photograph) -> dict[str, Any]:
 def _bar(scale: Scale, ticks: list[str]) -> dict[str, Any]:
     import matplotlib
 
-    stops = matplotlib.colormaps[scale.colours](np.linspace(0, 1, 17), bytes=True)
-    return {"colours": ", ".join(f"rgb({r} {g} {b})" for r, g, b, _ in stops), "ticks": ticks}
+    stops = matplotlib.colormaps[scale.colors](np.linspace(0, 1, 17), bytes=True)
+    return {"colors": ", ".join(f"rgb({r} {g} {b})" for r, g, b, _ in stops), "ticks": ticks}
 
 
 def _map_url(scale: Scale, values: Float[np.ndarray, "h w"]) -> str:
-    """A picture of one pixel a patch, as a data URL."""
+    """An image of one pixel a patch, as a data URL."""
     import matplotlib
 
-    colours = matplotlib.colormaps[scale.colours](scale.norm(values), bytes=True)
+    colors = matplotlib.colormaps[scale.colors](scale.norm(values), bytes=True)
     buffer = io.BytesIO()
-    Image.fromarray(colours[..., :3]).save(buffer, "PNG", optimize=True)
+    Image.fromarray(colors[..., :3]).save(buffer, "PNG", optimize=True)
     return "data:image/png;base64," + base64.b64encode(buffer.getvalue()).decode()

@@ -1,4 +1,4 @@
-"""Several models on the same photographs, side by side, as a picture: that of `vitreg demo`."""
+"""Several models on the same photographs, side by side, as an image: that of `vitreg demo`."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ def side_by_side_figure(summary: dict, photographs: Sequence[Photograph], path: 
     Args:
         summary: format "vitreg-demo/1".
         photographs: the first `max_photographs` are drawn, two beside each other; of each, all models share one
-            colour scale for norms and one for attention.
+            color scale for norms and one for attention.
         path: the file to write; its folder is made.
         max_photographs: how many at most.
 
@@ -73,22 +73,22 @@ def _draw(sheet: Sheet, photograph: Photograph, x: float, y: float, tall: float)
         sheet.text(label, x + 0.12, y + row * step + tall / 2, **style)
     for i, panels in enumerate(photograph.panels):
         place = left + i * (SIDE + GAP)
-        axes = sheet.picture(photograph.photo, place, y, SIDE, tall)
+        axes = sheet.image(photograph.photo, place, y, SIDE, tall)
         height, width = photograph.photo.shape[:2]
         x0, y0, x1, y1 = (
             side * scale for side, scale in zip(panels.box, (width / columns, height / rows) * 2, strict=True)
         )
-        # Pixels are centred on whole numbers.
+        # Pixels are centered on whole numbers.
         axes.add_patch(
             Rectangle(
                 (x0 - 0.5, y0 - 0.5), x1 - x0, y1 - y0, fill=False, edgecolor=OUTLIER, linewidth=1.6, clip_on=False
             )
         )
         for row, (scale, values) in enumerate(((norms, panels.norms), (attention, panels.attention)), start=1):
-            axes = sheet.picture(values, place, y + row * step, SIDE, tall, scale=scale.norm, colours=scale.colours)
+            axes = sheet.image(values, place, y + row * step, SIDE, tall, scale=scale.norm, colors=scale.colors)
             outline(axes, panels.outliers)
     for row, (scale, label, percent) in enumerate(
         ((norms, "norm (log scale)", False), (attention, "share received", True)), start=1
     ):
         place = right, y + row * step, tall
-        sheet.colour_bar(*place, scale.norm, scale.colours, scale.ticks, label, percent=percent)
+        sheet.color_bar(*place, scale.norm, scale.colors, scale.ticks, label, percent=percent)

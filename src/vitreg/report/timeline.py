@@ -1,4 +1,4 @@
-"""The picture of when artifacts appear: norms by block, by training step and by model (paper, Fig. 4)."""
+"""The image of when artifacts appear: norms by block, by training step and by model (paper, Fig. 4)."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from vitreg.report.norm_axes import (
     OUTLIER,
     REGISTER,
     Block,
-    colours,
+    colors,
     draw_column,
     draw_registers,
     log_ticks,
@@ -139,15 +139,15 @@ def timeline_figure(timeline: Mapping[str, Any], path: Path) -> Path:
         sheet.text(shorten(run["name"], 30), x, y, **NAME)
         sheet.text(_facts(run), x, y + 0.17, fontsize=8, color=QUIET)
         axes = sheet.plot(x, y + NAMES, layout.width, HEIGHT)
-        norm_axis(axes, norm_limits(everywhere), labelled=first)
+        norm_axis(axes, norm_limits(everywhere), labeled=first)
         _draw_blocks(axes, run, by_block[i], scale, median)
         if layout.repeated:
             block = "" if one_block else f", block {run['block']}"
             sheet.text(f"{shorten(run['name'], 30 - len(block))}{block}", x, lower, **NAME)
         axes = sheet.plot(x, lower + layout.names, layout.width, HEIGHT)
         strip = sheet.plot(x, lower + layout.names + HEIGHT + APART, layout.width, STRIP)
-        norm_axis(axes, norm_limits(over_time), labelled=first)
-        share_axis(strip, most, labelled=first)
+        norm_axis(axes, norm_limits(over_time), labeled=first)
+        share_axis(strip, most, labeled=first)
         _draw_steps(axes, strip, run, by_step[i], _latest_step(runs, run), scale, median)
     legend = {
         "registers": any(run["model"]["num_registers"] for run in runs),
@@ -158,7 +158,7 @@ def timeline_figure(timeline: Mapping[str, Any], path: Path) -> Path:
         what, order, labels = _sorted_by_model(runs)
         sheet.text(f"(c)  {what}", layout.right - 0.4, layout.middle, **PANEL)
         axes = sheet.plot(layout.right, layout.middle + HEADING + layout.names, layout.side, HEIGHT)
-        norm_axis(axes, norm_limits(over_time), labelled=True)
+        norm_axis(axes, norm_limits(over_time), labeled=True)
         _draw_models(axes, [by_step[i][-1] for i in order], labels, layout.side, scale, median)
     return sheet.write(path)
 
@@ -276,11 +276,11 @@ def _draw_legend(sheet: Sheet, x: float, y: float, scale: Normalize, registers: 
     from matplotlib.patches import Patch
 
     low, high = float(scale.vmin or 0), float(scale.vmax or 0)  # both are set; their type allows None
-    sheet.colour_bar(x, y, HEIGHT, scale, colours(), log_ticks(low, high), "share of patches in a bin", percent=True)
-    patches = Patch(color=colours()(0.75))
+    sheet.color_bar(x, y, HEIGHT, scale, colors(), log_ticks(low, high), "share of patches in a bin", percent=True)
+    patches = Patch(color=colors()(0.75))
     entries: dict[str, Any] = {"patches": patches, "their median": (patches, Line2D([], [], color=MEDIAN))}
     if outliers:
-        entries["outliers"] = Patch(color=colours(outliers=True)(0.5))
+        entries["outliers"] = Patch(color=colors(outliers=True)(0.5))
         entries["threshold"] = Line2D([], [], color=OUTLIER, linewidth=1.1)
         entries["where they begin"] = Line2D([], [], color=OUTLIER, linewidth=1, linestyle=DASHES)
     if registers:

@@ -26,7 +26,7 @@ def all(
 ) -> int:
     """Ask every probe with its default protocol, and object discovery: one table, as in the paper.
 
-    Writes report.html, evaluation.json, evaluation.csv and evaluation.md. Every model sees every picture once, whatever
+    Writes report.html, evaluation.json, evaluation.csv and evaluation.md. Every model sees every image once, whatever
     the number of probes; zero-shot classification is asked of models with a text tower.
 
     Example: vitreg evaluate all --data imagenet/ --segmentation ade20k:ADE --depth nyu:NYU --models dinov2_vitb14
@@ -34,7 +34,7 @@ def all(
 
     Args:
         common: models and images.
-        data: pictures, as for evaluate knn; without labels only position and reconstruction are asked.
+        data: images, as for evaluate knn; without labels only position and reconstruction are asked.
         class_names: as for evaluate zero-shot.
         segmentation: as --data of evaluate segmentation.
         segmentation_size: as --size, which is for all, but for segmentation only.
@@ -63,7 +63,7 @@ def all(
     }
     unwanted = {*SEGMENTATION_PROBES.values(), *DEPTH_PROBES.values()} - wanted
     if any(one.task == "classification" and one.train.labels is None for one in found):
-        # Where a patch is, and what it looks like, can be asked of any picture.
+        # Where a patch is, and what it looks like, can be asked of any image.
         unwanted |= {name for name, probe in PROBES.items() if probe.labels}
     probes = {name: probe.config for name, probe in PROBES.items() if probe.task in tasks and name not in unwanted}
     return run_evaluation(common, found, probes, discovery)

@@ -23,7 +23,7 @@ def depth(
     Args:
         data: nyu:PATH, or a folder with train/ and val/, in each images/ and depth/ (16-bit PNG, 0 where unknown).
         common: models and images.
-        scale: metres in one step of the files' numbers; 0.001 for millimetres.
+        scale: meters in one step of the files' numbers; 0.001 for millimeters.
         variant: the head reads the last block (or --blocks), or four (lin.4), as DINOv2's.
         protocol: the protocol; by default the paper's, or as close as can be.
     """

@@ -30,7 +30,7 @@ def discovery(
     """Measure CorLoc: in how many images the box that LOST finds is an object's.
 
     Always measured is the documented protocol; --sweep adds every combination of the axes it names: the last four
-    blocks, queries, keys and values, raw and normalised, centred or not, biases from -0.4 to 0.1. Writes
+    blocks, queries, keys and values, raw and normalized, centered or not, biases from -0.4 to 0.1. Writes
     discovery.json, discovery.png, and boxes-MODEL.jsonl, which holds what is done: the same command continues an
     interrupted run.
 
@@ -59,24 +59,24 @@ def discovery(
     protocols = swept if DEFAULT in swept else [DEFAULT, *swept]
     out = writable_folder(out)
     boxed = open_box_set(data)
-    labelled = spaced([image for image in boxed.images if len(image.boxes)], limit)
-    if not labelled:
-        raise ValueError(f"{data} has {len(boxed.images)} pictures and not one box; CorLoc needs boxes")
+    labeled = spaced([image for image in boxed.images if len(image.boxes)], limit)
+    if not labeled:
+        raise ValueError(f"{data} has {len(boxed.images)} images and not one box; CorLoc needs boxes")
     positive("--batch-size", batch_size)
     found, names = {}, short_names(models)
     try:
         for name in models:
             vit = Checkpoint(name, device=device, dtype=dtype).load()
             record = out / f"boxes-{''.join(c if c.isalnum() or c in '-_.' else '-' for c in name)}.jsonl"
-            with progress(f"looking at pictures with {name}") as on_progress:
+            with progress(f"looking at images with {name}") as on_progress:
                 boxes = find_boxes(
-                    vit, name, labelled, protocols, record, batch_size=batch_size, on_progress=on_progress
+                    vit, name, labeled, protocols, record, batch_size=batch_size, on_progress=on_progress
                 )
-            found[names[name]] = hits(boxes, labelled)
+            found[names[name]] = hits(boxes, labeled)
     except KeyboardInterrupt:
         print(f"vitreg: interrupted; the same command continues, {out} keeps what is done", file=sys.stderr)
         return INTERRUPTED
-    summary = summarize(found, protocols, labelled, data=data, boxed=boxed, swept=swept)
+    summary = summarize(found, protocols, labeled, data=data, boxed=boxed, swept=swept)
     replace_text(out / "discovery.json", jsonlib.dumps(summary, indent=1))
     sweep_figure(summary, out / "discovery.png")
     if json:
@@ -101,7 +101,7 @@ def _print_summary(summary: dict[str, Any], out: Path) -> None:
     if rows:
         label = f"mean of {len(rows)} settings"
         table.add_row(label, *(_percent(model["mean"]) for model in summary["models"]))
-    table.add_row("the whole picture", *[_percent(summary["whole_picture"])] * len(summary["models"]))
+    table.add_row("the whole image", *[_percent(summary["whole_image"])] * len(summary["models"]))
     Console(width=None if sys.stdout.isatty() else 160).print(table)
     if len(rows) > _ROWS:
         print(f"the {_ROWS} best of {len(rows)} settings; the others are in {out / 'discovery.json'}")
@@ -110,7 +110,7 @@ def _print_summary(summary: dict[str, Any], out: Path) -> None:
             chosen, judged = halves["on_the_half_that_chose_it"], halves["on_the_other_half"]
             print(f"{model['model']}: best is {model['best']['name']}, {_percent(model['best'])}")
             print(
-                f"{model['model']}: best on one half of the pictures is {halves['name']}, "
+                f"{model['model']}: best on one half of the images is {halves['name']}, "
                 f"{chosen['corloc']:.1f} there and {_percent(judged)} on the other half"
             )
     for difference in summary["differences"]:
@@ -121,7 +121,7 @@ def _print_summary(summary: dict[str, Any], out: Path) -> None:
                     "paired"
                 )
     without, missing = summary["num_images_without_boxes"], summary["missing_images"]
-    print(f"CorLoc in percent [95 % interval] on {summary['num_images']} pictures; left out: {without} without boxes")
+    print(f"CorLoc in percent [95 % interval] on {summary['num_images']} images; left out: {without} without boxes")
     if missing:
         print(f"and {len(missing)} that the annotations name and that do not exist, the first {missing[0]}")
     print(f"see {out}")

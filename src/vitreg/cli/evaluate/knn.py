@@ -7,13 +7,13 @@ from vitreg.probes.protocols import KNNConfig
 
 
 def knn(*, data: str, common: EvaluationOptions, protocol: KNNConfig = KNNConfig()) -> int:
-    """Classify images by their nearest labelled neighbors: the protocol of DINO and DINOv2.
+    """Classify images by their nearest labeled neighbors: the protocol of DINO and DINOv2.
 
     Example: vitreg evaluate knn --data imagenet/ --models dinov2_vitb14 dinov2_vitb14_reg
 
     Args:
-        data: labelled pictures: a folder with train/ and val/ and folders for the classes, Parquet, tars; where it is
-            not divided, every fifth picture is held out.
+        data: labeled images: a folder with train/ and val/ and folders for the classes, Parquet, tars; where it is
+            not divided, every fifth image is held out.
         common: models and images.
         protocol: the protocol; by default the paper's, or as close as can be.
     """

@@ -12,7 +12,7 @@ def linear(*, data: str, common: EvaluationOptions, protocol: LinearConfig = Lin
     Example: vitreg evaluate linear --data imagenet/ --models dinov2_vitb14 dinov2_vitb14_reg
 
     Args:
-        data: labelled pictures, as for evaluate knn.
+        data: labeled images, as for evaluate knn.
         common: models and images.
         protocol: the protocol; by default the paper's, or as close as can be.
     """

@@ -12,7 +12,7 @@ def position(*, data: str, common: EvaluationOptions, protocol: PositionConfig =
     Example: vitreg evaluate position --data imagenet/ --models dinov2_vitg14 --train-images 5000 --val-images 1000
 
     Args:
-        data: pictures, as for evaluate knn; labels are not needed.
+        data: images, as for evaluate knn; labels are not needed.
         common: models and images.
         protocol: the protocol; by default the paper's, or as close as can be.
     """

@@ -17,7 +17,7 @@ def reconstruction(
     Example: vitreg evaluate reconstruction --data imagenet/ --models dinov2_vitg14 --train-images 5000
 
     Args:
-        data: pictures, as for evaluate knn; labels are not needed.
+        data: images, as for evaluate knn; labels are not needed.
         common: models and images.
         protocol: the protocol; by default the paper's, or as close as can be.
     """

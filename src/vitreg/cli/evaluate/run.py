@@ -126,14 +126,14 @@ def _say_on_stderr(sentence: str) -> None:
 
 
 def _boxes(source: str) -> list[BoxedImage]:
-    labelled = [image for image in open_box_set(source).images if len(image.boxes)]
-    if not labelled:
+    labeled = [image for image in open_box_set(source).images if len(image.boxes)]
+    if not labeled:
         raise ValueError(f"{source} has not one box; CorLoc needs boxes")
-    return labelled
+    return labeled
 
 
 def _discover(
-    vit: VisionTransformer, source: str, data: str, labelled: Sequence[BoxedImage], out: Path, batch_size: int
+    vit: VisionTransformer, source: str, data: str, labeled: Sequence[BoxedImage], out: Path, batch_size: int
 ) -> Answer:
     """CorLoc by the documented protocol, from a file that an interrupted run continues."""
     from vitreg.discovery.protocol import DEFAULT
@@ -142,9 +142,9 @@ def _discover(
 
     record = out / f"boxes-{safe_name(source)}.jsonl"
     with progress(f"{source}: object discovery") as on_progress:
-        boxes = find_boxes(vit, source, labelled, [DEFAULT], record, batch_size=batch_size, on_progress=on_progress)
-    score = Score.mean("CorLoc", hits(boxes, labelled)[0], unit="%")
-    truth = repr([(str(image.path), image.boxes.tolist()) for image in labelled]).encode(errors="surrogateescape")
+        boxes = find_boxes(vit, source, labeled, [DEFAULT], record, batch_size=batch_size, on_progress=on_progress)
+    score = Score.mean("CorLoc", hits(boxes, labeled)[0], unit="%")
+    truth = repr([(str(image.path), image.boxes.tolist()) for image in labeled]).encode(errors="surrogateescape")
     asked = Asked(
         probe="discovery",
         settings=str(DEFAULT),
@@ -155,12 +155,12 @@ def _discover(
         task="discovery",
         images=data,
         num_train=0,
-        num_val=len(labelled),
+        num_val=len(labeled),
         data=hashlib.blake2b(truth, digest_size=16).hexdigest(),
         preprocess="padded to whole patches",
         size=None,
     )
-    details = {"protocol": dataclasses.asdict(DEFAULT), "pictures": len(labelled)}
+    details = {"protocol": dataclasses.asdict(DEFAULT), "images": len(labeled)}
     answer = Answer(asked, ProbeResult("discovery", (score,), details))
     save_answer(out / "answers" / f"{safe_name(source)}-discovery.safetensors", answer)
     return answer
@@ -189,22 +189,22 @@ def short_names(sources: Sequence[str]) -> dict[str, str]:
 
 
 def _write(summary: dict[str, Any], answers: Sequence[Answer], out: Path) -> None:
-    from vitreg.report import DensePicture, write_evaluation
+    from vitreg.report import DenseImage, write_evaluation
     from vitreg.report import Table as Grid
 
     replace_text(out / "evaluation.json", jsonlib.dumps(summary, indent=1))
     replace_text(out / "evaluation.csv", write_csv(summary))
     replace_text(out / "evaluation.md", markdown(summary))
     names = {model["source"]: model["name"] for model in summary["models"]}
-    pictures: dict[str, list[DensePicture]] = {"segmentation": [], "depth": []}
+    images: dict[str, list[DenseImage]] = {"segmentation": [], "depth": []}
     class_names: list[str] = []
-    for task, cards in pictures.items():
+    for task, cards in images.items():
         dense = [answer for answer in answers if answer.asked.task == task]
         # Of several variants one is shown.
         same = [answer for answer in dense if answer.asked.probe == dense[0].asked.probe]
         for number, first in sorted(same[0].shown.items()) if same else ():
             predictions = {names[one.asked.model]: one.shown[number].prediction for one in same if number in one.shown}
-            cards.append(DensePicture(first.name, first.photo, first.truth, predictions))
+            cards.append(DenseImage(first.name, first.photo, first.truth, predictions))
         if same and task == "segmentation":
             class_names = [row["class"] for row in same[0].result.details["IoU"]]
     header, rows = headline_table(summary)
@@ -213,8 +213,8 @@ def _write(summary: dict[str, Any], answers: Sequence[Answer], out: Path) -> Non
         out / "report.html",
         tables=[Grid("All probes", header, rows, summary["notes"]), *(Grid(*table) for table in tables(summary))],
         legend=LEGEND,
-        masks=pictures["segmentation"],
-        depths=pictures["depth"],
+        masks=images["segmentation"],
+        depths=images["depth"],
         class_names=class_names,
     )
 

@@ -24,7 +24,7 @@ def segmentation(
         data: ade20k:PATH, voc2012:PATH, or a folder with train/ and val/, in each images/ and masks/.
         common: models and images.
         ignore: number in the masks of a folder that does not count, besides 255.
-        variant: linear reads the last block (or --blocks); +ms four, and averages over three sizes of the pictures.
+        variant: linear reads the last block (or --blocks); +ms four, and averages over three sizes of the images.
         protocol: the protocol; by default the paper's, or as close as can be.
     """
     from vitreg.cli.evaluate.data import segmentation_data

@@ -12,7 +12,7 @@ def tokens(*, data: str, common: EvaluationOptions, protocol: SingleTokenConfig 
     Example: vitreg evaluate tokens --data imagenet/ --models dinov2_vitg14 dinov2_vitg14_reg --train-images 50000
 
     Args:
-        data: labelled pictures, as for evaluate knn.
+        data: labeled images, as for evaluate knn.
         common: models and images.
         protocol: the protocol; by default the paper's, or as close as can be.
     """

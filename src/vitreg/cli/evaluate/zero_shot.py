@@ -20,7 +20,7 @@ def zero_shot(
     Example: vitreg evaluate zero-shot --data imagenet/ --models open_clip:ViT-B-16/laion2b_s34b_b88k
 
     Args:
-        data: labelled pictures, as for evaluate knn.
+        data: labeled images, as for evaluate knn.
         common: models and images.
         class_names: a file with a name a line, in the order of the classes, where folders are not named by words.
         protocol: the sentences.

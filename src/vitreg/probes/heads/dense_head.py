@@ -21,7 +21,7 @@ AT_ONCE = 2**22
 """Numbers that upsampled logits may have at a time: what stays in the cache is computed twice as fast."""
 
 UPSAMPLING = 4
-"""LinearGrid are trained on maps of so many times the patch grid; on CamVid, 2, 4 and 8 give the same mIoU within 0.2."""
+"""Heads are trained on maps of so many times the patch grid; on CamVid, 2, 4 and 8 give the same mIoU within 0.2."""
 
 MIN_STEPS = 2000
 """Of small sets, which a head needs to converge."""
@@ -31,7 +31,7 @@ Loss = Callable[[Tensor, Tensor, int], Tensor]
 
 
 class LinearHead(nn.Module):
-    """A 1 x 1 convolution on patch tokens; with batch normalisation before it, DINOv2's `BNHead`."""
+    """A 1 x 1 convolution on patch tokens; with batch normalization before it, DINOv2's `BNHead`."""
 
     def __init__(self, channels: int, outputs: int, *, batch_norm: bool, seed: int) -> None:
         super().__init__()
@@ -70,8 +70,8 @@ class HeadSchedule:
     """How long a head is trained, on what.
 
     Attributes:
-        steps: of the optimiser.
-        batch_size: pictures in each.
+        steps: of the optimizer.
+        batch_size: images in each.
         seed: of their order.
         device: that trains.
         clip: largest norm of the gradient; None for any.
@@ -102,11 +102,11 @@ def train_head(
     plan: HeadSchedule,
     on_progress: Progress | None = None,
 ) -> None:
-    """Train it on features that are as they are: computed once, so pictures are not augmented.
+    """Train it on features that are as they are: computed once, so images are not augmented.
 
     Args:
         head: trained in place, and in evaluation mode afterwards.
-        features: of all pictures.
+        features: of all images.
         targets: of the same.
         per_pixel: what is made of upsampled logits `[n, H, W, K]` and targets `[n, H, W]`: one number a pixel.
         loss: of these numbers, targets, and the step, from 0.

@@ -66,7 +66,7 @@ class LinearMap:
 
 
 def fit_linear(moments: Moments) -> LinearMap:
-    """Ridge regression with an intercept; generalised cross-validation chooses the penalty.
+    """Ridge regression with an intercept; generalized cross-validation chooses the penalty.
 
     Few samples of many features, as outliers are, need one. The criterion (Golub, Heath and Wahba 1979) follows from
     the same sums, so no sample has to be held out.

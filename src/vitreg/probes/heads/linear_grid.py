@@ -20,8 +20,8 @@ class LinearGrid:
     Args:
         features: a row for each image.
         inputs: columns of the features, for every kind of input; they may overlap.
-        labels: class of every picture.
-        num_classes: of the pictures.
+        labels: class of every image.
+        num_classes: of the images.
         config: how they are trained.
         device: on which.
 

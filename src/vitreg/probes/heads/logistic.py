@@ -1,4 +1,4 @@
-"""L2-penalised multinomial logistic regression, on one token or feature per picture."""
+"""L2-penalised multinomial logistic regression, on one token or feature per image."""
 
 from __future__ import annotations
 
@@ -68,7 +68,7 @@ def fit_logistic(
     tolerance: float = 1e-5,
     start: Logistic | None = None,
 ) -> Logistic:
-    """Minimise `C * (sum of cross-entropies) + 0.5 * |weight|^2`, scikit-learn's objective; the bias is free.
+    """Minimize `C * (sum of cross-entropies) + 0.5 * |weight|^2`, scikit-learn's objective; the bias is free.
 
     L-BFGS sees the weights in coordinates in which the mean of the Hessian's blocks, one for each class, is the
     identity. This does not change the optimum, and features of Vision Transformers are badly conditioned otherwise.
@@ -142,7 +142,7 @@ def _held_back(labels: Tensor, share: float, seed: int) -> Tensor:
     last = torch.zeros_like(ordered.bincount()).scatter_reduce(0, ordered, places, "amax")
     candidates = order[~torch.isin(places, last)]
     if not len(candidates):
-        raise ValueError("every class has one picture only, so that C cannot be chosen; give one C, or more pictures")
+        raise ValueError("every class has one image only, so that C cannot be chosen; give one C, or more images")
     held = torch.zeros(len(labels), dtype=torch.bool)
     held[candidates[: max(1, round(share * len(labels)))]] = True
     return held.to(labels.device)

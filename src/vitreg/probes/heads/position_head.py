@@ -1,4 +1,4 @@
-"""Linear classifiers of where a patch is in the picture, trained side by side in the same passes over a store."""
+"""Linear classifiers of where a patch is in the image, trained side by side in the same passes over a store."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ class TrainingSet:
     Attributes:
         positions: how many patches of each group are at every position.
         mean, std: of the tokens, channel by channel.
-        held_out: rows of the pictures that choose when training ends.
+        held_out: rows of the images that choose when training ends.
     """
 
     positions: dict[Group, Int[Tensor, " P"]]
@@ -38,7 +38,7 @@ class TrainingSet:
         """That of a store.
 
         Raises:
-            ValueError: it has too few pictures with patch tokens.
+            ValueError: it has too few images with patch tokens.
         """
         rows: list[int] = []
         sums: list[Tensor] = []
@@ -51,7 +51,7 @@ class TrainingSet:
             sums.append(flat.sum(0))
             squares.append(flat.square().sum(0))
         if len(rows) < 10:
-            raise ValueError(f"{store.path} has patch tokens of {len(rows)} pictures; the position probe takes 10")
+            raise ValueError(f"{store.path} has patch tokens of {len(rows)} images; the position probe takes 10")
         outlier = torch.cat(marks)
         mean = torch.stack(sums).sum(0) / outlier.numel()
         variance = torch.stack(squares).sum(0) / outlier.numel() - mean.square()
@@ -69,9 +69,9 @@ class PositionHead:
     """A linear classifier of patch tokens.
 
     Attributes:
-        weight, bias: for tokens as they are in a store; the standardisation of training is folded in.
+        weight, bias: for tokens as they are in a store; the standardization of training is folded in.
         epochs: after so many its weights were the best.
-        loss: cross-entropy on the held out pictures then.
+        loss: cross-entropy on the held out images then.
     """
 
     weight: Float[Tensor, "P D"]
@@ -94,11 +94,11 @@ def train_heads(
 ) -> dict[Group, PositionHead]:
     """One classifier for each group of patches.
 
-    Files are read in their order and the patches of each shuffled: every picture has every position, so batches are
-    balanced whatever the order of pictures.
+    Files are read in their order and the patches of each shuffled: every image has every position, so batches are
+    balanced whatever the order of images.
 
     Args:
-        store: of the training pictures.
+        store: of the training images.
         found: what was found in it.
         groups: what the classifiers are trained on.
         config: how.
@@ -167,7 +167,7 @@ class _Trainer:
         return any(epoch - best.epochs < self._config.patience for best in self.best.values())
 
     def _ready(self, tokens: Tensor, outlier: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        """Standardised tokens, their positions and marks, flat, where training is."""
+        """Standardized tokens, their positions and marks, flat, where training is."""
         x = (tokens - self._found.mean) / self._found.std
         y = torch.arange(tokens.shape[1]).repeat(len(tokens))
         return x.flatten(0, 1).to(self._device), y.to(self._device), outlier.flatten().to(self._device)

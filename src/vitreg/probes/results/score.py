@@ -1,4 +1,4 @@
-"""A probe's figures of merit, with what they follow from picture by picture, so that they can be resampled."""
+"""A probe's figures of merit, with what they follow from image by image, so that they can be resampled."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from vitreg.common.bootstrap import error_of_mean, percentile_interval, resample
 Kind = Literal["ratio", "mIoU"]
 
 NUM_SHOWN = 6
-"""Of so many pictures, evenly spread over the set, predictions for every pixel are kept, for reports."""
+"""Of so many images, evenly spread over the set, predictions for every pixel are kept, for reports."""
 
 
 @dataclass(frozen=True, eq=False)
@@ -25,10 +25,10 @@ class Score:
 
     Attributes:
         name: of the figure: `"top-1"`, `"mIoU"`, `"RMSE"`.
-        sums: what the figure follows from, for each picture of the validation set: `[N, 2]`, a sum and a count
+        sums: what the figure follows from, for each image of the validation set: `[N, 2]`, a sum and a count
             (`kind="ratio"`), or `[N, 3, C]`, pixels of each class that are right, in the truth, and predicted
             (`kind="mIoU"`).
-        kind: how it follows from the sums over pictures.
+        kind: how it follows from the sums over images.
         unit: `"%"` multiplies by 100.
         lower_is_better: of errors.
         subject: what the figure is of, where a probe has several: `"outlier"`, `"register 1"`, `"k = 10"`.
@@ -54,12 +54,12 @@ class Score:
         counts: Shaped[np.ndarray, " N"] | None = None,
         **options: Any,
     ) -> Score:
-        """The sum of values over the sum of counts; where `counts` is None, the mean over pictures.
+        """The sum of values over the sum of counts; where `counts` is None, the mean over images.
 
         Args:
             name: of the figure.
-            values: of each picture.
-            counts: how many tokens or pixels a picture's value is the sum over.
+            values: of each image.
+            counts: how many tokens or pixels an image's value is the sum over.
             options: other attributes.
         """
         values = np.asarray(values, dtype=np.float64)
@@ -101,20 +101,20 @@ class Score:
         return float(low), float(high)
 
     def minus(self, other: Score) -> Difference | None:
-        """How much it differs from another model's on the same pictures, resampled in pairs.
+        """How much it differs from another model's on the same images, resampled in pairs.
 
         Random choices with equal seeds go together, too. None where one is missing, where the two are of other things
         (patches that are normal in one model are not those that are normal in the other), or where there is one image
         or one random choice, so that nobody knows what others would have given.
 
         Raises:
-            ValueError: the two are not of the same pictures.
+            ValueError: the two are not of the same images.
         """
         if self.missing or other.missing:
             return None
         if len(self.sums) != len(other.sums):
             raise ValueError(
-                f"{self.name} is of {len(self.sums)} pictures and of {len(other.sums)}; they must be the same"
+                f"{self.name} is of {len(self.sums)} images and of {len(other.sums)}; they must be the same"
             )
         # Counts, and pixels of each class in the truth.
         if not np.array_equal(self.sums[:, 1], other.sums[:, 1]):
@@ -133,7 +133,7 @@ class Score:
         return int(self.sums[:, 1].reshape(len(self.sums), -1).any(1).sum()) if len(self.sums) else 0
 
     def _figure(self, sums: Float64[np.ndarray, "R ..."]) -> Float64[np.ndarray, " R"]:
-        """From sums over pictures, one row for every resample."""
+        """From sums over images, one row for every resample."""
         with np.errstate(invalid="ignore", divide="ignore"):
             if self.kind == "mIoU":
                 right, union = sums[:, 0], sums[:, 1] + sums[:, 2] - sums[:, 0]
@@ -164,8 +164,8 @@ class ProbeResult:
     Attributes:
         probe: its name.
         scores: its figures, the one for a table of all probes first.
-        details: what else is worth knowing, in JSON types: what was chosen, on how many pictures.
-        predictions: maps of some pictures of the validation set, by position in the set: classes or metres.
+        details: what else is worth knowing, in JSON types: what was chosen, on how many images.
+        predictions: maps of some images of the validation set, by position in the set: classes or meters.
     """
 
     probe: str

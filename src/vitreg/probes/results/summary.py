@@ -35,7 +35,7 @@ def summarize(models: Sequence[Evaluated], notes: Sequence[str] = ()) -> dict[st
     """The evaluation in JSON types, format `vitreg-evaluation/1`; docs/probes.md describes the keys.
 
     A model with registers is compared with the nearest one before it that has fewer and is otherwise alike, which makes
-    the pairs of the paper's tables. Intervals are 95 % bootstrap intervals over the validation pictures, those of
+    the pairs of the paper's tables. Intervals are 95 % bootstrap intervals over the validation images, those of
     differences paired.
 
     Args:

@@ -10,7 +10,7 @@ from typing import Any
 from vitreg.probes.results.result_cache import size_in_pixels
 
 LEGEND = (
-    "In brackets: 95 % bootstrap interval over the validation pictures and over random choices. ▲ better, ▼ worse than "
+    "In brackets: 95 % bootstrap interval over the validation images and over random choices. ▲ better, ▼ worse than "
     "the model above of its architecture with fewer registers, by more than the paired interval of the difference. "
     "Without a mark are rows whose patches or sizes are not the same in both models, and those of a single random "
     "choice. ± is the deviation over such choices."

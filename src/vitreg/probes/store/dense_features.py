@@ -1,4 +1,4 @@
-"""What probes of every pixel read: patch tokens of any picture at any time, and the targets they are to predict."""
+"""What probes of every pixel read: patch tokens of any image at any time, and the targets they are to predict."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ _TARGETS_AHEAD = 32
 
 
 def dense_preprocess(preprocess: Preprocess, height: int, width: int) -> Preprocess:
-    """The preprocessing that keeps all of a picture, squeezed to one size, so that every pixel has a patch.
+    """The preprocessing that keeps all of an image, squeezed to one size, so that every pixel has a patch.
 
     Args:
         preprocess: of the model.
@@ -32,13 +32,13 @@ def dense_preprocess(preprocess: Preprocess, height: int, width: int) -> Preproc
 
 
 class DenseFeatures:
-    """Patch tokens of a store's pictures, in any order.
+    """Patch tokens of a store's images, in any order.
 
-    The files are mapped into memory: a picture is read when it is asked for, and stays where there is room for it.
+    The files are mapped into memory: an image is read when it is asked for, and stays where there is room for it.
 
     Attributes:
         path, grid: of the store.
-        numbers: positions in the set of the pictures that have patch tokens.
+        numbers: positions in the set of the images that have patch tokens.
         channels: of a patch, over all blocks.
     """
 
@@ -51,7 +51,7 @@ class DenseFeatures:
             with_cls: put the class token of the same block behind every patch, where the model has one.
 
         Raises:
-            ValueError: the store lacks patch tokens or a block, or its pictures were cropped.
+            ValueError: the store lacks patch tokens or a block, or its images were cropped.
         """
         _check_whole(store)
         self.path, self.grid = store.path, store.grid
@@ -72,7 +72,7 @@ class DenseFeatures:
         return len(self.numbers)
 
     def read(self, rows: Iterable[int]) -> Float[Tensor, "n P C"]:
-        """Patch tokens of pictures, row by row of the grid.
+        """Patch tokens of images, row by row of the grid.
 
         Raises:
             ValueError: some are not finite.
@@ -90,11 +90,11 @@ class DenseFeatures:
 
 
 def read_targets(targets: DenseSet, numbers: Sequence[int], size: tuple[int, int]) -> Shaped[np.ndarray, "N H W"]:
-    """Targets of pictures in one size, by the nearest pixel.
+    """Targets of images in one size, by the nearest pixel.
 
     Args:
         targets: the set.
-        numbers: positions of the pictures in it.
+        numbers: positions of the images in it.
         size: height and width.
 
     Raises:
@@ -126,11 +126,11 @@ def check_stores(train: FeatureStore, val: Sequence[FeatureStore], targets: tupl
 
     Args:
         train: features to train on.
-        val: features of one set of pictures, the first in the size of `train`.
+        val: features of one set of images, the first in the size of `train`.
         targets: the sets that they should be of.
 
     Raises:
-        ValueError: models, preprocessing or pictures differ.
+        ValueError: models, preprocessing or images differ.
     """
     train.check_same_model(val[0])
     for store, of in zip((train, *val), (targets[0], *[targets[1]] * len(val)), strict=True):
@@ -138,7 +138,7 @@ def check_stores(train: FeatureStore, val: Sequence[FeatureStore], targets: tupl
     for other in val[1:]:
         check_same(other.path, other.origin, val[0].origin, ("model", "data"))
         if not torch.equal(other.numbers, val[0].numbers):
-            raise ValueError(f"{other.path} lacks other pictures than {val[0].path}; run both feature passes again")
+            raise ValueError(f"{other.path} lacks other images than {val[0].path}; run both feature passes again")
 
 
 def _check_whole(store: FeatureStore) -> None:
@@ -146,13 +146,13 @@ def _check_whole(store: FeatureStore) -> None:
     seen = preprocess.region(height, width)
     if preprocess.crop != "squash" or not np.allclose(seen, (0, 0, width, height)):
         raise ValueError(
-            f"{store.path} holds features of cropped pictures (crop {preprocess.crop!r}, size {height} x {width}); "
+            f"{store.path} holds features of cropped images (crop {preprocess.crop!r}, size {height} x {width}); "
             f"every pixel needs a patch: run the feature pass with dense_preprocess, in multiples of the patch size"
         )
 
 
 def _nearest(target: Shaped[np.ndarray, "H W"], height: int, width: int) -> Shaped[np.ndarray, "h w"]:
-    """What lies at the centres of larger or smaller pixels."""
+    """What lies at the centers of larger or smaller pixels."""
     rows, columns = (
         ((np.arange(new) + 0.5) * old / new).astype(np.int64)
         for new, old in zip((height, width), target.shape, strict=True)

@@ -1,4 +1,4 @@
-"""The feature pass: a model sees every picture once, and what probes need of its tokens is kept on disk."""
+"""The feature pass: a model sees every image once, and what probes need of its tokens is kept on disk."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ from vitreg.probes.store.shards import Skipped, open_shard, shard_path, write_sh
 _BATCHES_AHEAD = 2
 
 Progress = Callable[[int, int], None]
-_Picture = tuple[int, UInt8[Tensor, "3 H W"] | ImageError]
+_Decoded = tuple[int, UInt8[Tensor, "3 H W"] | ImageError]
 
 
 def extract(
@@ -38,29 +38,29 @@ def extract(
     batch_size: int = 32,
     on_progress: Progress | None = None,
 ) -> FeatureStore:
-    """Run a model over pictures once and keep its tokens.
+    """Run a model over images once and keep its tokens.
 
     A pass that was killed goes on where it was: finished files are not computed again, and the store is, bit for bit,
     that of a pass that was not. Of a finished store nothing is computed.
 
     Args:
         vit: the model; it is used on the device and in the dtype it is in.
-        images: the pictures; those that cannot be read are left out and listed in the store.
+        images: the images; those that cannot be read are left out and listed in the store.
         out: the folder, made or continued.
         config: what is kept; by default a `FeaturesConfig()`.
-        preprocess: what is done to each picture, by default `vit.preprocess`; all come out in one size.
-        batch_size: pictures at a time.
-        on_progress: called with the number of pictures done and their total.
+        preprocess: what is done to each image, by default `vit.preprocess`; all come out in one size.
+        batch_size: images at a time.
+        on_progress: called with the number of images done and their total.
 
     Raises:
-        ValueError: `out` holds features of something else, there is no room, there is no picture or none can be read,
+        ValueError: `out` holds features of something else, there is no room, there is no image or none can be read,
             or the model's tokens are not finite.
     """
     if not len(images):
-        raise ValueError(f"{images.source} holds no pictures")
+        raise ValueError(f"{images.source} holds no images")
     preprocess = preprocess or vit.preprocess
     if preprocess.crop in ("none", "pad"):
-        raise ValueError(f"crop {preprocess.crop!r} gives pictures of several sizes, but features need one; crop them")
+        raise ValueError(f"crop {preprocess.crop!r} gives images of several sizes, but features need one; crop them")
     if batch_size < 1:
         raise ValueError(f"batch_size is {batch_size}; it must be at least 1")
     folder = Path(out).expanduser()
@@ -124,21 +124,21 @@ class _Pass:
         if self._done:
             self._advance(0)
         numbers = (number for shard in missing for number in range(shard * size, min((shard + 1) * size, total)))
-        pictures = map_ahead(self._read, numbers, ahead=_BATCHES_AHEAD * self._batch_size)
+        decoded = map_ahead(self._read, numbers, ahead=_BATCHES_AHEAD * self._batch_size)
         training = self._vit.training
         self._vit.eval()
         try:
-            with closing(pictures):
-                for shard, members in groupby(pictures, lambda picture: picture[0] // size):
+            with closing(decoded):
+                for shard, members in groupby(decoded, lambda one: one[0] // size):
                     self._write(shard, members)
         finally:
             self._vit.train(training)
 
-    def _write(self, shard: int, pictures: Iterable[_Picture]) -> None:
+    def _write(self, shard: int, decoded: Iterable[_Decoded]) -> None:
         skipped: list[Skipped] = []
         parts: list[dict[str, Tensor]] = []
         numbers: list[int] = []
-        for batch in self._batches(pictures, skipped):
+        for batch in self._batches(decoded, skipped):
             parts.append(self._features(torch.stack([pixels for _, pixels in batch]), [number for number, _ in batch]))
             numbers += [number for number, _ in batch]
         tensors = {name: torch.cat([part[name] for part in parts]) for name in (parts[0] if parts else ())}
@@ -149,10 +149,10 @@ class _Pass:
             tensors["labels"] = torch.tensor([labels[number] for number in numbers], dtype=torch.int64)
         write_shard(self._folder, shard, self._manifest.id, tensors, tuple(skipped))
 
-    def _batches(self, pictures: Iterable[_Picture], skipped: list[Skipped]) -> Iterator[list[tuple[int, Tensor]]]:
+    def _batches(self, decoded: Iterable[_Decoded], skipped: list[Skipped]) -> Iterator[list[tuple[int, Tensor]]]:
         """Full batches of what could be read."""
         batch: list[tuple[int, Tensor]] = []
-        for number, pixels in pictures:
+        for number, pixels in decoded:
             if isinstance(pixels, ImageError):
                 self._check_there(number)
                 skipped.append(Skipped(number, self._images.name(number), str(pixels)))
@@ -216,9 +216,9 @@ class _Pass:
         chosen = self._with_patches
         return [row for row, number in enumerate(numbers) if chosen is None or number in chosen]
 
-    def _read(self, number: int) -> _Picture:
+    def _read(self, number: int) -> _Decoded:
         try:
-            return number, self._preprocess.pixels(self._images.picture(number))
+            return number, self._preprocess.pixels(self._images.image(number))
         except ImageError as error:
             return number, error
 
@@ -229,11 +229,11 @@ class _Pass:
 
 
 def _finish(folder: Path, manifest: Manifest) -> None:
-    """Add what follows from all pictures; from here on the store is whole."""
+    """Add what follows from all images; from here on the store is whole."""
     shards = [open_shard(folder, index, manifest.id) for index in range(manifest.num_shards)]
     filled = [shard for shard in shards if shard.num_images]
     if not filled:
-        raise ValueError(f"no picture of {manifest.origin.data.source} can be read: {shards[0].skipped[0].reason}")
+        raise ValueError(f"no image of {manifest.origin.data.source} can be read: {shards[0].skipped[0].reason}")
     _, depth, rows, columns = filled[0].read("norms").shape
     looked_at = [shard for shard in filled if shard.num_with_patches]
     outliers = OutlierNorms(None, depth - 1, None)

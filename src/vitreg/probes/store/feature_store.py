@@ -20,7 +20,7 @@ from vitreg.probes.store.shards import Shard, Skipped, open_shard
 class FeatureStore:
     """What `extract` kept of a model's tokens; made by it, or by `FeatureStore.open`.
 
-    Rows are the pictures that could be read, in the order of the set. Tokens come out as float32, on the CPU, read from
+    Rows are the images that could be read, in the order of the set. Tokens come out as float32, on the CPU, read from
     the files whenever they are asked for.
 
     Attributes:
@@ -34,19 +34,19 @@ class FeatureStore:
         num_images: rows.
         shards: the files that hold rows.
         classes: names of the classes, none where there are no labels.
-        skipped: pictures that could not be read.
-        threshold, block, onset_block: as of a `Diagnosis` of the same pictures.
+        skipped: images that could not be read.
+        threshold, block, onset_block: as of a `Diagnosis` of the same images.
     """
 
     def __init__(self, path: Path, manifest: Manifest, finding: StoreStatistics, shards: tuple[Shard, ...]) -> None:
         self.path, self.id, self.depth = path, manifest.id, finding.depth
-        # A shard is empty where none of its pictures could be read.
+        # A shard is empty where none of its images could be read.
         self.shards = tuple(shard for shard in shards if shard.num_images)
         self.origin, self.classes, self.grid = manifest.origin, manifest.classes, finding.grid
         self.model, self.preprocess, self.data = self.origin.model, self.origin.preprocess, self.origin.data
         self.config, self.blocks = self.origin.config, self.origin.config.blocks
         self.num_images = sum(shard.num_images for shard in shards)
-        self.skipped: tuple[Skipped, ...] = tuple(picture for shard in shards for picture in shard.skipped)
+        self.skipped: tuple[Skipped, ...] = tuple(image for shard in shards for image in shard.skipped)
         outliers = finding.outliers
         self.threshold, self.block, self.onset_block = outliers.threshold, outliers.block, outliers.onset_block
 
@@ -67,7 +67,7 @@ class FeatureStore:
         return cls(folder, manifest, manifest.finding, shards)
 
     def check_same_model(self, other: FeatureStore) -> None:
-        """Refuse features that cannot be compared with these, for example of training pictures.
+        """Refuse features that cannot be compared with these, for example of training images.
 
         Raises:
             ValueError: they are of another model or preprocessing; the message has both.
@@ -81,10 +81,10 @@ class FeatureStore:
             ValueError: they are of others, or of files that were replaced since; the message has both.
         """
         if (given := StoredData.of(images)).digest != self.data.digest:
-            raise ValueError(f"{self.path} holds features of {self.data}, not of {given}; give the pictures it is of")
+            raise ValueError(f"{self.path} holds features of {self.data}, not of {given}; give the images it is of")
 
     def with_threshold_of(self, train: FeatureStore) -> FeatureStore:
-        """The same features, with outliers as the norms of the training pictures define them.
+        """The same features, with outliers as the norms of the training images define them.
 
         Each set has its own threshold, which differs a little, and what is fitted on one is judged on the other.
 
@@ -97,12 +97,12 @@ class FeatureStore:
 
     @property
     def labels(self) -> Int[Tensor, " N"] | None:
-        """Class number of every picture; None where there are no labels."""
+        """Class number of every image; None where there are no labels."""
         return self._rows("labels") if "labels" in self.shards[0].names else None
 
     @property
     def numbers(self) -> Int[Tensor, " N"]:
-        """Position of every picture in the set."""
+        """Position of every image in the set."""
         return self._rows("numbers")
 
     def cls(self, block: int) -> Float[Tensor, "N D"] | None:
@@ -124,7 +124,7 @@ class FeatureStore:
         return self._rows("pooled").float()
 
     def mean_patch(self, block: int) -> Float[Tensor, "N D"]:
-        """The mean of a picture's patch tokens, taken in float32 before they were rounded."""
+        """The mean of an image's patch tokens, taken in float32 before they were rounded."""
         return self._rows(self._of_patches("mean_patch", block)).float()
 
     @property
@@ -143,7 +143,7 @@ class FeatureStore:
         """Patch tokens, file by file, so that memory does not grow with their number.
 
         Returns:
-            Rows of the pictures (in `labels`, `cls` and so on), and their patches, row by row of the grid.
+            Rows of the images (in `labels`, `cls` and so on), and their patches, row by row of the grid.
 
         Raises:
             ValueError: no patch tokens were kept.

@@ -17,7 +17,7 @@ FORMAT = "vitreg-features/1"
 
 @dataclass(frozen=True)
 class StoreStatistics:
-    """What is known after the last picture.
+    """What is known after the last image.
 
     Attributes:
         grid: rows and columns of patches.

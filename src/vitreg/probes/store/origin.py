@@ -1,4 +1,4 @@
-"""What features are of: the model, its preprocessing, the pictures, and what was kept."""
+"""What features are of: the model, its preprocessing, the images, and what was kept."""
 
 from __future__ import annotations
 
@@ -29,7 +29,7 @@ class FeaturesConfig:
         normed: apply the model's final norm to the tokens, as timm's `get_intermediate_layers(norm=True)` does. Norms
             are taken before it in any case.
         dtype: of the stored tokens; norms are float32.
-        shard_size: pictures a file.
+        shard_size: images a file.
     """
 
     blocks: tuple[int, ...] = (-1,)
@@ -43,7 +43,7 @@ class FeaturesConfig:
         if not self.blocks:
             raise ValueError("blocks is empty; name at least one, such as -1 for the last")
         if self.patches is not None and self.patches < 0:
-            raise ValueError(f"patches is {self.patches}; it must be a number of pictures, or None for all")
+            raise ValueError(f"patches is {self.patches}; it must be a number of images, or None for all")
         if self.dtype not in get_args(StoredType):
             raise ValueError(f"dtype is {self.dtype!r}; choose {' or '.join(get_args(StoredType))}")
         if self.shard_size < 1:
@@ -107,7 +107,7 @@ class StoredModel:
 
 @dataclass(frozen=True)
 class StoredData:
-    """The pictures: where they are from, how many, and `ImageSet.digest`."""
+    """The images: where they are from, how many, and `ImageSet.digest`."""
 
     source: str
     number: int
@@ -119,7 +119,7 @@ class StoredData:
         return cls(images.source, len(images), images.digest())
 
     def __str__(self) -> str:
-        return f"{self.source} ({self.number} pictures, list {self.digest[:8]})"
+        return f"{self.source} ({self.number} images, list {self.digest[:8]})"
 
 
 @dataclass(frozen=True)
@@ -161,7 +161,7 @@ Part = Literal["model", "preprocess", "data", "config"]
 PARTS: dict[Part, str] = {
     "model": "model",
     "preprocess": "preprocessing",
-    "data": "set of pictures",
+    "data": "set of images",
     "config": "config",
 }
 

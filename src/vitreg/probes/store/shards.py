@@ -1,4 +1,4 @@
-"""The files of a feature store: some pictures each, written whole or not at all."""
+"""The files of a feature store: some images each, written whole or not at all."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ from vitreg.common.disk import replacing
 
 @dataclass(frozen=True)
 class Skipped:
-    """A picture that could not be read: its position in the set, its name, and the sentence that says why."""
+    """An image that could not be read: its position in the set, its name, and the sentence that says why."""
 
     number: int
     name: str
@@ -30,10 +30,10 @@ class Shard:
 
     Attributes:
         path: of the file.
-        num_images: pictures in it; those that could not be read are not.
+        num_images: images in it; those that could not be read are not.
         num_with_patches: of so many, patch tokens are in it.
         names: of its tensors.
-        skipped: pictures that belong here but could not be read.
+        skipped: images that belong here but could not be read.
     """
 
     path: Path
@@ -67,9 +67,9 @@ def write_shard(
         folder: of the store.
         index: which one it is.
         origin: digest of what the store is of.
-        tensors: with `numbers`, the pictures' positions in the set, and `patch_rows`, the rows of those whose patch
+        tensors: with `numbers`, the images' positions in the set, and `patch_rows`, the rows of those whose patch
             tokens are kept, which `registers`, `norms` and `patches` are of.
-        skipped: pictures that could not be read.
+        skipped: images that could not be read.
 
     Raises:
         ValueError: it cannot be written; the shards before it are whole.
@@ -79,7 +79,7 @@ def write_shard(
         "index": index,
         "images": len(tensors["numbers"]),
         "with_patches": len(tensors["patch_rows"]),
-        "skipped": [[picture.number, picture.name, picture.reason] for picture in skipped],
+        "skipped": [[image.number, image.name, image.reason] for image in skipped],
     }
     with replacing(shard_path(folder, index)) as temporary:
         # One entry: safetensors writes several in no order.
@@ -103,7 +103,7 @@ def open_shard(folder: Path, index: int, origin: str) -> Shard:
         with safe_open(path, framework="pt") as file:
             names = frozenset(file.keys())
             note: dict[str, Any] = json.loads((file.metadata() or {})["vitreg"])
-        skipped = tuple(Skipped(*picture) for picture in note["skipped"])
+        skipped = tuple(Skipped(*image) for image in note["skipped"])
         shard = Shard(path, int(note["images"]), int(note["with_patches"]), names, skipped)
         belongs = (note["origin"], note["index"]) == (origin, index)
     except (OSError, SafetensorError, ValueError, KeyError, TypeError) as error:

@@ -18,7 +18,7 @@ class Classes:
     """The labels of two stores.
 
     Attributes:
-        train, val: class of every picture, counted without those classes that have no training pictures.
+        train, val: class of every image, counted without those classes that have no training images.
         names: of the classes that have.
     """
 
@@ -28,12 +28,12 @@ class Classes:
 
     @property
     def num_classes(self) -> int:
-        """Those with training pictures."""
+        """Those with training images."""
         return len(self.names)
 
     @property
     def without_val(self) -> list[str]:
-        """Those whose accuracy is not known, because they have no validation pictures."""
+        """Those whose accuracy is not known, because they have no validation images."""
         seen = set(self.val.tolist())
         return [name for label, name in enumerate(self.names) if label not in seen]
 
@@ -42,18 +42,18 @@ def check_classes(train: FeatureStore, val: FeatureStore) -> Classes:
     """The labels of two stores of one model, which mean the same.
 
     Raises:
-        ValueError: the stores are of two models, or as `classes_of_pictures`.
+        ValueError: the stores are of two models, or as `classes_of_images`.
     """
     train.check_same_model(val)
     return _classes((train.labels, train.classes, str(train.path)), (val.labels, val.classes, str(val.path)))
 
 
-def classes_of_pictures(train: ImageSet, val: ImageSet) -> Classes:
-    """The labels of two sets, before a model sees their pictures.
+def classes_of_images(train: ImageSet, val: ImageSet) -> Classes:
+    """The labels of two sets, before a model sees their images.
 
     Raises:
-        ValueError: one has no labels, their classes differ, there is one class only, or there are validation pictures
-            of a class without training pictures; the message has the classes.
+        ValueError: one has no labels, their classes differ, there is one class only, or there are validation images
+            of a class without training images; the message has the classes.
     """
     known = [
         (None if images.labels is None else torch.tensor(list(images.labels)), images.classes, images.source)
@@ -70,18 +70,18 @@ def _classes(train: _Known, val: _Known) -> Classes:
     (ours, names, source), (theirs, val_names, val_source) = train, val
     for labels, where in ((ours, source), (theirs, val_source)):
         if labels is None:
-            raise ValueError(f"{where} has no labels; give pictures in folders of their classes, two at least")
+            raise ValueError(f"{where} has no labels; give images in folders of their classes, two at least")
     assert ours is not None
     assert theirs is not None
     check_same_classes(names, val_names, source, val_source)
     present, number = ours.unique(return_inverse=True)
     found = tuple(names[label] for label in present.tolist())
     if len(found) == 1:
-        raise ValueError(f"{source} holds pictures of {found[0]} only; a classifier needs two classes at least")
+        raise ValueError(f"{source} holds images of {found[0]} only; a classifier needs two classes at least")
     if lacking := sorted(set(theirs.tolist()) - set(present.tolist())):
         missing = some_names([names[label] for label in lacking])
         raise ValueError(
-            f"{source} holds no picture of {missing}, of which {val_source} does; add some, or leave them out"
+            f"{source} holds no image of {missing}, of which {val_source} does; add some, or leave them out"
         )
     return Classes(number, torch.searchsorted(present, theirs), found)
 
@@ -103,7 +103,7 @@ def check_finite(features: Float[Tensor, "N D"], of: str) -> None:
     """Refuse what cannot be fitted.
 
     Args:
-        features: of each picture.
+        features: of each image.
         of: what they are, for the message.
 
     Raises:

@@ -73,8 +73,8 @@ def linear_depth(
         on_progress: called with steps done and their total.
 
     Returns:
-        RMSE, AbsRel and delta1: of each picture, at its own resolution, then their mean, as in the evaluation code of
-        BTS and AdaBins. Pictures with no depth in the range are left out.
+        RMSE, AbsRel and delta1: of each image, at its own resolution, then their mean, as in the evaluation code of
+        BTS and AdaBins. Images with no depth in the range are left out.
 
     Raises:
         ValueError: stores and targets do not fit together, or depth maps cannot be used.
@@ -119,16 +119,16 @@ def fit_depth(
         counted = truth > 0
         return sig_loss(found[counted], truth[counted], mean_only=step < _MEAN_ONLY_STEPS)
 
-    def metres(logits: Tensor, _: Tensor) -> Tensor:
+    def meters(logits: Tensor, _: Tensor) -> Tensor:
         return expected_depth(logits, config)
 
-    train_head(head, features, truth, metres, loss, optimizer, schedule, plan, on_progress)
+    train_head(head, features, truth, meters, loss, optimizer, schedule, plan, on_progress)
     details = {"steps": plan.steps, "train_images": len(features), "blocks": list(config.blocks)}
     return DepthEstimator(head, config, float(measured.mean(dtype=np.float64)), details, device)
 
 
 def expected_depth(logits: Float[Tensor, "*shape bins"], config: DepthConfig) -> Float[Tensor, "*shape"]:
-    """Metres: the mean of the bins' depths, weighted with `relu(logit) + 0.1`."""
+    """Meters: the mean of the bins' depths, weighted with `relu(logit) + 0.1`."""
     bins = torch.linspace(config.min_depth, config.max_depth, config.bins, device=logits.device)
     # Both sums in one product, since the bins of all pixels are many times the pixels.
     sums = logits.relu() @ torch.stack([bins, torch.ones_like(bins)], 1)
@@ -143,7 +143,7 @@ class DepthEstimator:
     Attributes:
         head: takes patch tokens with class tokens, gives logits of the bins.
         config: how it was trained.
-        train_mean: mean depth of the pixels it was trained on, in metres.
+        train_mean: mean depth of the pixels it was trained on, in meters.
         details: what it was trained on, in JSON types.
         device: where the head is.
     """
@@ -157,20 +157,20 @@ class DepthEstimator:
     def predict(
         self, store: FeatureStore, targets: DepthSet, rows: Iterable[int]
     ) -> Iterator[tuple[int, Float32[np.ndarray, "H W"]]]:
-        """The depth of every pixel in metres, at the picture's own resolution.
+        """The depth of every pixel in meters, at the image's own resolution.
 
         Args:
-            store: of the pictures.
+            store: of the images.
             targets: the set it was made of.
-            rows: among the pictures that have patch tokens.
+            rows: among the images that have patch tokens.
 
         Returns:
-            The picture's position in the set, and its depth.
+            The image's position in the set, and its depth.
         """
         features = DenseFeatures(store, self.config.blocks, with_cls=True)
         for row in rows:
             number = features.numbers[row]
-            yield number, self._metres(features, row, image_size(targets.name(number)))
+            yield number, self._meters(features, row, image_size(targets.name(number)))
 
     def evaluate(self, store: FeatureStore, targets: DepthSet) -> ProbeResult:
         """Its figures, arguments as of `predict`."""
@@ -184,10 +184,10 @@ class DepthEstimator:
             for row, truth in enumerate(truths):
                 counted = self._counted(truth, cropped, targets.target_name(features.numbers[row]))
                 if counted.any():
-                    metres = self._metres(features, row, truth.shape)
+                    meters = self._meters(features, row, truth.shape)
                     if row in to_show:
-                        shown[features.numbers[row]] = metres
-                    found = metres[counted]
+                        shown[features.numbers[row]] = meters
+                    found = meters[counted]
                     errors[row] = depth_errors(found, truth[counted])
                     baseline[row] = depth_errors(np.full_like(found, self.train_mean), truth[counted])
                     judged[row] = 1
@@ -227,8 +227,8 @@ class DepthEstimator:
         return middle
 
     @torch.inference_mode()
-    def _metres(self, features: DenseFeatures, row: int, size: tuple[int, ...]) -> Float32[np.ndarray, "H W"]:
+    def _meters(self, features: DenseFeatures, row: int, size: tuple[int, ...]) -> Float32[np.ndarray, "H W"]:
         rows, columns = features.grid
         upsampling = Upsampling(features.grid, (UPSAMPLING * rows, UPSAMPLING * columns), self.device)
-        metres = expected_depth(upsampling(self.head(features.read([row]).to(self.device))), self.config)
-        return functional.interpolate(metres[None], size, mode="bilinear")[0, 0].cpu().numpy()
+        meters = expected_depth(upsampling(self.head(features.read([row]).to(self.device))), self.config)
+        return functional.interpolate(meters[None], size, mode="bilinear")[0, 0].cpu().numpy()

@@ -17,7 +17,7 @@ def sig_loss(
     """The scale-invariant loss as DINOv2 has it: `sqrt(var(g) + 0.15 mean(g)^2)` of the difference of logarithms.
 
     Args:
-        predicted: metres, above 0.
+        predicted: meters, above 0.
         truth: likewise.
         mean_only: leave out the variance, as in the first steps.
     """
@@ -31,7 +31,7 @@ def sig_loss(
 def depth_errors(
     predicted: Float32[np.ndarray, " pixels"], truth: Float32[np.ndarray, " pixels"]
 ) -> tuple[float, float, float]:
-    """RMSE in metres, AbsRel, and delta1, the part of pixels that are wrong by a factor of less than 1.25."""
+    """RMSE in meters, AbsRel, and delta1, the part of pixels that are wrong by a factor of less than 1.25."""
     predicted_, truth_ = predicted.astype(np.float64), truth.astype(np.float64)
     difference = predicted_ - truth_
     factor = np.maximum(predicted_ / truth_, truth_ / predicted_)

@@ -1,4 +1,4 @@
-"""The k nearest training pictures vote: classification without training."""
+"""The k nearest training images vote: classification without training."""
 
 from __future__ import annotations
 
@@ -27,16 +27,16 @@ def knn(
     device: torch.device | str = "cpu",
     on_progress: Callable[[int, int], None] | None = None,
 ) -> ProbeResult:
-    """Classify every validation picture by its nearest training pictures.
+    """Classify every validation image by its nearest training images.
 
     The feature is the class token after the last block, and what the model pools where it has none.
 
     Args:
-        train: the pictures that vote.
-        val: the pictures to classify.
+        train: the images that vote.
+        val: the images to classify.
         config: by default a `KNNConfig()`.
         device: on which similarities are computed.
-        on_progress: called with the number of validation pictures done and their total.
+        on_progress: called with the number of validation images done and their total.
 
     Returns:
         Top-1 for every k, in the order of `config.k`.
@@ -53,11 +53,11 @@ def knn(
         labels = classes.train.to(device)
         for first in range(0, len(queries), _QUERIES):
             chunk = queries[first : first + _QUERIES]
-            neighbours, similarity = nearest(keys, chunk, max(usable))
+            neighbors, similarity = nearest(keys, chunk, max(usable))
             votes = (similarity.to(precise(similarity.device)) - 1).div(config.temperature).exp()
             for row, k in enumerate(usable):
                 ballot = votes.new_zeros(len(chunk), classes.num_classes)
-                ballot.scatter_add_(1, labels[neighbours[:, :k]], votes[:, :k])
+                ballot.scatter_add_(1, labels[neighbors[:, :k]], votes[:, :k])
                 predicted[row, first : first + _QUERIES] = ballot.argmax(1).cpu()
             if on_progress is not None:
                 on_progress(min(first + _QUERIES, len(queries)), len(queries))
@@ -65,7 +65,7 @@ def knn(
     scores = tuple(
         Score.mean("top-1", right[k], unit="%", subject=f"k = {k}")
         if k in right
-        else Score.none("top-1", f"there are only {len(keys)} training pictures", unit="%", subject=f"k = {k}")
+        else Score.none("top-1", f"there are only {len(keys)} training images", unit="%", subject=f"k = {k}")
         for k in config.k
     )
     details = {

@@ -46,10 +46,10 @@ def linear(
     device: torch.device | str = "cpu",
     on_progress: Callable[[int, int], None] | None = None,
 ) -> ProbeResult:
-    """Train all heads, and report the one that is best on the validation pictures, as the protocol does.
+    """Train all heads, and report the one that is best on the validation images, as the protocol does.
 
-    The protocol augments pictures (random crops, flips) every time they are seen. Here features were computed once, of
-    the pictures as they are for validation, so figures are a little lower than the protocol's.
+    The protocol augments images (random crops, flips) every time they are seen. Here features were computed once, of
+    the images as they are for validation, so figures are a little lower than the protocol's.
 
     Inputs without class token are the mean patch token only. Where a model has fewer blocks than a head asks for, the
     head reads all there are, and heads that would be the same are trained once.

@@ -13,7 +13,7 @@ from torch import Tensor
 from vitreg.probes.store.feature_store import FeatureStore
 
 MIN_OUTLIERS = 10
-"""With fewer of them, in training or validation pictures, a figure of outliers would say nothing."""
+"""With fewer of them, in training or validation images, a figure of outliers would say nothing."""
 
 
 class Group(StrEnum):
@@ -74,7 +74,7 @@ def marked_patches(
 
 @dataclass(frozen=True)
 class Counts:
-    """How many patches there are of each group, in the pictures whose tokens were kept."""
+    """How many patches there are of each group, in the images whose tokens were kept."""
 
     train: dict[Group, int]
     val: dict[Group, int]
@@ -93,7 +93,7 @@ class Counts:
             return ""
         for name, counts in (("training", self.train), ("validation", self.val)):
             if (found := counts[Group.OUTLIER]) < MIN_OUTLIERS:
-                return f"the {name} pictures have {found} outliers; it takes {MIN_OUTLIERS}"
+                return f"the {name} images have {found} outliers; it takes {MIN_OUTLIERS}"
         return ""
 
     def trained_on(self, subject: Subject) -> Group:

@@ -1,11 +1,11 @@
-"""Where in the picture is this patch? What a patch token still knows of its place.
+"""Where in the image is this patch? What a patch token still knows of its place.
 
 A linear classifier names the position of a patch from its token alone (Figure 5b and Table 5 of "Vision Transformers
 Need Registers"); `patch_kinds.SUBJECTS` says what the rows are trained and tested on. Outliers are neither weighted nor
 drawn more often: the shared probe sees patches as the model makes them.
 
 Where artifacts are always in the same places, such as the corners, *being* an outlier already says where a patch is,
-and the probe may be better on outliers than on normal patches although they hold nothing of their neighbourhood. So
+and the probe may be better on outliers than on normal patches although they hold nothing of their neighborhood. So
 compare each row with its constant guess in `details`, and see in how many positions the patches of a row really are.
 The class with the largest logit need not be the nearest guess: where the probe knows little, the middle of the grid has
 the smaller distance.
@@ -43,14 +43,14 @@ def position(
     the named and the true position on the grid (`position distance`, Euclidean, in patches), for every subject.
 
     Args:
-        train: features of training pictures.
+        train: features of training images.
         val: of others, by the same model.
         config: how it is trained; by default a `PositionConfig()`.
         device: where it is trained.
         on_progress: called with the number of epochs done and their largest number.
 
     Raises:
-        ValueError: the stores are of different models or lack patch tokens of the block, or too few pictures have any.
+        ValueError: the stores are of different models or lack patch tokens of the block, or too few images have any.
     """
     config = config or PositionConfig()
     train.check_same_model(val)
@@ -112,7 +112,7 @@ def _test(
     block: int,
     device: torch.device | str,
 ) -> dict[Subject, np.ndarray]:
-    """For every picture of a subject: patches that are right, the sum of distances, and how many patches there are."""
+    """For every image of a subject: patches that are right, the sum of distances, and how many patches there are."""
     distances = _distances(val.grid).to(device)
     truth = torch.arange(len(distances), device=device)
     found: dict[Subject, list[Tensor]] = {subject: [] for subject in subjects}

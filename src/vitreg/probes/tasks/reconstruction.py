@@ -2,7 +2,7 @@
 
 Linear regression from a patch token to the pixels of its patch (Figure 5b and Table 5 of "Vision Transformers Need
 Registers"); `patch_kinds.SUBJECTS` says what the rows are fitted and tested on. It is solved exactly, from sums over
-one pass, so that nothing depends on an optimiser.
+one pass, so that nothing depends on an optimizer.
 """
 
 from __future__ import annotations
@@ -46,23 +46,23 @@ def reconstruction(
     """Fit the reconstruction probe and test it.
 
     The score is the mean L2 norm of a patch's error over its `3 * p * p` values, for every subject. Pixels are
-    normalised with ImageNet's mean and standard deviation whatever the model's own, so that models can be compared; the
+    normalized with ImageNet's mean and standard deviation whatever the model's own, so that models can be compared; the
     norm grows with the patch, so compare `explained variance` between models of different patch sizes.
 
     The paper does not say what its error is. In this unit a ViT-Ti with patches of 16 pixels has 21.9 on normal patches
     and 30.4 on outliers, which is 19.2 and 26.6 when scaled to patches of 14; the paper's are 18.4 and 25.2.
 
     Args:
-        train: features of training pictures.
+        train: features of training images.
         val: of others, by the same model.
-        train_images: the pictures that `train` is of; they are read again, the model does not see them again.
+        train_images: the images that `train` is of; they are read again, the model does not see them again.
         val_images: the same of `val`.
         config: what is read; by default a `ReconstructionConfig()`.
         device: where the sums are computed, in double precision.
-        on_progress: called with the number of pictures done and their total.
+        on_progress: called with the number of images done and their total.
 
     Raises:
-        ValueError: the stores are of different models, of other pictures than given, or lack patch tokens of the block.
+        ValueError: the stores are of different models, of other images than given, or lack patch tokens of the block.
     """
     config = config or ReconstructionConfig()
     train.check_same_model(val)
@@ -108,17 +108,17 @@ class _Source:
     done: int = 0
 
     def batches(self, store: FeatureStore, images: ImageSet) -> Iterator[_Batch]:
-        """Tokens, pixels and marks of some pictures at a time; pictures are decoded in threads."""
+        """Tokens, pixels and marks of some images at a time; images are decoded in threads."""
         to_imagenet = dataclasses.replace(store.preprocess, mean=IMAGENET_MEAN, std=IMAGENET_STD)
 
         def read(number: int) -> UInt8[Tensor, "3 H W"]:
-            return store.preprocess.pixels(images.picture(number))
+            return store.preprocess.pixels(images.image(number))
 
         numbers = store.numbers
         for rows, tokens, outlier in marked_patches(store, self.block):
-            with closing(map_ahead(read, numbers[rows].tolist(), ahead=2 * _BATCH)) as pictures:
+            with closing(map_ahead(read, numbers[rows].tolist(), ahead=2 * _BATCH)) as decoded:
                 for some_tokens, some_outlier in zip(tokens.split(_BATCH), outlier.split(_BATCH), strict=True):
-                    pixels = torch.stack(list(islice(pictures, len(some_tokens)))).to(self.device)
+                    pixels = torch.stack(list(islice(decoded, len(some_tokens)))).to(self.device)
                     patches = patchify(to_imagenet.normalize(pixels), store.grid)
                     yield some_tokens.to(self.device), patches, some_outlier.to(self.device)
                     self.done += len(some_tokens)
@@ -126,10 +126,10 @@ class _Source:
                         self.on_progress(self.done, self.total)
 
 
-def patchify(pictures: Float[Tensor, "n 3 H W"], grid: tuple[int, int]) -> Float[Tensor, "n P K"]:
+def patchify(images: Float[Tensor, "n 3 H W"], grid: tuple[int, int]) -> Float[Tensor, "n P K"]:
     """The pixels of every patch, row by row of the grid."""
-    height, width = pictures.shape[2] // grid[0], pictures.shape[3] // grid[1]
-    return torch.nn.functional.unfold(pictures, (height, width), stride=(height, width)).transpose(1, 2)
+    height, width = images.shape[2] // grid[0], images.shape[3] // grid[1]
+    return torch.nn.functional.unfold(images, (height, width), stride=(height, width)).transpose(1, 2)
 
 
 def _moments(batches: Iterator[_Batch]) -> dict[Group, Moments]:
@@ -146,7 +146,7 @@ def _moments(batches: Iterator[_Batch]) -> dict[Group, Moments]:
 def _test(
     batches: Iterator[_Batch], fits: Mapping[Group, LinearMap], moments: Mapping[Group, Moments]
 ) -> dict[str, Float64[np.ndarray, "N 5"]]:
-    """Sums over the patches of every picture, by subject.
+    """Sums over the patches of every image, by subject.
 
     Returns:
         L2 norms of the fit's errors and their squares, the same of the mean training patch, and the number of patches.

@@ -46,7 +46,7 @@ def linear_segmentation(
 
     Args:
         train: features to train on, of `dense_preprocess`.
-        val: features to judge by; several stores of the same pictures in several sizes, whose predictions are averaged,
+        val: features to judge by; several stores of the same images in several sizes, whose predictions are averaged,
             the first in the size of `train`.
         targets: the sets that the two were made of.
         config: the protocol.
@@ -54,7 +54,7 @@ def linear_segmentation(
         on_progress: called with steps done and their total.
 
     Returns:
-        mIoU over all pixels of all pictures, each at its own resolution, and pixel accuracy.
+        mIoU over all pixels of all images, each at its own resolution, and pixel accuracy.
 
     Raises:
         ValueError: stores and targets do not fit together, or masks cannot be used.
@@ -121,15 +121,15 @@ class Segmenter:
     def predict(
         self, stores: Sequence[FeatureStore], targets: SegmentationSet, rows: Iterable[int]
     ) -> Iterator[tuple[int, Int64[np.ndarray, "H W"]]]:
-        """The class of every pixel, at the picture's own resolution.
+        """The class of every pixel, at the image's own resolution.
 
         Args:
-            stores: of the same pictures, in one size or several, whose probabilities are averaged.
+            stores: of the same images, in one size or several, whose probabilities are averaged.
             targets: the set they were made of.
-            rows: among the pictures that have patch tokens.
+            rows: among the images that have patch tokens.
 
         Returns:
-            The picture's position in the set, and its classes.
+            The image's position in the set, and its classes.
         """
         features = [DenseFeatures(store, self.config.blocks) for store in stores]
         for row in rows:

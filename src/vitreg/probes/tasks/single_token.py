@@ -1,4 +1,4 @@
-"""Classification from a single token: outliers hold what is in the picture, other patches what is in their place."""
+"""Classification from a single token: outliers hold what is in the image, other patches what is in their place."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ _DRAWN = ("normal patch", "outlier patch")
 
 @dataclass(frozen=True, eq=False)
 class _Kind:
-    """One kind of token: rows of the pictures that have one, and one draw or several."""
+    """One kind of token: rows of the images that have one, and one draw or several."""
 
     rows: Int[Tensor, " n"]
     draws: Float[Tensor, "draws n D"]
@@ -39,8 +39,8 @@ def single_token(
 ) -> ProbeResult:
     """Logistic regression from the class token, a random normal patch, a random outlier, and each register.
 
-    All kinds are compared on the pictures whose patch tokens were kept. Outliers are fitted and judged on those that
-    have one; a picture that has none counts for nothing there.
+    All kinds are compared on the images whose patch tokens were kept. Outliers are fitted and judged on those that
+    have one; an image that has none counts for nothing there.
 
     Args:
         train: what is fitted on.
@@ -83,13 +83,13 @@ def _judge(
     """The accuracy of one kind of token."""
     details: dict[str, Any] = {"num_train": len(train.rows), "num_val": len(val.rows)}
     scarce = min(len(train.rows), len(val.rows))
-    # Classes none of whose pictures has such a token cannot be told from it: their validation pictures count as wrong.
+    # Classes none of whose images has such a token cannot be told from it: their validation images count as wrong.
     present, labels = classes.train[train.rows].unique(return_inverse=True)
     if scarce < config.min_images or len(present) < 2:
         reason = (
-            f"only {len(train.rows)} training and {len(val.rows)} validation pictures have one"
+            f"only {len(train.rows)} training and {len(val.rows)} validation images have one"
             if scarce < config.min_images
-            else "all training pictures that have one are of one class"
+            else "all training images that have one are of one class"
         )
         return Score.none("top-1", reason, unit="%", subject=name), details
     labels, truth = labels.to(device), classes.val[val.rows]
@@ -152,6 +152,6 @@ def _kinds(store: FeatureStore, config: SingleTokenConfig, split: int) -> dict[s
 def _draw(
     patches: Float[Tensor, "n P D"], wanted: Bool[Tensor, "n P"], draws: int, generator: torch.Generator
 ) -> Float[Tensor, "draws n D"]:
-    """One of the wanted patches of every picture, again and again."""
+    """One of the wanted patches of every image, again and again."""
     lots = torch.rand(draws, *wanted.shape, generator=generator).masked_fill(~wanted, -1)
     return patches[torch.arange(len(patches)), lots.argmax(2)]

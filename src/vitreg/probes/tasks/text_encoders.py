@@ -21,7 +21,7 @@ from vitreg.probes.tasks.templates import import_open_clip
 
 @runtime_checkable
 class TextEncoder(Protocol):
-    """Anything that embeds sentences where a model embeds pictures."""
+    """Anything that embeds sentences where a model embeds images."""
 
     def encode(self, sentences: Sequence[str]) -> Float[Tensor, "S E"]:
         """Embeddings; their length does not matter."""

@@ -1,7 +1,7 @@
-"""Zero-shot classification with CLIP and SigLIP: the class whose sentences are nearest to a picture.
+"""Zero-shot classification with CLIP and SigLIP: the class whose sentences are nearest to an image.
 
-The embedding of a class is the mean of its normalised sentence embeddings, normalised again, as open_clip's
-`build_zero_shot_classifier` makes it; a picture's is what the model's own pooling and projection make of it. Scale and
+The embedding of a class is the mean of its normalized sentence embeddings, normalized again, as open_clip's
+`build_zero_shot_classifier` makes it; an image's is what the model's own pooling and projection make of it. Scale and
 bias of the logits do not change which class is first, so there are only cosines here.
 """
 
@@ -34,37 +34,37 @@ def zero_shot(
     *,
     on_progress: Progress | None = None,
 ) -> ProbeResult:
-    """Classify pictures by sentences alone; nothing is trained.
+    """Classify images by sentences alone; nothing is trained.
 
     Args:
-        val: features of labelled pictures.
+        val: features of labeled images.
         vit: the model they are of; its projection is applied to them.
         text: the text tower that was trained beside it (`load_text_encoder`).
-        names: of the classes, in the order of the labels; by default those of the pictures (`class_names`).
+        names: of the classes, in the order of the labels; by default those of the images (`class_names`).
         config: how classes are put into words; by default a `ZeroShotConfig()`.
         on_progress: called with the number of classes done and their total.
 
     Raises:
-        ValueError: the pictures have no labels, the names are no words or too few, the features are of another model,
+        ValueError: the images have no labels, the names are no words or too few, the features are of another model,
             or the text tower has another width.
     """
     config = config or ZeroShotConfig()
     labels = val.labels
     if labels is None:
-        raise ValueError(f"{val.path} has no labels; zero-shot classification needs pictures with classes")
+        raise ValueError(f"{val.path} has no labels; zero-shot classification needs images with classes")
     names = class_names(val.classes) if names is None else tuple(names)
     if len(names) != len(val.classes):
         raise ValueError(f"{len(names)} class names are given, but {val.data.source} has {len(val.classes)} classes")
-    pictures = image_embeddings(val, vit)
+    images = image_embeddings(val, vit)
     classes = class_embeddings(text, names, config, on_progress).cpu()
-    if pictures.shape[1] != classes.shape[1]:
+    if images.shape[1] != classes.shape[1]:
         raise ValueError(
-            f"{val.model.name} embeds pictures in {pictures.shape[1]} dimensions and the text tower sentences in "
+            f"{val.model.name} embeds images in {images.shape[1]} dimensions and the text tower sentences in "
             f"{classes.shape[1]}; give the text tower of the same model"
         )
-    check_finite(pictures, f"an embedding of {val.path}")
+    check_finite(images, f"an embedding of {val.path}")
     check_finite(classes, "the embedding of a class")
-    best = (pictures @ classes.T).topk(min(5, len(names))).indices
+    best = (images @ classes.T).topk(min(5, len(names))).indices
     right = best == labels.unsqueeze(1)
     scores = [Score.mean("zero-shot top-1", right[:, 0].numpy(), unit="%")]
     if len(names) > 5:
@@ -72,7 +72,7 @@ def zero_shot(
     else:
         scores.append(Score.none("zero-shot top-5", f"there are only {len(names)} classes", unit="%"))
     details = {
-        "pictures": len(right),
+        "images": len(right),
         "classes": len(names),
         "templates": config.templates if isinstance(config.templates, str) else list(config.templates),
         "first names": list(names[:5]),
@@ -82,7 +82,7 @@ def zero_shot(
 
 @torch.inference_mode()
 def image_embeddings(store: FeatureStore, vit: VisionTransformer) -> Float[Tensor, "N E"]:
-    """The pictures' normalised embeddings, from what the model's own pooling made of them.
+    """The images' normalized embeddings, from what the model's own pooling made of them.
 
     Args:
         store: their features.
@@ -105,7 +105,7 @@ def image_embeddings(store: FeatureStore, vit: VisionTransformer) -> Float[Tenso
 def class_embeddings(
     text: TextEncoder, names: Sequence[str], config: ZeroShotConfig, on_progress: Progress | None = None
 ) -> Float[Tensor, "C E"]:
-    """A normalised embedding of every class."""
+    """A normalized embedding of every class."""
     found: list[Tensor] = []
     for name in names:
         embeddings = F.normalize(text.encode(sentences(config.templates, name)), dim=-1)

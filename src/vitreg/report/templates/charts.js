@@ -60,7 +60,7 @@ function drawHistogram(histograms, bars) {
   svg(c.root, "text", { x: at + (flip ? -6 : 6), y: c.top + 8, "text-anchor": flip ? "end" : "start" }, `threshold ${number(threshold)}`);
 }
 
-// series: {label, values, colour, dashed, end}; "|" breaks a label. A series is named at its end, unless `end` is
+// series: {label, values, color, dashed, end}; "|" breaks a label. A series is named at its end, unless `end` is
 // another name or "", and its value is in the caption.
 function drawLines(id, series, { log, format, title }) {
   const host = byId(id), narrow = host.clientWidth < 300;
@@ -79,8 +79,8 @@ function drawLines(id, series, { log, format, title }) {
     svg(c.root, "text", { x: at + (flip ? -5 : 5), y: c.top + 8, "text-anchor": flip ? "end" : "start" }, `onset: block ${ONSET}`);
   }
   const labels = [];
-  for (const { label, values, colour, dashed, end: name = label } of series) {
-    const group = svg(c.root, "g", { style: `color: var(--${colour})` });
+  for (const { label, values, color, dashed, end: name = label } of series) {
+    const group = svg(c.root, "g", { style: `color: var(--${color})` });
     const points = values.map((v, k) => (v === null ? null : [x(k), y(v)]));
     const path = points.map((p, k) => (p ? `${k && points[k - 1] ? "L" : "M"}${p[0].toFixed(1)} ${p[1].toFixed(1)}` : "")).join("");
     svg(group, "path", { class: dashed ? "series dashed" : "series", d: path });
@@ -96,7 +96,7 @@ function drawLines(id, series, { log, format, title }) {
   for (const l of labels) l.lines.forEach((line, i) => svg(l.group, "text", { class: "label", x: c.right + 2, y: l.y + 4 + 14 * i }, line));
   byId(`${id}-says`).replaceChildren(`After block ${state.block}: `, ...series.map((s) => {
     const swatch = node("span", { className: s.dashed ? "swatch dashed" : "swatch" });
-    swatch.style.setProperty("--of", `var(--${s.colour})`);
+    swatch.style.setProperty("--of", `var(--${s.color})`);
     return node("span", { className: "reading" }, swatch, s.label.replace("|", " "), " ", node("b", {}, format(s.values[state.block])));
   }));
   host.onclick = (event) => show(Math.round(linear(x(0), x(last), 0, last)(event.clientX - host.getBoundingClientRect().left)));

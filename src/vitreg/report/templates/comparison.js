@@ -1,7 +1,7 @@
 const MODELS = [{ data: S.before, when: "before" }, { data: S.after, when: "after" }];
 
 // The two series of what the summary holds as KEY_before and KEY_after.
-const both = (key, label, dashed = false) => MODELS.map(({ when }) => ({ label: `${label}|${when}`, values: S.blocks.map((b) => b[`${key}_${when}`]), colour: when, dashed }));
+const both = (key, label, dashed = false) => MODELS.map(({ when }) => ({ label: `${label}|${when}`, values: S.blocks.map((b) => b[`${key}_${when}`]), color: when, dashed }));
 const known = (series) => series.filter((s) => s.values.some((v) => v !== null));
 
 function drawCharts() {
@@ -21,9 +21,9 @@ function tokensOf({ data, when }) {
     // One name for all of them at the end of the lines: they often lie close together.
     end: r ? "" : `register${length > 1 ? "s" : ""}|${when}`,
     values: data.register_norms.map((block) => block[r]),
-    colour: when,
+    color: when,
   }));
-  return data.cls_norms ? [...registers, { label: `class token|${when}`, values: data.cls_norms, colour: when, dashed: true }] : registers;
+  return data.cls_norms ? [...registers, { label: `class token|${when}`, values: data.cls_norms, color: when, dashed: true }] : registers;
 }
 
 function drawNorms() {
@@ -86,15 +86,15 @@ function drawExample(example) {
   example.spoken.textContent = at === null ? "" : spoken.join("; ");
 }
 
-function addExample(picture, bytes) {
-  const panels = canvasesOf(picture.name, PANELS.map((p) => p.name)), spoken = node("p", { className: "spoken", ariaLive: "polite" });
+function addExample(image, bytes) {
+  const panels = canvasesOf(image.name, PANELS.map((p) => p.name)), spoken = node("p", { className: "spoken", ariaLive: "polite" });
   const beside = panels.map(() => ({ caption: node("figcaption"), absent: node("p", { className: "absent", hidden: true }) }));
   const figures = panels.map((canvas, i) => node("figure", {}, canvas, beside[i].absent, beside[i].caption));
   beside.forEach(({ caption, absent }, i) => {
     caption.dataset.name = i ? PANELS[i].name : "";
     absent.style.aspectRatio = S.image_size.toReversed().join(" / ");
   });
-  return addCard(picture, { bytes, panels, beside, spoken }, node("h3", {}, ...breakable(picture.name)), spoken, node("div", { className: "panels" }, ...figures));
+  return addCard(image, { bytes, panels, beside, spoken }, node("h3", {}, ...breakable(image.name)), spoken, node("div", { className: "panels" }, ...figures));
 }
 
 document.documentElement.style.setProperty("--panels", PANELS.length);

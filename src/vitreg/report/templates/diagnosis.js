@@ -2,20 +2,20 @@ function drawCharts() {
   const over = (key) => S.blocks.map((b) => b[key]);
   drawNorms();
   drawLines("depth", [
-    { label: "maximum", values: over("max"), colour: "peak" },
-    { label: "99th|percentile", values: over("p99"), colour: "high" },
-    { label: "median", values: over("median"), colour: "typical" },
+    { label: "maximum", values: over("max"), color: "peak" },
+    { label: "99th|percentile", values: over("p99"), color: "high" },
+    { label: "median", values: over("median"), color: "typical" },
   ], { log: true, format: number, title: "norm" });
   const shares = [
-    { label: "outlier|patches", values: over("outlier_fraction"), colour: "peak" },
-    { label: "attention|on outliers", values: over("attention_on_outliers"), colour: "high" },
+    { label: "outlier|patches", values: over("outlier_fraction"), color: "peak" },
+    { label: "attention|on outliers", values: over("attention_on_outliers"), color: "high" },
   ];
-  if (S.model.num_registers) shares.push({ label: "attention|on registers", values: over("attention_on_registers"), colour: "registers" });
+  if (S.model.num_registers) shares.push({ label: "attention|on registers", values: over("attention_on_registers"), color: "registers" });
   if (byId("shares")) drawLines("shares", shares.filter((s) => s.values.some((v) => v !== null)), { log: false, format: percent, title: "share" });
   if (!byId("tokens")) return;
-  const tokens = [{ label: "median|patch", values: over("median"), colour: "typical" }];
-  if (S.cls_norms) tokens.push({ label: "class token", values: S.cls_norms, colour: "high" });
-  (S.register_norms?.[0] ?? []).forEach((_, r) => tokens.push({ label: `register ${r + 1}`, values: S.register_norms.map((b) => b[r]), colour: "registers" }));
+  const tokens = [{ label: "median|patch", values: over("median"), color: "typical" }];
+  if (S.cls_norms) tokens.push({ label: "class token", values: S.cls_norms, color: "high" });
+  (S.register_norms?.[0] ?? []).forEach((_, r) => tokens.push({ label: `register ${r + 1}`, values: S.register_norms.map((b) => b[r]), color: "registers" }));
   drawLines("tokens", tokens, { log: true, format: number, title: "norm" });
 }
 
@@ -37,7 +37,7 @@ function drawPosition() {
   const canvas = byId("position");
   if (!canvas) return;
   const cells = S.position_frequency.flat(), most = Math.max(...cells);
-  paint(canvas, (i) => colourAt("magma", (255 * cells[i]) / (most || 1)));
+  paint(canvas, (i) => colorAt("magma", (255 * cells[i]) / (most || 1)));
   scaleBar(byId("position-scale"), "", "magma", [0, most / 2, most].map(percent));
   const best = cells.indexOf(most);
   const say = (i) => { byId("position-says").textContent = `${patchName(i)}: ${percent(cells[i])} of images.`; };
@@ -67,11 +67,11 @@ function drawExample(example) {
   example.readout.replaceChildren(...lines.map((line) => node("span", {}, line)));
 }
 
-function addExample(picture, bytes) {
-  const panels = canvasesOf(picture.name, ["photograph", "patch norm", ...(M.queries.length ? ["attention"] : [])]);
+function addExample(image, bytes) {
+  const panels = canvasesOf(image.name, ["photograph", "patch norm", ...(M.queries.length ? ["attention"] : [])]);
   const sum = node("p"), readout = node("p", { className: "readout", ariaLive: "polite" });
-  const about = node("div", { className: "about" }, node("h3", {}, ...breakable(picture.name)), sum, readout);
-  return addCard(picture, { bytes, panels, sum, readout }, about, node("div", { className: "panels" }, ...panels.map((p) => node("figure", {}, p))));
+  const about = node("div", { className: "about" }, node("h3", {}, ...breakable(image.name)), sum, readout);
+  return addCard(image, { bytes, panels, sum, readout }, about, node("div", { className: "panels" }, ...panels.map((p) => node("figure", {}, p))));
 }
 
 document.documentElement.style.setProperty("--panels", M.queries.length ? 3 : 2);

@@ -1,10 +1,10 @@
 // ---- maps
 const tile = new OffscreenCanvas(COLUMNS, ROWS);
 
-function paint(canvas, colourOf) {
-  const pen = fit(canvas), picture = new ImageData(COLUMNS, ROWS);
-  for (let i = 0; i < CELLS; i++) picture.data.set([...colourOf(i), 255], 4 * i);
-  tile.getContext("2d").putImageData(picture, 0, 0);
+function paint(canvas, colorOf) {
+  const pen = fit(canvas), image = new ImageData(COLUMNS, ROWS);
+  for (let i = 0; i < CELLS; i++) image.data.set([...colorOf(i), 255], 4 * i);
+  tile.getContext("2d").putImageData(image, 0, 0);
   pen.imageSmoothingEnabled = false;
   pen.drawImage(tile, 0, 0, canvas.width, canvas.height);
   return pen;
@@ -17,10 +17,10 @@ function fit(canvas) {
   return canvas.getContext("2d");
 }
 
-const colourAt = (name, code) => { const c = 3 * Math.max(0, Math.min(255, Math.round(code))); return rgb[name].slice(c, c + 3); };
+const colorAt = (name, code) => { const c = 3 * Math.max(0, Math.min(255, Math.round(code))); return rgb[name].slice(c, c + 3); };
 
 function scaleBar(host, title, name, ends, mark) {
-  const stops = Array.from({ length: 17 }, (_, i) => `rgb(${colourAt(name, i * 16 - (i === 16))})`);
+  const stops = Array.from({ length: 17 }, (_, i) => `rgb(${colorAt(name, i * 16 - (i === 16))})`);
   const ramp = node("div", { className: "ramp" });
   ramp.style.background = `linear-gradient(90deg, ${stops})`;
   if (mark !== undefined && mark >= 0 && mark <= 1) ramp.append(node("i", { style: `left: ${100 * mark}%` }));
@@ -42,9 +42,9 @@ function outline(pen, bits) {
   stroke(pen, 1.5, "#ff5a3c");
 }
 
-// Two strokes, dark under light, show on any picture.
-function stroke(pen, width, colour) {
-  for (const [extra, style] of [[2, "#000a"], [0, colour]]) {
+// Two strokes, dark under light, show on any image.
+function stroke(pen, width, color) {
+  for (const [extra, style] of [[2, "#000a"], [0, color]]) {
     pen.lineWidth = (width + extra) * devicePixelRatio;
     pen.strokeStyle = style;
     pen.stroke();
@@ -84,13 +84,13 @@ function paintPhoto(canvas, image) {
   return pen;
 }
 
-const paintNorm = (canvas, { norm }) => paint(canvas, (i) => colourAt("viridis", norm[i]));
+const paintNorm = (canvas, { norm }) => paint(canvas, (i) => colorAt("viridis", norm[i]));
 
 // The root of the attention: linear shows a few patches on black, logarithmic makes them drown in the rest.
 function paintAttention(canvas, { slot, attention }) {
   const range = M.attention_range[state.query][slot];
   const rooted = Array.from({ length: 256 }, (_, c) => 255 * Math.sqrt(decode(range, c) / range[1]));
-  return paint(canvas, (i) => colourAt("magma", rooted[attention[i]]));
+  return paint(canvas, (i) => colorAt("magma", rooted[attention[i]]));
 }
 
 const placeOf = (patch) => [Math.floor(patch / COLUMNS), patch % COLUMNS];

@@ -1,11 +1,11 @@
 "use strict";
 // One number drives the page: the block under the slider. `show` draws everything for it.
-const { summary: S, maps: M, colours, onset: ONSET } = JSON.parse(document.getElementById("data").textContent);
+const { summary: S, maps: M, colors, onset: ONSET } = JSON.parse(document.getElementById("data").textContent);
 const [ROWS, COLUMNS] = S.grid;
 const CELLS = ROWS * COLUMNS;
 const byId = (id) => document.getElementById(id);
 const state = { block: S.block, query: 0 };
-const rgb = Object.fromEntries(Object.entries(colours).map(([name, hex]) => [name, hex.match(/../g).map((h) => parseInt(h, 16))]));
+const rgb = Object.fromEntries(Object.entries(colors).map(([name, hex]) => [name, hex.match(/../g).map((h) => parseInt(h, 16))]));
 
 // ---- numbers in words, as words.py has them; a line may not end before a unit
 const number = (v) => (v == null ? "–" : v.toFixed(Math.abs(v) >= 99.95 ? 0 : Math.abs(v) >= 9.995 ? 1 : 2));

@@ -1,4 +1,4 @@
-"""Pictures with captions, as CLIP is trained on them."""
+"""Images with captions, as CLIP is trained on them."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from vitreg.training.engine.method import Augmentation, Batch, Sample
 
 
 class CaptionAugmentation(Augmentation):
-    """`image` `[3, H, W]`, a random crop, and `text` `[L]`, one of the picture's captions.
+    """`image` `[3, H, W]`, a random crop, and `text` `[L]`, one of the image's captions.
 
     The crop is open_clip's (`transform.py: image_transform`): random size and aspect, bicubic, no flip unless asked
     for, because captions say left and right.
@@ -23,7 +23,7 @@ class CaptionAugmentation(Augmentation):
     Args:
         model: says the size in pixels, mean and standard deviation.
         context_length: tokens of a caption.
-        min_scale: the smallest part of the picture's area that a crop keeps.
+        min_scale: the smallest part of the image's area that a crop keeps.
         flip: probability of a horizontal flip.
     """
 
@@ -35,14 +35,14 @@ class CaptionAugmentation(Augmentation):
         self.augment = v2.Compose([crop, v2.RandomHorizontalFlip(flip)])
 
     def __call__(self, sample: Sample) -> Batch:
-        """The tensors of one picture."""
-        pixels: torch.Tensor = pil_to_tensor(self.augment(sample.picture))
+        """The tensors of one image."""
+        pixels: torch.Tensor = pil_to_tensor(self.augment(sample.image))
         text = tokenize([random.choice(sample.captions)], self.context_length)[0]
         return {"image": self.preprocess.normalize(pixels), "text": text}
 
 
 def check_captions(images: ImageSet) -> None:
-    """Every picture must have a caption.
+    """Every image must have a caption.
 
     Raises:
         ValueError: names the first of those that have none, and what to do.
@@ -52,10 +52,10 @@ def check_captions(images: ImageSet) -> None:
         return
     if len(missing) == len(images):
         raise ValueError(
-            f"{images.source} has no captions, which clip learns from; give pictures with a captions.csv "
+            f"{images.source} has no captions, which clip learns from; give images with a captions.csv "
             f"(image,caption), tars with .txt members, or Parquet with a caption column"
         )
     raise ValueError(
-        f"{len(missing)} of the {len(images)} pictures in {images.source} have no caption, the first is "
+        f"{len(missing)} of the {len(images)} images in {images.source} have no caption, the first is "
         f"{images.name(missing[0])}; caption them or take them out"
     )

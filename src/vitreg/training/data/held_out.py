@@ -1,4 +1,4 @@
-"""Pictures that are not trained on."""
+"""Images that are not trained on."""
 
 from __future__ import annotations
 
@@ -13,22 +13,22 @@ from vitreg.images import ImageError, ImageSet, Subset, spaced_indices
 from vitreg.model import Preprocess
 
 
-def stream_pictures(
+def stream_images(
     images: ImageSet, preprocess: Preprocess, *, batch_size: int, device: torch.device, limit: int | None = None
 ) -> Iterator[tuple[Tensor, list[int]]]:
-    """Normalised batches `[B, 3, H, W]` and the numbers of their pictures; those that cannot be read are left out.
+    """Normalized batches `[B, 3, H, W]` and the numbers of their images; those that cannot be read are left out.
 
     Args:
         images: the set, gone through in its own order.
         preprocess: of the model.
-        batch_size: pictures at a time.
+        batch_size: images at a time.
         device: where batches are put.
-        limit: only so many pictures, spread evenly over the set, which may be sorted by class.
+        limit: only so many images, spread evenly over the set, which may be sorted by class.
     """
 
     def read(index: int) -> Tensor | None:
         try:
-            return preprocess.pixels(images.picture(index))
+            return preprocess.pixels(images.image(index))
         except ImageError:
             return None
 
@@ -43,7 +43,7 @@ def stream_pictures(
 
 
 def hold_out(images: ImageSet, seed: int) -> tuple[ImageSet, ImageSet]:
-    """Training pictures and a twentieth of the set, at most 1000, that is kept from training."""
+    """Training images and a twentieth of the set, at most 1000, that is kept from training."""
     order = np.random.default_rng((seed, 20)).permutation(len(images))
     count = max(1, min(1000, len(images) // 20))
     return Subset(images, np.sort(order[count:])), Subset(images, np.sort(order[:count]))

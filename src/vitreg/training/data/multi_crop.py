@@ -1,4 +1,4 @@
-"""DINOv2's views of a picture: two global crops, several small local ones, and the patches that are hidden."""
+"""DINOv2's views of an image: two global crops, several small local ones, and the patches that are hidden."""
 
 from __future__ import annotations
 
@@ -22,9 +22,9 @@ class MultiCropConfig(Settings):
     """DINOv2's crops (`dinov2/configs/ssl_default_config.yaml`).
 
     Attributes:
-        num_local: local crops of a picture; the global ones are always two.
+        num_local: local crops of an image; the global ones are always two.
         local_size: side of a local crop in pixels; global ones have the model's image size.
-        global_scale: smallest and largest share of the picture's area that a global crop takes.
+        global_scale: smallest and largest share of the image's area that a global crop takes.
         local_scale: the same of local crops.
         mask_probability: how likely a global crop has hidden patches.
         mask_ratio: smallest and largest share of its patches that are hidden then.
@@ -49,11 +49,11 @@ class MultiCropConfig(Settings):
 
 
 class MultiCrop(Augmentation):
-    """`dinov2/data/augmentations.py`: crops, flips, colour jitter, grey, blur, and solarisation of the second crop.
+    """`dinov2/data/augmentations.py`: crops, flips, color jitter, grey, blur, and solarisation of the second crop.
 
     Two things differ from the published code. Its blur applies with one minus the probability that it names (1, 0.1 and
     0.5, those of DINO, which are meant and used here). And it hides patches in exactly half of a batch's crops, with
-    ratios spread evenly over the batch; here every crop draws whether and how much by itself, so that a picture's views
+    ratios spread evenly over the batch; here every crop draws whether and how much by itself, so that an image's views
     do not depend on the others in its batch, nor on how a batch is spread over processes.
 
     Rows have `global` [2, 3, H, W], `local` [V, 3, h, w] and `mask` [2, N], true at hidden patches of the global crops.
@@ -81,18 +81,18 @@ class MultiCrop(Augmentation):
             )
         self.model, self.config = model, config
         jitter = transforms.ColorJitter(brightness=0.4, contrast=0.4, saturation=0.2, hue=0.1)
-        colour = [transforms.RandomApply([jitter], p=0.8), transforms.RandomGrayscale(p=0.2)]
-        first = [*colour, GaussianBlur(prob=1.0, sigmas=(0.1, 2.0))]
-        second = [*colour, GaussianBlur(prob=0.1, sigmas=(0.1, 2.0)), RandomSolarization(prob=0.2)]
+        color = [transforms.RandomApply([jitter], p=0.8), transforms.RandomGrayscale(p=0.2)]
+        first = [*color, GaussianBlur(prob=1.0, sigmas=(0.1, 2.0))]
+        second = [*color, GaussianBlur(prob=0.1, sigmas=(0.1, 2.0)), RandomSolarization(prob=0.2)]
         self._global = [transforms.Compose(first), transforms.Compose(second)]
-        self._local = transforms.Compose([*colour, GaussianBlur(prob=0.5, sigmas=(0.1, 2.0))])
+        self._local = transforms.Compose([*color, GaussianBlur(prob=0.5, sigmas=(0.1, 2.0))])
 
     def __call__(self, sample: Sample) -> Batch:
-        """The crops of one picture, normalised, and the masks of the global ones."""
+        """The crops of one image, normalized, and the masks of the global ones."""
         config, size = self.config, self.model.image_size
-        large = [change(_crop(sample.picture, size, config.global_scale)) for change in self._global]
+        large = [change(_crop(sample.image, size, config.global_scale)) for change in self._global]
         side = (config.local_size, config.local_size)
-        small = [self._local(_crop(sample.picture, side, config.local_scale)) for _ in range(config.num_local)]
+        small = [self._local(_crop(sample.image, side, config.local_scale)) for _ in range(config.num_local)]
         mask = torch.stack([self._mask() for _ in large])
         return {"global": self._normalize(large), "local": self._normalize(small), "mask": mask}
 
@@ -122,10 +122,10 @@ def locate_hidden(mask: Bool[Tensor, "B 2 N"]) -> Batch:
     return {"hidden": flat.flatten().nonzero().flatten(), "hidden_weight": weight.expand_as(flat)[flat]}
 
 
-def _crop(picture: Image.Image, size: tuple[int, int], scale: tuple[float, float]) -> Image.Image:
-    """A random part of the picture, resized in one go, and mirrored half of the time."""
-    box = transforms.RandomResizedCrop.get_params(picture, list(scale), [3 / 4, 4 / 3])  # pyright: ignore
+def _crop(image: Image.Image, size: tuple[int, int], scale: tuple[float, float]) -> Image.Image:
+    """A random part of the image, resized in one go, and mirrored half of the time."""
+    box = transforms.RandomResizedCrop.get_params(image, list(scale), [3 / 4, 4 / 3])  # pyright: ignore
     top, left, height, width = box
     edges = (left, top, left + width, top + height)
-    crop = picture.resize((size[1], size[0]), Image.Resampling.BICUBIC, box=edges)
+    crop = image.resize((size[1], size[0]), Image.Resampling.BICUBIC, box=edges)
     return crop.transpose(Image.Transpose.FLIP_LEFT_RIGHT) if random.random() < 0.5 else crop

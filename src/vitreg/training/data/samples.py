@@ -1,4 +1,4 @@
-"""The pictures of a run in their order, fetched by worker processes."""
+"""The images of a run in their order, fetched by worker processes."""
 
 from __future__ import annotations
 
@@ -20,18 +20,18 @@ from vitreg.training.engine.randomness import fixed_randomness
 MAX_ATTEMPTS = 100
 
 Fetched = tuple[Batch, list[str]]
-"""A batch, and for each picture that could not be read the sentence that says why."""
+"""A batch, and for each image that could not be read the sentence that says why."""
 
 
 class SampleStream(Dataset[Fetched]):
     """Every epoch the whole set in another order, as one unending sequence of positions.
 
     What is at a position depends on nothing but the seed: not on the number of processes or workers, and not on where a
-    run was interrupted. A picture that cannot be read is replaced by another, so that batches are always full.
+    run was interrupted. An image that cannot be read is replaced by another, so that batches are always full.
 
     Args:
         images: the set.
-        views: what is made of each picture.
+        views: what is made of each image.
         seed: of the order and the augmentation.
     """
 
@@ -43,7 +43,7 @@ class SampleStream(Dataset[Fetched]):
         """The batch of consecutive positions, an even number of them from an even one.
 
         Raises:
-            ValueError: picture after picture cannot be read.
+            ValueError: image after image cannot be read.
         """
         skipped: list[str] = []
         pairs = [self._pair(first, skipped) for first in positions[::2]]
@@ -66,11 +66,11 @@ class SampleStream(Dataset[Fetched]):
         for attempt in range(MAX_ATTEMPTS):
             try:
                 label = None if self.images.labels is None else int(self.images.labels[index])
-                return Sample(self.images.picture(index), label, self.images.captions(index))
+                return Sample(self.images.image(index), label, self.images.captions(index))
             except ImageError as error:
                 skipped.append(str(error))
                 index = int(np.random.default_rng((self.seed, position, attempt)).integers(len(self.images)))
-        raise ValueError(f"{MAX_ATTEMPTS} pictures in a row cannot be read, the last: {skipped[-1]}")
+        raise ValueError(f"{MAX_ATTEMPTS} images in a row cannot be read, the last: {skipped[-1]}")
 
     def _index(self, position: int) -> int:
         epoch, place = divmod(position, len(self.images))
@@ -89,9 +89,9 @@ def fetch(
     Each process has a contiguous part of a step's positions, and its micro-batches are contiguous parts of that.
 
     Args:
-        stream: the pictures.
+        stream: the images.
         processes: who shares a batch.
-        batch_size: pictures a step, over all processes.
+        batch_size: images a step, over all processes.
         accumulation: micro-batches a step.
         steps: which steps are wanted.
         num_workers: processes that decode, beside this one; 0 decodes in this one.
@@ -168,7 +168,7 @@ def worker_deaths() -> Iterator[None]:
         if "DataLoader worker (pid" not in str(error):
             raise
         raise ValueError(
-            f"a process that decodes pictures died ({str(error).split('. ')[0]}); resume the run with fewer --workers"
+            f"a process that decodes images died ({str(error).split('. ')[0]}); resume the run with fewer --workers"
         ) from error
 
 

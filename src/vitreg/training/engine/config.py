@@ -32,11 +32,11 @@ class MethodConfig(Settings):
     """What makes one recipe's training signal; each recipe has its own, beside the method it configures."""
 
     def build(self, model: ViTConfig) -> Method:
-        """The method, with a freshly initialised model."""
+        """The method, with a freshly initialized model."""
         raise NotImplementedError
 
     def flops(self, model: ViTConfig, kept: float) -> float:
-        """Floating-point operations of a step, for one picture; a backward pass has twice those of its forward pass.
+        """Floating-point operations of a step, for one image; a backward pass has twice those of its forward pass.
 
         Args:
             model: the Vision Transformer.
@@ -45,10 +45,10 @@ class MethodConfig(Settings):
         raise NotImplementedError
 
     def augmentation(self, model: ViTConfig, images: ImageSet) -> Augmentation:
-        """What is made of the pictures.
+        """What is made of the images.
 
         Raises:
-            ValueError: the pictures lack what the method learns from, such as labels or captions.
+            ValueError: the images lack what the method learns from, such as labels or captions.
         """
         raise NotImplementedError
 
@@ -92,7 +92,7 @@ class TrainingConfig:
         method: the recipe's own settings.
         optimizer: how weights follow gradients.
         num_steps: optimizer steps.
-        batch_size: pictures a step, over all processes and micro-batches.
+        batch_size: images a step, over all processes and micro-batches.
         accumulation: micro-batches that a process splits its part of a batch into.
         layer_scale: what LayerScale starts from, where the model has it.
         drop_path: rate of stochastic depth, the same in every block.
@@ -101,9 +101,9 @@ class TrainingConfig:
         sharding: ddp copies the model to every process, fsdp spreads it over them (FSDP2).
         compile: run the blocks through `torch.compile`.
         gradient_checkpointing: recompute blocks in the backward pass, to save memory.
-        seed: of the initial weights, the order of the pictures, their augmentation and everything random.
+        seed: of the initial weights, the order of the images, their augmentation and everything random.
         log_every, checkpoint_every, diagnose_every: in steps; 0 diagnoses at the end only.
-        num_diagnosed: held-out pictures that are diagnosed.
+        num_diagnosed: held-out images that are diagnosed.
     """
 
     recipe: Literal["deit3", "dinov2", "clip"]
@@ -138,7 +138,7 @@ class TrainingConfig:
                 raise ValueError(f"{name} is {getattr(self, name)}; it must be at least 0 and below 1")
         if self.recipe == "clip" and self.accumulation > 1:
             raise ValueError(
-                "clip compares the pictures of a whole batch; leave accumulation at 1, add processes instead"
+                "clip compares the images of a whole batch; leave accumulation at 1, add processes instead"
             )
 
     @property

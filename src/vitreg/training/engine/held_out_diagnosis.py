@@ -1,4 +1,4 @@
-"""Diagnosing a model in training on pictures that it does not train on."""
+"""Diagnosing a model in training on images that it does not train on."""
 
 from __future__ import annotations
 
@@ -10,13 +10,13 @@ from torch import Tensor
 from vitreg.artifacts import diagnose
 from vitreg.images import ImageSet, Subset, spaced_indices
 from vitreg.model import Preprocess, VisionTransformer
-from vitreg.training.data.held_out import stream_pictures
+from vitreg.training.data.held_out import stream_images
 from vitreg.training.engine.config import TrainingConfig
 from vitreg.training.engine.method import ExtraModules, Method
 
 BATCH_SIZE = 64
 NUM_EVALUATED = 1000
-# What a diagnosis says of its pictures rather than of the model.
+# What a diagnosis says of its images rather than of the model.
 LEFT_OUT = ("skipped", "position_frequency", "interrupted", "version")
 
 
@@ -35,18 +35,16 @@ class HeldOutDiagnosis:
         self._kept: list[Tensor] = []
 
     def read(self, preprocess: Preprocess) -> None:
-        """Read the pictures that are diagnosed, before any work is done.
+        """Read the images that are diagnosed, before any work is done.
 
         Raises:
             ValueError: none of them can be read.
         """
         limit = self._config.num_diagnosed
-        batches = stream_pictures(self._images, preprocess, batch_size=BATCH_SIZE, device=self._device, limit=limit)
+        batches = stream_images(self._images, preprocess, batch_size=BATCH_SIZE, device=self._device, limit=limit)
         self._kept = [batch for batch, _ in batches]
         if not self._kept:
-            raise ValueError(
-                f"none of the held-out pictures of {self._images.source} can be read; give others by --val"
-            )
+            raise ValueError(f"none of the held-out images of {self._images.source} can be read; give others by --val")
 
     def look(
         self, method: Method, vit: VisionTransformer, extra_modules: ExtraModules, *, final: bool
@@ -57,7 +55,7 @@ class HeldOutDiagnosis:
             method: of the run.
             vit: the model as it would be saved.
             extra_modules: and what goes with it.
-            final: evaluate on all pictures, instead of `NUM_EVALUATED` of them.
+            final: evaluate on all images, instead of `NUM_EVALUATED` of them.
         """
         diagnosis = diagnose(vit, iter(self._kept), max_examples=1).to_dict()
         found = {key: value for key, value in diagnosis.items() if key not in LEFT_OUT}

@@ -11,11 +11,11 @@ _WORDS = ("out of memory", "can't allocate memory", "not enough memory")
 
 
 @contextlib.contextmanager
-def out_of_memory(pictures: int) -> Iterator[None]:
+def out_of_memory(images: int) -> Iterator[None]:
     """Turns running out of memory into a sentence.
 
     Args:
-        pictures: of which a process computes so many at a time.
+        images: of which a process computes so many at a time.
 
     Raises:
         ValueError: memory ran out.
@@ -28,6 +28,6 @@ def out_of_memory(pictures: int) -> Iterator[None]:
         if not known and not any(words in message.lower() for words in _WORDS):
             raise
         raise ValueError(
-            f"out of memory with {pictures} pictures at a time ({message[:200]}); choose a smaller --batch-size, a "
+            f"out of memory with {images} images at a time ({message[:200]}); choose a smaller --batch-size, a "
             f"larger --accumulation, --gradient-checkpointing, --sharding fsdp, a smaller --arch or fewer --workers"
         ) from error

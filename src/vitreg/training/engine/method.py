@@ -1,4 +1,4 @@
-"""What a recipe trains, and what it makes of a picture: the two things in which recipes differ."""
+"""What a recipe trains, and what it makes of an image: the two things in which recipes differ."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from vitreg.images import ImageSet
 from vitreg.model import VisionTransformer
 
 Batch = dict[str, Tensor]
-"""What one step trains on, by name; until `Augmentation.collate`, the first axis is the pictures in the epoch's order."""
+"""What one step trains on, by name; until `Augmentation.collate`, the first axis is the images, in order."""
 
 
 ExtraModules = Mapping[str, dict[str, Tensor]]
@@ -22,15 +22,15 @@ ExtraModules = Mapping[str, dict[str, Tensor]]
 
 @dataclass(frozen=True)
 class Sample:
-    """A picture and what is known of it.
+    """An image and what is known of it.
 
     Attributes:
-        picture: RGB, upright.
+        image: RGB, upright.
         label: class number, None where there is none.
         captions: sentences about it, maybe none.
     """
 
-    picture: Image.Image
+    image: Image.Image
     label: int | None = None
     captions: tuple[str, ...] = ()
 
@@ -39,16 +39,16 @@ class Augmentation(ABC):
     """Turns samples into a batch, in worker processes.
 
     Randomness is taken from the global generators of Python, NumPy and PyTorch, which are seeded for every sample, and
-    again for every pair, from the run's seed and the place in the order of the run. So a picture is augmented and mixed
+    again for every pair, from the run's seed and the place in the order of the run. So an image is augmented and mixed
     the same way however many workers, processes, micro-batches and interruptions there are.
     """
 
     @abstractmethod
     def __call__(self, sample: Sample) -> Batch:
-        """The tensors of one picture, without a batch axis."""
+        """The tensors of one image, without a batch axis."""
 
     def mix(self, pair: Batch) -> Batch:
-        """The tensors `[2, ...]` of two neighbours, which may be mixed with each other."""
+        """The tensors `[2, ...]` of two neighbors, which may be mixed with each other."""
         return pair
 
     def collate(self, batch: Batch) -> Batch:
@@ -92,12 +92,12 @@ class Method(nn.Module, ABC):
     def evaluate(
         self, vit: VisionTransformer, extra_modules: ExtraModules, images: ImageSet, batch_size: int
     ) -> dict[str, float]:
-        """Figures of merit on held-out pictures, such as top-1 accuracy in percent; may be none.
+        """Figures of merit on held-out images, such as top-1 accuracy in percent; may be none.
 
         Args:
             vit: the product as it would be saved, in evaluation mode.
             extra_modules: and the weights of what would be saved beside it, all on this process.
-            images: pictures that were not trained on.
-            batch_size: pictures at a time.
+            images: images that were not trained on.
+            batch_size: images at a time.
         """
         return {}

@@ -18,8 +18,8 @@ class RunFolder:
 
     - `config.json`: everything that decides what the run does, and its data.
     - `log.jsonl`: a line for every step.
-    - `diagnosis.jsonl`: a line for every diagnosis on held-out pictures.
-    - `skipped.txt`: pictures that could not be read, and why.
+    - `diagnosis.jsonl`: a line for every diagnosis on held-out images.
+    - `skipped.txt`: images that could not be read, and why.
     - `tensorboard/`: the same curves for TensorBoard, where it is installed.
     - `checkpoints/step-N/`: what resuming needs.
     - `model.safetensors`: the model, for `vitreg.load`; written anew with every checkpoint.

@@ -67,7 +67,7 @@ class RunLogger:
                 self._board.close()
 
     def skip(self, reasons: list[str]) -> None:
-        """Remember pictures that could not be read; each process adds those that it met to the run's list."""
+        """Remember images that could not be read; each process adds those that it met to the run's list."""
         if new := [reason for reason in dict.fromkeys(reasons) if reason not in self._skipped]:
             self._skipped.update(new)
             with writing(self._folder.path), self._folder.skipped.open("a", encoding="utf-8") as file:

@@ -38,18 +38,18 @@ class TrainingData:
 
 
 def open_data(data: str | Path, val: str | Path | None = None, *, seed: int = 0, device: str = "auto") -> TrainingData:
-    """Pictures to train on, and others to diagnose and evaluate on.
+    """Images to train on, and others to diagnose and evaluate on.
 
     Of the processes that `torchrun` started, the first looks for them and tells the others what is where.
 
     Args:
         data: class folders, Parquet files, WebDataset tars or a `captions.csv`; or a folder with a `train` and a `val`.
-        val: held-out pictures; by default those in `data`, or else a twentieth of it, at most 1000.
+        val: held-out images; by default those in `data`, or else a twentieth of it, at most 1000.
         seed: decides which twentieth.
         device: as of `train`.
 
     Raises:
-        ValueError: there are no such pictures, or they have different classes.
+        ValueError: there are no such images, or they have different classes.
     """
 
     def look() -> TrainingData:
@@ -90,7 +90,7 @@ def train(
         Whether it came to the end; False after Ctrl-C, and then `resume` goes on.
 
     Raises:
-        ValueError: bad pictures or settings, a loss that is not a number, full memory or disk.
+        ValueError: bad images or settings, a loss that is not a number, full memory or disk.
     """
     if not config.model.name:
         config = dataclasses.replace(config, model=dataclasses.replace(config.model, name=Path(out).name))
@@ -125,7 +125,7 @@ def resume(
 
     Args:
         run: its folder.
-        data: where the pictures are now, if they have moved.
+        data: where the images are now, if they have moved.
         val: and the held-out ones.
         device: as of `train`.
         num_workers: as of `train`.
@@ -135,7 +135,7 @@ def resume(
         Whether it came to the end.
 
     Raises:
-        ValueError: no run's folder, or other pictures than the run began with.
+        ValueError: no run's folder, or other images than the run began with.
     """
     folder = RunFolder(run)
     description = folder.describe()
@@ -149,8 +149,8 @@ def resume(
         images = opened.images
         if len(images) != before["num_images"] or list(images.classes) != before["classes"]:
             raise ValueError(
-                f"{images.source} has {len(images)} pictures of {len(images.classes)} classes; the run began with "
-                f"{before['num_images']} of {len(before['classes'])}; give the same pictures with --data"
+                f"{images.source} has {len(images)} images of {len(images.classes)} classes; the run began with "
+                f"{before['num_images']} of {len(before['classes'])}; give the same images with --data"
             )
         processes.on_rank_zero(folder.claim)
         return _run(config, folder, opened, processes, num_workers, on_log)
@@ -160,7 +160,7 @@ def resume(
 
 
 def _place(data: str | Path) -> str:
-    """Where pictures are, wherever the run is resumed from; a pattern stays one."""
+    """Where images are, wherever the run is resumed from; a pattern stays one."""
     return os.path.abspath(Path(data).expanduser())
 
 

@@ -1,4 +1,4 @@
-"""Stochastic depth: in training, pictures skip a block's branches at random."""
+"""Stochastic depth: in training, images skip a block's branches at random."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from vitreg.training.engine.distributed import Distributed
 
 
 class StochasticDepth:
-    """Draws the pictures that take a residual branch, which adds the more to them (arXiv 1603.09382).
+    """Draws the images that take a residual branch, which adds the more to them (arXiv 1603.09382).
 
     Only these are computed, as in DINOv2 (`dinov2/layers/block.py: drop_add_residual_stochastic_depth`). Their number
     is the expected one, up to one, for the global batch, of which each process takes its part: with the same generator
@@ -33,7 +33,7 @@ class StochasticDepth:
         """Of every block, the subsets of its two branches.
 
         Args:
-            batch: pictures of this process.
+            batch: images of this process.
             device: where they are.
         """
         drawn = [self._draw(batch) for _ in range(2 * self.depth)]
@@ -45,12 +45,12 @@ class StochasticDepth:
         return list(zip(subsets[::2], subsets[1::2], strict=True))
 
     def _draw(self, batch: int) -> tuple[np.ndarray, float]:
-        """Numbers of this process's pictures that take a branch, and the branch's factor."""
+        """Numbers of this process's images that take a branch, and the branch's factor."""
         total, kept = batch * self.world, 1 - self.rate
         count = int(total * kept + np.random.random())
         images = np.sort(np.random.permutation(total)[:count]) - batch * self.rank
         images = images[(images >= 0) & (images < batch)]
-        # One picture to which nothing is added: without any, this process would have no gradients for the others'.
+        # One image to which nothing is added: without any, this process would have no gradients for the others'.
         return (images, 1 / kept) if len(images) else (np.zeros(1, np.int64), 0.0)
 
 

@@ -10,7 +10,7 @@ from vitreg.model import ViTConfig
 
 
 def forward_flops(config: ViTConfig, grid: tuple[int, int], kept: float = 1.0) -> float:
-    """Floating-point operations of a forward pass for one picture, without a head.
+    """Floating-point operations of a forward pass for one image, without a head.
 
     Args:
         config: the model.

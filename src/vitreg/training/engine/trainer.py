@@ -34,7 +34,7 @@ class Trainer:
         on_log: what to tell.
 
     Raises:
-        ValueError: the pictures do not suit the recipe, or the batch cannot be shared out.
+        ValueError: the images do not suit the recipe, or the batch cannot be shared out.
     """
 
     def __init__(
@@ -55,7 +55,7 @@ class Trainer:
                 f"processes x {config.accumulation} micro-batches; choose a multiple of {2 * parts}"
             )
         if len(images) < config.batch_size:
-            raise ValueError(f"{images.source} has {len(images)} pictures, fewer than a batch of {config.batch_size}")
+            raise ValueError(f"{images.source} has {len(images)} images, fewer than a batch of {config.batch_size}")
         self.config, self.folder, self.processes = config, folder, processes
         self._num_workers = num_workers
         self.stream = SampleStream(images, config.method.augmentation(config.model, images), config.seed)
@@ -79,7 +79,7 @@ class Trainer:
         """Train to the end; False where it was interrupted, after a checkpoint.
 
         Raises:
-            ValueError: the loss is not a number, memory or disk is full, picture after picture cannot be read.
+            ValueError: the loss is not a number, memory or disk is full, image after image cannot be read.
         """
         config, state = self.config, self.state
         fetched = fetch(
@@ -141,7 +141,7 @@ class Trainer:
         save_snapshot(self.folder.checkpoints, self.state)
 
     def diagnose(self, product: Product | None) -> None:
-        """Look at held-out pictures and note what is seen.
+        """Look at held-out images and note what is seen.
 
         Raises:
             ValueError: the model's tokens are not finite, or what is seen cannot be written.

@@ -11,6 +11,7 @@ import math
 from collections.abc import Callable
 from typing import Any
 
+from vitreg.common.renamed import current_fields
 from vitreg.model import ViTConfig
 from vitreg.training.data.multi_crop import MultiCropConfig
 from vitreg.training.engine.config import OptimizerConfig, TrainingConfig
@@ -32,10 +33,10 @@ def deit3(
     epochs: int | float | None = None,
     smoke: bool = False,
 ) -> TrainingConfig:
-    """DeiT3, as DeiT-III (arXiv 2204.07118, table 1, ImageNet-1k column; github.com/facebookresearch/deit).
+    """Supervised, as DeiT-III (arXiv 2204.07118, table 1, ImageNet-1k column; github.com/facebookresearch/deit).
 
     3-Augment, mixup or CutMix, binary cross-entropy, LAMB 3e-3 at batch size 2048, LayerScale, stochastic depth.
-    Repeated augmentation is left out; pictures are mixed in pairs, each pair in its own way, instead of a whole batch
+    Repeated augmentation is left out; images are mixed in pairs, each pair in its own way, instead of a whole batch
     in one way.
 
     - Hardware and time: not measured beyond the smoke form. Computed: 800 epochs of ViT-S/16 on ImageNet-1k are 2.8e19
@@ -63,7 +64,7 @@ def deit3(
         num_classes=num_classes,
         layer_scale=True,
     )
-    gentle = {"mixup": 0.0, "cutmix": 0.0, "three_augment": False, "colour_jitter": 0.0, "min_crop": 0.35}
+    gentle = {"mixup": 0.0, "cutmix": 0.0, "three_augment": False, "color_jitter": 0.0, "min_crop": 0.35}
     return TrainingConfig(
         recipe="deit3",
         model=model,
@@ -98,12 +99,12 @@ def dinov2(
 ) -> TrainingConfig:
     """Self-supervised, as DINOv2 (arXiv 2304.07193; `dinov2/configs/train/vitl14.yaml`): the paper's main training.
 
-    DINO, iBOT with a head of its own, KoLeo 0.1, SinkhornKnopp centring, two crops of 224 and eight of 98 pixels, teacher
-    momentum 0.994 to 1, weight decay 0.04 to 0.2, AdamW 2e-4 at batch size 1024 (by the square root for others). The
-    teacher is what is saved. Labels are not used.
+    DINO, iBOT with a head of its own, KoLeo 0.1, Sinkhorn-Knopp centering, two crops of 224 and eight of 98 pixels,
+    teacher momentum 0.994 to 1, weight decay 0.04 to 0.2, AdamW 2e-4 at batch size 1024 (by the square root for
+    others). The teacher is what is saved. Labels are not used.
 
     - Hardware and time: not measured beyond the smoke form. Computed: the published run of ViT-L/14, 625 000 steps of
-      1024 pictures, is 1.3e21 FLOPs, a week of eight H200 at 40 % of 700 TFLOP/s.
+      1024 images, is 1.3e21 FLOPs, a week of eight H200 at 40 % of 700 TFLOP/s.
     - Expected: the paper reports 84.3 % linear top-1 on ImageNet without and 84.8 % with 4 registers (ViT-L).
     - Command: `torchrun --nproc-per-node 8 -m vitreg train dinov2 --data imagenet/ --arch large --out RUN`
     - Smoke: `vitreg train dinov2 --smoke --data tiny-imagenet-100/ --out RUN`; larger crops, 256 prototypes. `dino`
@@ -249,5 +250,5 @@ def config_from_dict(values: dict[str, Any]) -> TrainingConfig:
         raise ValueError(f"recipe {fields.get('recipe')!r} is unknown; choose one of {', '.join(_METHODS)}")
     fields["model"] = ViTConfig.from_dict(fields["model"])
     fields["optimizer"] = OptimizerConfig(**fields["optimizer"])
-    fields["method"] = _METHODS[fields["recipe"]].from_dict(fields["method"])
+    fields["method"] = _METHODS[fields["recipe"]].from_dict(current_fields(fields["method"]))
     return TrainingConfig(**fields)

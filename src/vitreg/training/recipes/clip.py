@@ -1,4 +1,4 @@
-"""CLIP: a picture and its caption are each other's best match in the batch."""
+"""CLIP: an image and its caption are each other's best match in the batch."""
 
 from __future__ import annotations
 
@@ -41,7 +41,7 @@ class CLIPConfig(MethodConfig):
     Attributes:
         text_width, text_layers, text_heads: the size of the text tower.
         context_length: tokens of a caption, its marks of start and end included.
-        min_scale: the smallest part of a picture's area that a crop keeps; less than open_clip's 0.9 for small data.
+        min_scale: the smallest part of an image's area that a crop keeps; less than open_clip's 0.9 for small data.
         flip: probability of a horizontal flip.
     """
 
@@ -77,7 +77,7 @@ class CLIPConfig(MethodConfig):
         return cls(**(dict(zip(names, TEXT_SIZES[size], strict=True)) | fields))
 
     def build(self, model: ViTConfig) -> CLIP:
-        """The method, with freshly initialised towers.
+        """The method, with freshly initialized towers.
 
         Raises:
             ValueError: the model has no projection, or open_clip is not installed.
@@ -90,10 +90,10 @@ class CLIPConfig(MethodConfig):
         return 3 * (forward_flops(model, model.grid, kept) + text)
 
     def augmentation(self, model: ViTConfig, images: ImageSet) -> CaptionAugmentation:
-        """One caption and one crop of a picture at a time.
+        """One caption and one crop of an image at a time.
 
         Raises:
-            ValueError: there are pictures without a caption.
+            ValueError: there are images without a caption.
         """
         check_captions(images)
         return CaptionAugmentation(model, context_length=self.context_length, min_scale=self.min_scale, flip=self.flip)
@@ -102,7 +102,7 @@ class CLIPConfig(MethodConfig):
 class CLIP(Method):
     """An image and a text tower under open_clip's loss (Radford et al., arXiv 2103.00020, figure 3).
 
-    Every picture is compared with the captions of all processes; their gradients' mean is that of one process with the
+    Every image is compared with the captions of all processes; their gradients' mean is that of one process with the
     whole batch. Micro-batches of an accumulated step are not compared with each other.
 
     Attributes:
@@ -129,7 +129,7 @@ class CLIP(Method):
         )
 
     def forward(self, batch: Batch, progress: float) -> dict[str, Tensor]:
-        """`loss`, `logit_scale`, and `accuracy`: pictures whose caption is the best of the batch, in percent."""
+        """`loss`, `logit_scale`, and `accuracy`: images whose caption is the best of the batch, in percent."""
         from open_clip.loss import ClipLoss
 
         images, texts = self.vit.classify(batch["image"]), self.text(batch["text"])

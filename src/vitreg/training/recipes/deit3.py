@@ -1,4 +1,4 @@
-"""DeiT3 training as in DeiT-III: 3-Augment, mixup or CutMix, one binary cross-entropy per class."""
+"""Supervised training as in DeiT-III: 3-Augment, mixup or CutMix, one binary cross-entropy per class."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from torchvision.transforms import v2
 
 from vitreg.images import ImageSet
 from vitreg.model import Preprocess, VisionTransformer, ViTConfig
-from vitreg.training.data.held_out import stream_pictures
+from vitreg.training.data.held_out import stream_images
 from vitreg.training.engine.config import MethodConfig
 from vitreg.training.engine.method import Augmentation, Batch, ExtraModules, Method, Sample
 from vitreg.training.engine.throughput import forward_flops
@@ -26,9 +26,9 @@ class DeiT3Config(MethodConfig):
         loss: bce (one binary cross-entropy per class; every class that is in the mixture counts fully) or ce.
         smoothing: of the labels, with ce.
         mixup, cutmix: alpha of the Beta distributions; 0 turns one off.
-        three_augment: grey, solarise or blur each picture.
-        colour_jitter: brightness, contrast and saturation.
-        min_crop: smallest part of a picture's area that is seen.
+        three_augment: grey, solarise or blur each image.
+        color_jitter: brightness, contrast and saturation.
+        min_crop: smallest part of an image's area that is seen.
     """
 
     loss: str = "bce"
@@ -36,7 +36,7 @@ class DeiT3Config(MethodConfig):
     mixup: float = 0.8
     cutmix: float = 1.0
     three_augment: bool = True
-    colour_jitter: float = 0.3
+    color_jitter: float = 0.3
     min_crop: float = 0.08
 
     def __post_init__(self) -> None:
@@ -54,7 +54,7 @@ class DeiT3Config(MethodConfig):
         return 3 * forward_flops(model, model.grid, kept)
 
     def augmentation(self, model: ViTConfig, images: ImageSet) -> DeiT3Augmentation:
-        """Augmented pictures with soft targets.
+        """Augmented images with soft targets.
 
         Raises:
             ValueError: there are no labels, or another number of classes than the model has.
@@ -70,9 +70,9 @@ class DeiT3Config(MethodConfig):
 
 
 class DeiT3Augmentation(Augmentation):
-    """3-Augment of each picture (timm's "3a" policy), then mixup or CutMix of neighbours (timm's `Mixup`).
+    """3-Augment of each image (timm's "3a" policy), then mixup or CutMix of neighbors (timm's `Mixup`).
 
-    Pictures 2i and 2i + 1 of the order are mixed, each pair in its own way, so that it does not matter how a batch is
+    Images 2i and 2i + 1 of the order are mixed, each pair in its own way, so that it does not matter how a batch is
     split over processes.
     """
 
@@ -88,8 +88,8 @@ class DeiT3Augmentation(Augmentation):
         ]
         if config.three_augment:
             steps.append(auto_augment_transform("3a", {}))
-        if config.colour_jitter:
-            steps.append(v2.ColorJitter(config.colour_jitter, config.colour_jitter, config.colour_jitter))
+        if config.color_jitter:
+            steps.append(v2.ColorJitter(config.color_jitter, config.color_jitter, config.color_jitter))
         self._augment = v2.Compose(steps)
         self._preprocess, self._num_classes = preprocess, num_classes
         self._mixup = None
@@ -104,7 +104,7 @@ class DeiT3Augmentation(Augmentation):
 
     def __call__(self, sample: Sample) -> Batch:
         """`image` [3, H, W] and `label`."""
-        pixels = torch.from_numpy(np.asarray(self._augment(sample.picture)).transpose(2, 0, 1).copy())
+        pixels = torch.from_numpy(np.asarray(self._augment(sample.image)).transpose(2, 0, 1).copy())
         return {"image": self._preprocess.normalize(pixels), "label": torch.tensor(sample.label)}
 
     def mix(self, pair: Batch) -> Batch:
@@ -138,12 +138,12 @@ class DeiT3(Method):
     def evaluate(
         self, vit: VisionTransformer, extra_modules: ExtraModules, images: ImageSet, batch_size: int
     ) -> dict[str, float]:
-        """`top1`: per cent of the pictures whose class has the largest logit."""
+        """`top1`: per cent of the images whose class has the largest logit."""
         if images.labels is None:
             return {}
         right = total = 0
         device = vit.patch_embed.weight.device
-        for batch, indices in stream_pictures(images, vit.preprocess, batch_size=batch_size, device=device):
+        for batch, indices in stream_images(images, vit.preprocess, batch_size=batch_size, device=device):
             labels = torch.tensor([images.labels[i] for i in indices], device=device)
             right += int((vit.classify(batch).argmax(-1) == labels).sum())
             total += len(indices)

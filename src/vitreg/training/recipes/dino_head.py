@@ -9,10 +9,10 @@ from torch import Tensor, nn
 
 
 class DINOHead(nn.Module):
-    """An MLP, then the cosine to every prototype (DINO, arXiv 2104.14294, appendix C, with a normalised last layer).
+    """An MLP, then the cosine to every prototype (DINO, arXiv 2104.14294, appendix C, with a normalized last layer).
 
     The same function as lightly's `DINOProjectionHead`, whose `weight_norm` keeps a derived tensor on the module, so
-    that it cannot be copied after a forward pass. Here prototypes are normalised where they are used, which FSDP
+    that it cannot be copied after a forward pass. Here prototypes are normalized where they are used, which FSDP
     allows too. DINOv2 learns a factor per prototype besides; DINO found it unstable, and here it is 1.
 
     Args:

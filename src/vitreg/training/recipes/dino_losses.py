@@ -1,6 +1,6 @@
 """The losses of DINOv2, and what turns a teacher's outputs into targets.
 
-Every process holds an equal number of pictures, a contiguous part of the global batch. The mean of a loss over the
+Every process holds an equal number of images, a contiguous part of the global batch. The mean of a loss over the
 processes is the loss of the global batch, and the mean of the gradients, which DDP and FSDP take, is its gradient.
 """
 
@@ -52,11 +52,11 @@ class MeanCentering(nn.Module):
 
     @torch.no_grad()
     def forward(self, cosines: Float[Tensor, "M K"], temperature: float) -> Float[Tensor, "M K"]:
-        """The softmax by the centre so far, which then moves towards these rows of all processes."""
+        """The softmax by the center so far, which then moves towards these rows of all processes."""
         targets = F.softmax((cosines - self.center) / temperature, dim=-1)
         total = _sum_over_processes(cosines.sum(0))
         count = _sum_over_processes(total.new_full((), len(cosines)))
-        # A batch without hidden patches has no mean and leaves the centre where it is.
+        # A batch without hidden patches has no mean and leaves the center where it is.
         mean = torch.where(count > 0, total / count, self.center)
         self.center.lerp_(mean, 1 - CENTER_MOMENTUM)
         return targets
@@ -65,20 +65,20 @@ class MeanCentering(nn.Module):
 def dino_loss(
     student: Float[Tensor, "B V K"], targets: Float[Tensor, "B 2 K"], temperature: float
 ) -> Float[Tensor, ""]:
-    """The loss of DINO: the mean cross-entropy over all pairs of a teacher's view and another view of the same picture.
+    """The loss of DINO: the mean cross-entropy over all pairs of a teacher's view and another view of the same image.
 
     Args:
         student: cosines of the class tokens; the first two views are those that the teacher saw.
         targets: of the two views that the teacher saw.
         temperature: of the student.
     """
-    num_pictures, num_views, num_prototypes = student.shape
+    num_images, num_views, num_prototypes = student.shape
     both = targets.sum(1, keepdim=True).expand(-1, num_views - 2, -1)
     wanted = torch.cat([targets.flip(1), both], dim=1)
     total = F.cross_entropy(
         student.reshape(-1, num_prototypes) / temperature, wanted.reshape(-1, num_prototypes), reduction="sum"
     )
-    return total / (num_pictures * 2 * (num_views - 1))
+    return total / (num_images * 2 * (num_views - 1))
 
 
 def ibot_loss(
@@ -116,7 +116,7 @@ def gather_features(features: Float[Tensor, "B D"]) -> Float[Tensor, "G D"]:
 def entropies(targets: Float[Tensor, "M K"]) -> tuple[Float[Tensor, ""], Float[Tensor, ""]]:
     """(mean entropy of a target, entropy of the mean target of the global batch), as shares of the largest, log K.
 
-    Their difference is how much a target tells of its picture. It is 0 in both kinds of collapse: where all pictures
+    Their difference is how much a target tells of its image. It is 0 in both kinds of collapse: where all images
     get the same prototype, both are 0; where every target is uniform, both are 1. Training goes well while the second
     stays near 1 and the first far below it. SinkhornKnopp keeps the second high whatever happens, so that there a
     collapse shows in the first, which rises to 1.

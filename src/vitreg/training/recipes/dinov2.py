@@ -33,7 +33,7 @@ class DINOv2Config(MethodConfig):
     """DINOv2's settings (`dinov2/configs/ssl_default_config.yaml` and `train/vitl14.yaml`).
 
     Attributes:
-        crops: views of a picture.
+        crops: views of an image.
         num_prototypes: outputs of a head.
         hidden_dim: of a head.
         bottleneck_dim: of a head.
@@ -98,12 +98,12 @@ class DINOv2Config(MethodConfig):
 class DINOv2(Method):
     """A student that is taught by the moving average of itself (`dinov2/train/ssl_meta_arch.py`).
 
-    The teacher sees two large crops of a picture. The student sees these, with patches hidden in half of them, and
+    The teacher sees two large crops of an image. The student sees these, with patches hidden in half of them, and
     small local ones. DINO's loss compares class tokens of different views, iBOT's the hidden patches with what the
     teacher made of them, and KoLeo spreads the student's class tokens. Registers take no part in a loss and are never
     hidden: they learn by what they do for the other tokens.
 
-    Batches over several micro-batches (accumulation) are centred, and spread by KoLeo, each by itself.
+    Batches over several micro-batches (accumulation) are centered, and spread by KoLeo, each by itself.
 
     Attributes:
         vit: the student.
@@ -147,7 +147,7 @@ class DINOv2(Method):
         config, temperature = self.config, self.teacher_temperature(progress)
         views, mask, hidden = batch["global"].flatten(0, 1), batch["mask"].flatten(0, 1), batch["hidden"]
         targets, patch_targets = self._targets(views, hidden, temperature)
-        # All crops of a picture lie next to each other, as stochastic depth, drawn for the global batch, expects.
+        # All crops of an image lie next to each other, as stochastic depth, drawn for the global batch, expects.
         large = self.vit(views, masked=Masked(mask, self.mask_token))
         small = self.vit(batch["local"].flatten(0, 1))
         large_cls, small_cls = (_cls(tokens).unflatten(0, (len(batch["global"]), -1)) for tokens in (large, small))
@@ -157,7 +157,7 @@ class DINOv2(Method):
         with _float32(views):
             dino = dino_loss(view_outputs, targets, config.student_temperature)
             ibot = ibot_loss(patch_outputs, patch_targets, batch["hidden_weight"], config.student_temperature)
-            # View by view: crops of one picture are meant to be close.
+            # View by view: crops of one image are meant to be close.
             koleo = torch.stack([self.koleo(gather_features(view.float())) for view in large_cls.unbind(1)]).sum()
             teacher_entropy, marginal_entropy = entropies(targets.flatten(0, 1))
         return {

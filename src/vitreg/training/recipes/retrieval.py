@@ -1,4 +1,4 @@
-"""Finding captions by pictures and pictures by captions."""
+"""Finding captions by images and images by captions."""
 
 from __future__ import annotations
 
@@ -11,28 +11,28 @@ from vitreg.checkpoints.text_tower import TextTower
 from vitreg.images import ImageError, ImageSet
 from vitreg.model import VisionTransformer
 
-MAX_PICTURES = 1000
-"""What Flickr30k's and COCO's customary test sets hold; recall falls with the number of pictures to choose from."""
+MAX_IMAGES = 1000
+"""What Flickr30k's and COCO's customary test sets hold; recall falls with the number of images to choose from."""
 
 
 @torch.inference_mode()
 def retrieval(vit: VisionTransformer, tower: TextTower, images: ImageSet, batch_size: int) -> dict[str, float]:
-    """Recall at 1 and 5 in percent, both ways, on the first `MAX_PICTURES` pictures with all of their captions.
+    """Recall at 1 and 5 in percent, both ways, on the first `MAX_IMAGES` images with all of their captions.
 
-    Pictures that cannot be read or have no caption do not count; without any there are no figures.
+    Images that cannot be read or have no caption do not count; without any there are no figures.
     """
     device = next(vit.parameters()).device
     features: list[Tensor] = []
     captions: list[str] = []
     owners: list[int] = []
-    num_pictures = min(len(images), MAX_PICTURES)
-    for start in range(0, num_pictures, batch_size):
+    num_images = min(len(images), MAX_IMAGES)
+    for start in range(0, num_images, batch_size):
         batch: list[Tensor] = []
-        for index in range(start, min(start + batch_size, num_pictures)):
+        for index in range(start, min(start + batch_size, num_images)):
             if not (sentences := images.captions(index)):
                 continue
             try:
-                batch.append(vit.preprocess(images.picture(index)))
+                batch.append(vit.preprocess(images.image(index)))
             except ImageError:
                 continue
             owners += [1 + owners[-1] if owners else 0] * len(sentences)
@@ -49,18 +49,18 @@ def retrieval(vit: VisionTransformer, tower: TextTower, images: ImageSet, batch_
 def recall(similarity: Float[Tensor, "I C"], owners: Int[Tensor, " C"]) -> dict[str, float]:
     """R@1 and R@5 in percent.
 
-    A picture is right at k if any of its captions is among its k most similar ones; a caption, if its picture is among
-    the k most similar pictures (Karpathy and Fei-Fei, arXiv 1412.2306).
+    An image is right at k if any of its captions is among its k most similar ones; a caption, if its image is among
+    the k most similar images (Karpathy and Fei-Fei, arXiv 1412.2306).
 
     Args:
-        similarity: of pictures and captions.
-        owners: number of the picture that each caption is about.
+        similarity: of images and captions.
+        owners: number of the image that each caption is about.
     """
-    pictures = torch.arange(len(similarity), device=similarity.device)
+    images = torch.arange(len(similarity), device=similarity.device)
     figures = {}
     for k in (1, 5):
         captions = similarity.topk(min(k, similarity.shape[1]), dim=1).indices
-        figures[f"image_to_text_r{k}"] = (owners[captions] == pictures[:, None]).any(1)
+        figures[f"image_to_text_r{k}"] = (owners[captions] == images[:, None]).any(1)
         best = similarity.topk(min(k, similarity.shape[0]), dim=0).indices
         figures[f"text_to_image_r{k}"] = (best == owners).any(0)
     return {name: 100 * int(right.sum()) / len(right) for name, right in figures.items()}

@@ -27,7 +27,7 @@ def sized(size: Size, *, patch_size: int, image_size: int, num_registers: int, *
     Args:
         size: tiny to giant.
         patch_size: in pixels.
-        image_size: side of the (square) pictures in pixels.
+        image_size: side of the (square) images in pixels.
         num_registers: 4 in the paper.
         fields: others of `ViTConfig`.
 

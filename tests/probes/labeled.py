@@ -1,4 +1,4 @@
-"""Small stores of some classes of real pictures, for probes of classification; also for a process that tests kill."""
+"""Small stores of some classes of real images, for probes of classification; also for a process that tests kill."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from pathlib import Path
 
 import torch
 
-from probes.small import Pictures, small_vit
+from probes.small import Images, small_vit
 from vitreg.images import open_image_set
 from vitreg.probes import FeaturesConfig, FeatureStore, extract
 from vitreg.probes.heads.linear_grid import LinearConfig
@@ -19,19 +19,19 @@ ALL_BLOCKS = FeaturesConfig(blocks=(0, 1, 2), dtype="float32")
 KILLED = LinearConfig(learning_rates=(0.01, 0.1), epochs=2, epoch_length=150, head_batch_size=16)
 
 
-def pictures_of(data: Path, part: str, labels: Sequence[int], each: int) -> Pictures:
-    """So many pictures of each of some classes of tiny-imagenet-100."""
+def images_of(data: Path, part: str, labels: Sequence[int], each: int) -> Images:
+    """So many images of each of some classes of tiny-imagenet-100."""
     images = open_image_set(data / "tiny-imagenet-100" / f"{part}.parquet")
     assert images.labels is not None
     indices = [i for label in labels for i in [n for n, found in enumerate(images.labels) if found == label][:each]]
-    return Pictures(images, indices)
+    return Images(images, indices)
 
 
 def small_stores(data: Path, folder: Path) -> tuple[FeatureStore, FeatureStore]:
     """Features of five classes from a small random model."""
     labels = (3, 7, 20, 50, 99)
     train, val = (
-        extract(small_vit(), pictures_of(data, part, labels, each), folder / part, ALL_BLOCKS)
+        extract(small_vit(), images_of(data, part, labels, each), folder / part, ALL_BLOCKS)
         for part, each in (("train", 24), ("val", 12))
     )
     return train, val

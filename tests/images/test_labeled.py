@@ -1,4 +1,4 @@
-"""What all sets of pictures share."""
+"""What all sets of images share."""
 
 from vitreg.images import spaced_indices
 

@@ -1,4 +1,4 @@
-"""Sets of pictures that can be read in any order, with their labels or captions."""
+"""Sets of images that can be read in any order, with their labels or captions."""
 
 from __future__ import annotations
 
@@ -17,12 +17,12 @@ Item = TypeVar("Item")
 
 
 class ImageSet(ABC):
-    """Pictures with what is known of them; safe to hand to worker processes.
+    """Images with what is known of them; safe to hand to worker processes.
 
     Attributes:
         source: where they are from, for messages.
         classes: names of the classes, in the order of the labels; empty where there are no labels.
-        labels: class number of every picture; None where there are no labels.
+        labels: class number of every image; None where there are no labels.
     """
 
     source: str
@@ -33,8 +33,8 @@ class ImageSet(ABC):
     def __len__(self) -> int: ...
 
     @abstractmethod
-    def picture(self, index: int) -> Image.Image:
-        """A picture, upright and in RGB.
+    def image(self, index: int) -> Image.Image:
+        """An image, upright and in RGB.
 
         Raises:
             ImageError: it cannot be read; the message names it.
@@ -42,14 +42,14 @@ class ImageSet(ABC):
 
     @abstractmethod
     def name(self, index: int) -> str:
-        """What to call a picture in messages: its path, or its place in an archive."""
+        """What to call an image in messages: its path, or its place in an archive."""
 
     def file(self, index: int) -> str:
         """The file that an image is in: its own, or an archive's."""
         return self.name(index)
 
     def captions(self, index: int) -> tuple[str, ...]:
-        """Sentences about a picture."""
+        """Sentences about an image."""
         return ()
 
     def digest(self) -> str:
@@ -72,11 +72,11 @@ class ImageSet(ABC):
 
 
 class Subset(ImageSet):
-    """Some pictures of a set.
+    """Some images of a set.
 
     Args:
         images: the set.
-        indices: which of its pictures.
+        indices: which of its images.
     """
 
     def __init__(self, images: ImageSet, indices: NDArray[np.int64]) -> None:
@@ -87,9 +87,9 @@ class Subset(ImageSet):
     def __len__(self) -> int:
         return len(self._indices)
 
-    def picture(self, index: int) -> Image.Image:
+    def image(self, index: int) -> Image.Image:
         """As of the set."""
-        return self._images.picture(int(self._indices[index]))
+        return self._images.image(int(self._indices[index]))
 
     def name(self, index: int) -> str:
         """As of the set."""
