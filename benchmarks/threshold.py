@@ -77,7 +77,7 @@ def spread(paths: list[Path], num: int) -> list[Path]:
 def image_kinds(photos: torch.Tensor) -> dict[str, torch.Tensor]:
     generator = torch.Generator().manual_seed(0)
     drawings = torch.full((12, 3, 224, 224), 2.4)
-    for image, line in itertools.export_model(drawings, range(6)):
+    for image, line in itertools.product(drawings, range(6)):
         row, column = torch.randint(0, 223, (2,), generator=generator).tolist()
         image[:, row] = image[:, :, column] = -2.0 + 0.1 * line
     return {
@@ -129,7 +129,7 @@ def main() -> None:
     photos = photographs(args.photographs, args.num_images)
 
     print("planted\nratio  share    found   recall  precision")
-    for ratio, fraction in itertools.export_model(RATIOS, FRACTIONS):
+    for ratio, fraction in itertools.product(RATIOS, FRACTIONS):
         found = hits = marked = total = 0
         for seed, family in enumerate(FAMILIES):
             vit = random_model(family, seed, perturb=False)
@@ -155,7 +155,7 @@ def main() -> None:
     print("\nclean\nimages          alarms")
     for kind, images in image_kinds(photos).items():
         alarms = runs = 0
-        for (seed, family), perturb in itertools.export_model(enumerate(FAMILIES), (False, True)):
+        for (seed, family), perturb in itertools.product(enumerate(FAMILIES), (False, True)):
             diagnosis = vitreg.diagnose(random_model(family, seed, perturb), images, max_examples=0)
             alarms += diagnosis.has_artifacts is not False
             runs += 1

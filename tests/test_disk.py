@@ -115,7 +115,7 @@ def test_nothing_but_disk_writes_a_file_in_place():
             names = {node.id for node in ast.walk(call) if isinstance(node, ast.Name)}
             # A name of `replacing`, memory, or a function of ours that does either.
             safe = names & {"temporary", "buffer"} or text.startswith(
-                ("vitreg.save(", "save(vit,", "self.journal.save(")
+                ("vitreg.save(", "save(vit,", "self.logger.save(")
             )
             ours = text.startswith(("diagnosis.save(out", "comparison.save(out", "save(tensors, {'vitreg'"))
             if (_writes(call) or text.startswith("os.replace(")) and not safe and not ours:

@@ -139,7 +139,7 @@ def test_neighbour_similarity_equals_a_loop():
     embeddings = torch.randn(2, 12, 5)
     grid = embeddings.unflatten(1, (3, 4))
     ours = neighbour_similarity(embeddings, (3, 4))
-    for b, r, c in itertools.export_model(range(2), range(3), range(4)):
+    for b, r, c in itertools.product(range(2), range(3), range(4)):
         near = [
             F.cosine_similarity(grid[b, r, c], grid[b, y, x], dim=0)
             for y, x in ((r - 1, c), (r + 1, c), (r, c - 1), (r, c + 1))

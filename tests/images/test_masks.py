@@ -86,8 +86,8 @@ def test_masks_of_palettes_two_colors_and_16_bits(folder):
     numbers = np.array([[0, 1], [1, 0]], np.uint8).repeat(15, 0).repeat(20, 1)
     palette = Image.fromarray(numbers, "P")
     palette.putpalette([200, 0, 0, 0, 200, 0])
-    for name, mask in (("a", palette), ("b", Image.fromarray(numbers * 255).convert("1"))):
-        mask.save(folder / f"train/masks/{name}.png")
+    for name, made in (("a", palette), ("b", Image.fromarray(numbers * 255).convert("1"))):
+        made.save(folder / f"train/masks/{name}.png")
     Image.fromarray(numbers.astype(np.uint16)).save(folder / "train/masks/c.png")
     Image.fromarray(numbers.astype(np.uint16) * 256).save(folder / "train/masks/d.png")
     train, _ = open_segmentation(str(folder), num_classes=2)

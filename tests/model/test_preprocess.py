@@ -101,7 +101,7 @@ def test_from_timm_refuses_models_of_other_channels():
     ("changes", "message"),
     [
         ({"interpolation": "random"}, "bicubic.*bilinear"),
-        ({"crop": "center"}, "center.*squash"),
+        ({"crop": "centre"}, "center.*squash"),
         ({"crop_pct": 0.0}, "crop_pct"),
         ({"crop_pct": 1.1}, "crop_pct"),
         ({"mean": (0.5,)}, "three numbers"),

@@ -140,7 +140,7 @@ def test_a_fresh_model_is_initialized_as_it_says():
             assert not parameter.any(), name
         elif "norm" in name:
             assert (parameter == 1).all(), name
-        elif "scale" in name:
+        elif name.endswith(("ls1", "ls2")):
             assert (parameter == 1e-5).all(), name
         else:
             expected = 64**-0.5 if "latent" in name else 0.02

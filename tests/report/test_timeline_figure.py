@@ -96,7 +96,7 @@ def test_every_run_and_its_verdict_is_named(draw, drawn):
             "(c)  by model size and registers",
             ["0.4 M\n0 reg.", "5.7 M\n0 reg.", "5.7 M\n4 reg."],
         ),
-        ([(f"{LONG}-b", ["clean"]), ("a", ["artifacts"])], "(c)  by run", ["a-name-th…image-b", "a"]),
+        ([(f"{LONG}-b", ["clean"]), ("a", ["artifacts"])], "(c)  by run", ["a-name-th…e-image-b", "a"]),
         (
             [(name, [name[:5]]) for name in ("clean", "clean-again", "small")],
             "(c)  by model size",

@@ -13,7 +13,7 @@ from torch import nn
 
 from training.small import small_config
 from vitreg.images import open_image_set
-from vitreg.training import samples
+from vitreg.training.data import samples
 from vitreg.training.engine.distributed import Distributed
 from vitreg.training.engine.train_state import TrainState
 
@@ -85,7 +85,7 @@ for compile in (False, True):
     batch = {"image": torch.randn(8, 3, 32, 32), "target": torch.rand(8, 4)}
     losses.append([float(train_state.advance([batch])["loss"]) for _ in range(4)])
     names = list(train_state.method.state_dict())
-print(bool(counters["stats"]["unique_graphs"]), len(counters["graph_break"]), names[-1])
+    print(bool(counters["stats"]["unique_graphs"]), len(counters["graph_break"]), names[-1])
 print(max(abs(a - b) for a, b in zip(*losses)) < 1e-4)
 """
 

@@ -9,7 +9,7 @@ import random
 import numpy as np
 import torch
 
-from vitreg.training import randomness
+from vitreg.training.engine import randomness
 
 # Without type checks: beartype draws from Python's generator.
 fixed_randomness = contextlib.contextmanager(inspect.unwrap(randomness.fixed_randomness))

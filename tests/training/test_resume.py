@@ -39,7 +39,8 @@ def test_killed_at_three_moments_is_as_never_killed(class_folders, tmp_path):
     assert run.wait(120) == 0, run.told
     expected = [(entry["step"], entry["loss"], entry["lr"]) for entry in log(whole)]
     assert [(entry["step"], entry["loss"], entry["lr"]) for entry in log(killed)] == expected
-    assert (killed / "model.safetensors").stat().st_size == (whole / "model.safetensors").stat().st_size
+    sizes = [(run / "model.safetensors").stat().st_size for run in (killed, whole)]
+    assert abs(sizes[0] - sizes[1]) <= 8  # the runs' names, in headers of whole words, differ by a letter
     assert_equal_weights(killed, whole)
 
 

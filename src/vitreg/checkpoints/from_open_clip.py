@@ -201,5 +201,5 @@ def _block(block: Any) -> dict[str, Tensor]:
     state |= _named("norm1", block.ln_1) | _named("norm2", block.ln_2)
     for i, scale in ((1, block.ls_1), (2, block.ls_2)):
         if isinstance(gamma := getattr(scale, "gamma", None), torch.Tensor):
-            state[f"scale{i}"] = gamma
+            state[f"ls{i}"] = gamma
     return state

@@ -198,13 +198,8 @@ def _state(model: Any, config: ViTConfig) -> dict[str, Tensor]:
     for name, tensor in (("cls_token", cls), ("registers", registers), ("pos_embed", positions)):
         if tensor is not None:
             state[name] = tensor
-    for ours, theirs in (
-        ("norm_pre", "norm_pre"),
-        ("norm", "norm"),
-        ("fc_norm", "fc_norm"),
-        ("head", "head"),
-    ):
-        state |= _named(ours, getattr(model, theirs))
+    for name in ("norm_pre", "norm", "fc_norm", "head"):
+        state |= _named(name, getattr(model, name))
     if model.attn_pool is not None:
         state |= _attention_pool(model.attn_pool, config)
     for i, block in enumerate(model.blocks):
@@ -239,7 +234,7 @@ def _block(block: Any) -> dict[str, Tensor]:
     for i in (1, 2):
         scale = _layer_scale(block, i)
         if scale is not None:
-            state[f"scale{i}"] = scale
+            state[f"ls{i}"] = scale
     return state
 
 

@@ -124,7 +124,7 @@ _RULES = [
         (r"\.mlp\.up_proj\.", ".mlp.up."),
         (r"\.(layernorm_before|layer_norm1)\.", ".norm1."),
         (r"\.(layernorm_after|layer_norm2)\.", ".norm2."),
-        (r"\.layer_scale(\d)\.lambda1$", r".scale\1"),
+        (r"\.layer_scale(\d)\.lambda1$", r".ls\1"),
     )
 ]
 

@@ -40,9 +40,10 @@ def piece(pieces: Mapping[str, Tensor], key: str, like: Tensor) -> Tensor:
     """A piece; what the model does not have is filled with what changes nothing: no shift, a scale of one."""
     if key in pieces:
         return pieces[key].reshape(like.shape)
-    assert key.endswith(".bias") or "scale" in key, key
+    is_scale = key.endswith((".ls1", ".ls2"))
+    assert key.endswith(".bias") or is_scale, key
     dtype, device = pieces["patch_embed.weight"].dtype, pieces["patch_embed.weight"].device
-    return torch.full(like.shape, float("scale" in key), dtype=dtype, device=device)
+    return torch.full(like.shape, float(is_scale), dtype=dtype, device=device)
 
 
 def with_prefix(positions: Tensor, length: int) -> Tensor:
