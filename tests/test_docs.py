@@ -20,9 +20,10 @@ def test_python_code_runs(page, test_data, photographs, tmp_path, monkeypatch):
     (tmp_path / "photos").mkdir()
     for path in photographs[:8]:
         shutil.copy(path, tmp_path / "photos")
-    from vitreg.images import bundled_photographs
+    from vitreg.images import bundled_photographs, read_image
 
-    shutil.copy(next(p for p in bundled_photographs() if "chelsea" in p.name), tmp_path / "photos" / "cat.png")
+    cat = next(path for path in bundled_photographs() if path.stem == "chelsea")
+    read_image(cat).save(tmp_path / "photos" / "cat.png")
     blocks = re.findall(r"```python\n(.*?)```", page.read_text(), re.DOTALL)
     scope: dict[str, object] = {}
     for block in blocks:

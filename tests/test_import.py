@@ -36,7 +36,7 @@ def test_importing_leaves_the_process_as_it_was():
         import gc, locale, logging, multiprocessing, os, random, signal, socket, sys, threading, warnings
         import jinja2, matplotlib, matplotlib.pyplot, numpy, PIL.Image, PIL.ImageFile, safetensors.torch
         import scipy.ndimage, scipy.optimize, scipy.sparse.linalg, scipy.special
-        import rich.console, skimage.measure, timm, torch, torchvision, tyro
+        import rich.console, timm, torch, torchvision, tyro
         import torch.distributed.checkpoint.state_dict, torch.distributed.fsdp, torch.utils.tensorboard
 
         loggers = [one for one in logging.Logger.manager.loggerDict.values() if isinstance(one, logging.Logger)]
@@ -104,7 +104,7 @@ def test_no_private_name_of_another_library_is_read():
     assert not private, private
 
 
-BLOCKED = ("tyro", "rich", "lightly", "ray", "open_clip", "transformers", "tensorboard", "pyarrow", "sklearn")
+BLOCKED = ("tyro", "rich", "lightly", "open_clip", "transformers", "tensorboard", "pyarrow", "sklearn")
 
 
 def test_importing_and_using_vitreg_needs_no_optional_library():

@@ -2,10 +2,10 @@
 
 import pytest
 import torch
-from PIL import Image
 
 from vitreg.checkpoints.from_open_clip import from_open_clip
 from vitreg.checkpoints.state import CheckpointError
+from vitreg.images import bundled_photographs, read_image
 
 open_clip = pytest.importorskip("open_clip")
 
@@ -179,7 +179,6 @@ def test_preprocessing_is_that_of_the_checkpoint():
 @pytest.mark.parametrize("mode", ["shortest", "squash"])
 def test_preprocess_equals_open_clips_transform(mode):
     """Up to the rounding of single pixels."""
-    skimage_data = pytest.importorskip("skimage.data")
     theirs = clip(image_size=112)
     cfg = {
         "size": 112,
@@ -189,7 +188,7 @@ def test_preprocess_equals_open_clips_transform(mode):
         "resize_mode": mode,
     }
     open_clip.set_model_preprocess_cfg(theirs, cfg)
-    image = Image.fromarray(skimage_data.astronaut()[:300, :200])
+    image = read_image(bundled_photographs()[0]).crop((0, 0, 200, 300))
     expected = open_clip.transform.image_transform_v2(open_clip.transform.PreprocessCfg(**cfg), False)(image)
     close(from_open_clip(theirs).preprocess(image), expected, 1e-2)
 

@@ -4,13 +4,12 @@ import math
 
 import numpy as np
 import pytest
-import skimage.data
 import torch
-from PIL import Image
 
 from checkpoints.transformers_models import close, hf
 from vitreg.checkpoints.from_transformers import preprocess_from_processor
 from vitreg.checkpoints.state import CheckpointError
+from vitreg.images import bundled_photographs, read_image
 
 PROCESSORS = {
     # preprocessor_config.json of openai/clip-vit-base-patch32, google/vit-base-patch16-224 (before and after
@@ -95,7 +94,9 @@ def test_crop_fraction_gives_the_edge_back(crop, edge):
 def test_preprocess_equals_the_image_processor(kind, height, width):
     """Up to the rounding of single pixels: a shifted crop or another filter is ten times as far away."""
     processor = (getattr(hf, f"{kind}Pil", None) or getattr(hf, kind))()
-    image = Image.fromarray(skimage.data.astronaut()[:height, :width])
+    image = read_image(next(path for path in bundled_photographs() if path.stem == "coffee")).crop(
+        (0, 0, width, height)
+    )
     theirs = torch.as_tensor(np.asarray(processor(image, return_tensors="np")["pixel_values"][0]))
     close(preprocess_from_processor(processor.to_dict(), 1)(image), theirs, 1e-2)
 

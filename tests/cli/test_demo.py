@@ -111,12 +111,12 @@ def test_nothing_is_planted_where_the_model_has_artifacts(checkpoints, tmp_path,
 
 
 def test_boxes_are_in_pixels_of_the_photograph(checkpoints, tmp_path):
-    """chelsea.png is 451 x 300: the model sees the 300 x 300 in the middle, 20 x 20 patches of 15 of its pixels."""
+    """chelsea.jpg is 451 x 300: the model sees the 300 x 300 in the middle, 20 x 20 patches of 15 of its pixels."""
     for name, registers in (("vitreg_tiny", 0), ("vitreg_tiny_reg4", 4)):
         vitreg.save(small_vit(8, registers, True), checkpoints / f"{name}.safetensors")
     assert run("demo", "--out", tmp_path / "out") == 0
     summary = json.loads((tmp_path / "out" / "demo.json").read_text())
-    photograph = next(entry for entry in summary["photographs"] if entry["image"] == "chelsea.png")
+    photograph = next(entry for entry in summary["photographs"] if entry["image"] == "chelsea.jpg")
     assert (photograph["width"], photograph["height"]) == (451, 300)
     assert len(photograph["boxes"]) == len(summary["models"])
     for box in photograph["boxes"]:

@@ -14,9 +14,9 @@ from typing import Any
 import numpy as np
 import pytest
 from PIL import Image
-from probes.labeled import images_of
 
 from probes.dense import COLUMNS, ROWS, squares
+from probes.labeled import images_of
 from probes.small import small_vit
 from vitreg.images import open_depth, open_image_set, open_segmentation
 from vitreg.model import Preprocess, VisionTransformer

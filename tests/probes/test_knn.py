@@ -9,11 +9,11 @@ import sys
 import numpy as np
 import pytest
 import torch
-from probes.labeled import ALL_BLOCKS, images_of, small_stores
 from sklearn.neighbors import KNeighborsClassifier
 from torch.nn.functional import normalize
 
 import vitreg
+from probes.labeled import ALL_BLOCKS, images_of, small_stores
 from probes.small import small_vit
 from vitreg.probes import FeatureStore, extract
 from vitreg.probes.tasks.knn import KNNConfig, knn, nearest

@@ -13,12 +13,12 @@ from pathlib import Path
 
 import pytest
 import torch
-from probes.labeled import ALL_BLOCKS, KILLED, images_of, small_stores, train_killed
 from safetensors import safe_open
 from torch import nn
 
 import vitreg
 from peers import error
+from probes.labeled import ALL_BLOCKS, KILLED, images_of, small_stores, train_killed
 from probes.small import small_vit
 from vitreg.probes import FeaturesConfig, FeatureStore, extract
 from vitreg.probes.heads.linear_grid import LinearConfig, LinearGrid

@@ -9,12 +9,12 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from probes.labeled import images_of
 from sklearn.linear_model import LogisticRegression
 from torch import Tensor
 from torch.nn.functional import adaptive_avg_pool2d
 
 from peers import error
+from probes.labeled import images_of
 from vitreg.model import Preprocess
 from vitreg.probes.heads.logistic import LogisticConfig, choose_logistic, fit_logistic
 

@@ -9,9 +9,9 @@ import statistics
 import numpy as np
 import pytest
 import torch
-from probes.labeled import ALL_BLOCKS, images_of, small_stores
 from sklearn.linear_model import LogisticRegression
 
+from probes.labeled import ALL_BLOCKS, images_of, small_stores
 from probes.small import small_vit
 from vitreg.probes import FeaturesConfig, FeatureStore, extract
 from vitreg.probes.heads.logistic import LogisticConfig

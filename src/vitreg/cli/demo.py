@@ -38,8 +38,8 @@ PHOTO_SIZE = 320
 def demo(out: Path = Path("vitreg-out/demo"), json: bool = False) -> int:
     """Diagnose two small models, without and with registers, fix the first, and discover objects with each.
 
-    Nothing is downloaded: the models come with the package, the photographs with scikit-image. Where the model without
-    registers has no artifacts, a copy of it is given some, and the report says so.
+    Nothing is downloaded: models and photographs come with the package. Where the model without registers has no
+    artifacts, a copy of it is given some, and the report says so.
 
     Example: vitreg demo --out demo
 

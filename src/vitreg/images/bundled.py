@@ -2,22 +2,21 @@
 
 from __future__ import annotations
 
-from importlib import resources
 from pathlib import Path
 
 NAMES = (
-    "astronaut.png",
-    "chelsea.png",
-    "coffee.png",
+    "astronaut.jpg",
+    "chelsea.jpg",
+    "coffee.jpg",
     "rocket.jpg",
-    "camera.png",
-    "clock_motion.png",
-    "coins.png",
+    "camera.jpg",
+    "clock_motion.jpg",
+    "coins.jpg",
     "retina.jpg",
     "hubble_deep_field.jpg",
 )
 
 
 def bundled_photographs() -> list[Path]:
-    """Nine photographs that scikit-image's wheel carries, in the public domain or CC0 (see `skimage.data`'s docs)."""
-    return [Path(str(resources.files("skimage") / "data" / name)) for name in NAMES]
+    """Nine photographs in the public domain or CC0: `photographs/README.md` tells whose they are."""
+    return [Path(__file__).parent / "photographs" / name for name in NAMES]
