@@ -11,7 +11,7 @@ import vitreg
 from vitreg.common.devices import available_devices, precise, resolve_device, summing_device
 from vitreg.probes.heads import logistic
 
-SOURCES = Path(__file__).parents[1] / "src" / "vitreg"
+SOURCES = Path(__file__).parents[2] / "src" / "vitreg"
 
 
 @pytest.mark.parametrize(
