@@ -115,7 +115,15 @@ def test_a_record_of_something_else_is_refused(small, images, tmp_path):
         find_boxes(small, "small", images, CHOICES, record)
 
 
-def test_too_small_a_image_is_named_before_anything_runs(small, images, tmp_path):
+def test_boxes_of_images_that_were_replaced_are_not_taken_for_theirs(small, images, tmp_path):
+    record = tmp_path / "record.jsonl"
+    find_boxes(small, "small", images, CHOICES, record)
+    Image.new("RGB", (100, 64), "gray").save(images[0].path)
+    with pytest.raises(ValueError, match=r"another sweep \(its files differ\)"):
+        find_boxes(small, "small", images, CHOICES, record)
+
+
+def test_too_small_an_image_is_named_before_anything_runs(small, images, tmp_path):
     Image.new("RGB", (100, 20)).save(tmp_path / "flat.png")
     images.append(BoxedImage(tmp_path / "flat.png", np.ones((1, 4))))
     with pytest.raises(ValueError, match=r"flat\.png has 100 x 20 pixels"):

@@ -16,6 +16,7 @@ from vitreg.discovery.discover import check_size, find_regions, native_stream
 from vitreg.discovery.features import patch_features
 from vitreg.discovery.protocol import DEFAULT, Axis, Protocol
 from vitreg.images import BoxedImage, image_size
+from vitreg.images.files import ImageFiles
 from vitreg.model import VisionTransformer
 
 AXES: tuple[Axis, ...] = get_args(Axis)
@@ -93,6 +94,7 @@ def find_boxes(
         "model": name,
         "weights": digest(vit.config, vit.state_dict()),
         "images": [str(image.path) for image in images],
+        "files": ImageFiles(name, [str(image.path) for image in images]).digest(),
         "settings": [asdict(protocol) for protocol in protocols],
     }
     boxes = _read(record, header)

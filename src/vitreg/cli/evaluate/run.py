@@ -21,6 +21,7 @@ from vitreg.cli.options import Checkpoint, sides, writable_folder
 from vitreg.cli.output import INTERRUPTED, command_line, print_json, progress
 from vitreg.common.disk import replace_text
 from vitreg.images import BoxedImage, open_box_set
+from vitreg.images.files import ImageFiles
 from vitreg.probes.catalogue import PROBES
 from vitreg.probes.choosing import choose
 from vitreg.probes.evaluation import EvalData, PassConfig, evaluate, safe_name
@@ -144,7 +145,8 @@ def _discover(
     with progress(f"{source}: object discovery") as on_progress:
         boxes = find_boxes(vit, source, labeled, [DEFAULT], record, batch_size=batch_size, on_progress=on_progress)
     score = Score.mean("CorLoc", hits(boxes, labeled)[0], unit="%")
-    truth = repr([(str(image.path), image.boxes.tolist()) for image in labeled]).encode(errors="surrogateescape")
+    files = ImageFiles(data, [str(image.path) for image in labeled]).digest()
+    truth = repr((files, [image.boxes.tolist() for image in labeled])).encode()
     asked = Asked(
         probe="discovery",
         settings=str(DEFAULT),
