@@ -26,9 +26,9 @@ import vitreg
 from vitreg.artifacts import plant_artifacts
 from vitreg.images import open_split
 from vitreg.model import Preprocess, ViTConfig
+from vitreg.training import resume, train
 from vitreg.training.data.held_out import stream_images
 from vitreg.training.engine.config import OptimizerConfig, TrainingConfig
-from vitreg.training.engine.start import resume, train
 from vitreg.training.recipes.deit3 import DeiT3Config
 
 SIDE = 64

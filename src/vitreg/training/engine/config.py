@@ -31,6 +31,13 @@ class Settings:
 class MethodConfig(Settings):
     """What makes one recipe's training signal; each recipe has its own, beside the method it configures."""
 
+    def check(self, config: TrainingConfig) -> None:
+        """Refuse a run that the method cannot be trained in.
+
+        Raises:
+            ValueError: says what to change.
+        """
+
     def build(self, model: ViTConfig) -> Method:
         """The method, with a freshly initialized model."""
         raise NotImplementedError
@@ -87,7 +94,7 @@ class TrainingConfig:
     """A training run.
 
     Attributes:
-        recipe: its name: deit3, dinov2 or clip.
+        recipe: its name.
         model: the Vision Transformer.
         method: the recipe's own settings.
         optimizer: how weights follow gradients.
@@ -106,7 +113,7 @@ class TrainingConfig:
         num_diagnosed: held-out images that are diagnosed.
     """
 
-    recipe: Literal["deit3", "dinov2", "clip"]
+    recipe: str
     model: ViTConfig
     method: MethodConfig
     optimizer: OptimizerConfig
@@ -136,10 +143,7 @@ class TrainingConfig:
         for name in ("ema_decay", "drop_path"):
             if not 0 <= getattr(self, name) < 1:
                 raise ValueError(f"{name} is {getattr(self, name)}; it must be at least 0 and below 1")
-        if self.recipe == "clip" and self.accumulation > 1:
-            raise ValueError(
-                "clip compares the images of a whole batch; leave accumulation at 1, add processes instead"
-            )
+        self.method.check(self)
 
     @property
     def half(self) -> bool:

@@ -2,14 +2,16 @@
 
 from __future__ import annotations
 
+import numpy as np
 import torch
 import torch.nn.functional as F
 from jaxtyping import Float, Int
 from torch import Tensor
 
 from vitreg.checkpoints.text_tower import TextTower
-from vitreg.images import ImageError, ImageSet
+from vitreg.images import ImageSet, Subset
 from vitreg.model import VisionTransformer
+from vitreg.training.data.held_out import stream_images
 
 MAX_IMAGES = 1000
 """What Flickr30k's and COCO's customary test sets hold; recall falls with the number of images to choose from."""
@@ -22,23 +24,17 @@ def retrieval(vit: VisionTransformer, tower: TextTower, images: ImageSet, batch_
     Images that cannot be read or have no caption do not count; without any there are no figures.
     """
     device = next(vit.parameters()).device
+    first = range(min(len(images), MAX_IMAGES))
+    captioned = Subset(images, np.array([index for index in first if images.captions(index)], dtype=np.int64))
     features: list[Tensor] = []
     captions: list[str] = []
     owners: list[int] = []
-    num_images = min(len(images), MAX_IMAGES)
-    for start in range(0, num_images, batch_size):
-        batch: list[Tensor] = []
-        for index in range(start, min(start + batch_size, num_images)):
-            if not (sentences := images.captions(index)):
-                continue
-            try:
-                batch.append(vit.preprocess(images.image(index)))
-            except ImageError:
-                continue
+    for batch, indices in stream_images(captioned, vit.preprocess, batch_size=batch_size, device=device):
+        features.append(F.normalize(vit.classify(batch).float(), dim=-1))
+        for index in indices:
+            sentences = captioned.captions(index)
             owners += [1 + owners[-1] if owners else 0] * len(sentences)
             captions += sentences
-        if batch:
-            features.append(F.normalize(vit.classify(torch.stack(batch).to(device)).float(), dim=-1))
     if not captions:
         return {}
     tokens = tower.tokenize(captions).to(device).split(batch_size)

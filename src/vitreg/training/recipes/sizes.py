@@ -1,8 +1,11 @@
-"""The Vision Transformers that recipes train, tiny to giant."""
+"""What recipes share: the Vision Transformers that they train, tiny to giant, and how much they train them."""
 
 from __future__ import annotations
 
-from typing import Any, Literal
+import dataclasses
+import math
+from dataclasses import dataclass
+from typing import Any, Literal, TypedDict
 
 from vitreg.model import Preprocess, ViTConfig
 
@@ -38,20 +41,72 @@ def sized(size: Size, *, patch_size: int, image_size: int, num_registers: int, *
         raise ValueError(f"size {size!r} is unknown; choose one of {', '.join(SIZES)}")
     if image_size % patch_size:
         raise ValueError(f"image size {image_size} is not a multiple of the patch size {patch_size}")
-    width, depth, heads, hidden = SIZES[size]
+    shape = dict(zip(("embed_dim", "depth", "num_heads", "mlp_dim"), SIZES[size], strict=True))
     swiglu = {"gated_mlp": True, "activation": "silu"} if size == "giant" else {}
-    preprocess = Preprocess(size=(image_size, image_size), crop_pct=1.0, multiple_of=patch_size)
-    return ViTConfig(
-        **{
-            "embed_dim": width,
-            "depth": depth,
-            "num_heads": heads,
-            "mlp_dim": hidden,
-            "patch_size": patch_size,
-            "image_size": (image_size, image_size),
-            "num_registers": num_registers,
-            "preprocess": preprocess,
-            **swiglu,
-            **fields,
+    side = (image_size, image_size)
+    preprocess = Preprocess(size=side, crop_pct=1.0, multiple_of=patch_size)
+    given = {"patch_size": patch_size, "image_size": side, "num_registers": num_registers, "preprocess": preprocess}
+    return ViTConfig(**{**shape, **swiglu, **given, **fields})
+
+
+class Chosen(TypedDict, total=False):
+    """What can be chosen for every recipe; what is None or left out is the recipe's own."""
+
+    size: Size | None
+    image_size: int | None
+    patch_size: int | None
+    batch_size: int | None
+    epochs: int | float | None
+
+
+@dataclass(frozen=True)
+class Scale:
+    """How large a model sees how many images.
+
+    Attributes:
+        num_images: in the set.
+        size, image_size, patch_size: of the model, as for `sized`.
+        batch_size: images a step.
+        epochs: passes over the images.
+        num_steps: the length where there are no epochs; after `choose` it is the length.
+    """
+
+    num_images: int
+    size: Size
+    image_size: int
+    patch_size: int
+    batch_size: int
+    epochs: int | float | None = None
+    num_steps: int = 0
+
+    def choose(self, chosen: Chosen) -> Scale:
+        """With what was chosen instead.
+
+        Raises:
+            TypeError: something that cannot be chosen.
+            ValueError: a number that is not above 0.
+        """
+        given: dict[str, Any] = {name: value for name, value in chosen.items() if value is not None}
+        for name, value in given.items():
+            if name not in Chosen.__annotations__:
+                raise TypeError(f"a recipe takes no {name!r}; choose among {', '.join(Chosen.__annotations__)}")
+            if name != "size" and value <= 0:
+                raise ValueError(f"{name} is {value}; it must be above 0")
+        scale = dataclasses.replace(self, **given)
+        if not scale.epochs:
+            return scale
+        return dataclasses.replace(scale, num_steps=math.ceil(scale.epochs * (self.num_images / scale.batch_size)))
+
+    def model(self, num_registers: int, **fields: Any) -> ViTConfig:
+        """The Vision Transformer, with other fields of `ViTConfig`."""
+        shape = {"patch_size": self.patch_size, "image_size": self.image_size}
+        return sized(self.size, num_registers=num_registers, **shape, **fields)
+
+    def schedule(self) -> dict[str, Any]:
+        """Fields of `TrainingConfig`: about a checkpoint an epoch; diagnoses enough to see when artifacts appear."""
+        return {
+            "num_steps": self.num_steps,
+            "batch_size": self.batch_size,
+            "checkpoint_every": max(50, min(round(self.num_images / self.batch_size), 2000)),
+            "diagnose_every": max(1, self.num_steps // 20),
         }
-    )
