@@ -284,7 +284,7 @@ def test_import_needs_no_command_line_plotting_or_training_package():
 MODEL = "--model --architecture --device --dtype"
 READING = "--limit --strict --batch-size"
 EVALUATION = (
-    "--models --out --limit --train-images --val-images --size --quick --patch-images --device --dtype "
+    "--models --out --limit --strict --train-images --val-images --size --quick --patch-images --device --dtype "
     "--batch-size --json"
 )
 FLAGS = {

@@ -7,6 +7,7 @@ import dataclasses
 import errno
 import json
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -200,6 +201,22 @@ def broken_image(root: Path) -> list[object]:
             (root / part / name).mkdir(parents=True)
             (root / part / name / "0.png").write_text("no image")
     return ["tokens", "--data", root]
+
+
+def test_evaluate_had_no_strict(folders, tmp_path, capsys):
+    """An image that cannot be read was left out, whoever asked. Nor may features or answers of before lack one."""
+    data, out = tmp_path / "data", tmp_path / "out"
+    shutil.copytree(folders, data)
+    broken = sorted((data / "val").rglob("*.png"))[3]
+    broken.write_bytes(broken.read_bytes()[:60])
+    arguments = ("evaluate", "knn", "--data", data, "--models", PAIR[0], "--k", 1, "--out")
+    assert run(*arguments, tmp_path / "fresh", "--strict") == 2
+    assert broken.name in capsys.readouterr().err.splitlines()[-1]
+    assert run(*arguments, out, "--json") == 0
+    asked = json.loads(capsys.readouterr().out)["models"][0]["probes"]["knn"]
+    assert asked["details"]["skipped"] == {"training": 0, "validation": 1}
+    assert run(*arguments, out, "--strict") == 2
+    assert broken.name in capsys.readouterr().err.splitlines()[-1]
 
 
 def two_classes(root: Path) -> Path:

@@ -78,10 +78,12 @@ class PassConfig:
         patch_images: patch tokens are kept of so many images of a classification set: 10000 images of a ViT-L/14 are
             5 GB.
         batch_size: images at a time.
+        strict: an image that cannot be read is an error, also where features or answers without it are there.
     """
 
     patch_images: int = 10000
     batch_size: int = 32
+    strict: bool = False
 
 
 def evaluate(
@@ -124,7 +126,8 @@ def evaluate(
             classes_of_images(one.train, one.val)
     open_questions: list[_Question] = []
     for question in questions:
-        if (answer := load_answer(question.file, question.asked)) is None:
+        answer = load_answer(question.file, question.asked)
+        if answer is None or (asking.config.strict and any(answer.result.details["skipped"].values())):
             open_questions.append(question)
         else:
             yield answer
@@ -246,6 +249,8 @@ class _Asking:
         origin = Origin(self.model, preprocess, stored, features.for_depth(self.vit.config.depth))
         folder = self.folder / "features"
         if (found := _find_store(folder, origin)) is not None:
+            if self.config.strict:
+                found.check_complete()
             return found
         # Other images, sizes or blocks are another folder, so that one evaluation never stands in the way of the next.
         out = folder / f"{safe_name(self.source)}-{data.task}-{part}-{origin.digest()[:12]}"
@@ -259,6 +264,7 @@ class _Asking:
                 features,
                 preprocess=preprocess,
                 batch_size=self.config.batch_size,
+                strict=self.config.strict,
                 on_progress=telling_how_long(lambda told: self.say(f"{what}: {told} left"), on_progress),
             )
 

@@ -15,7 +15,7 @@ import torch
 import vitreg
 from peers import error, perturb
 from probes.small import BLOCKS, KILLED, Images, finish_pass, killed_pass, small_vit, validation
-from vitreg.images import open_image_set
+from vitreg.images import ImageError, open_image_set
 from vitreg.images.files import ImageFiles
 from vitreg.probes import FeaturesConfig, FeatureStore, extract
 
@@ -121,6 +121,18 @@ def test_unreadable_images_are_left_out_and_listed(test_data, tmp_path):
     assert [image.number for image in store.skipped] == list(broken)
     assert "is damaged; replace it" in store.skipped[3].reason
     assert store.skipped[3].name == validation(test_data, 30).name(17)
+
+
+def test_a_strict_pass_had_no_way_to_refuse_images_that_cannot_be_read(test_data, tmp_path):
+    """While it computes, when it goes on, and where the store is there. Without `strict` it goes on from there."""
+    vit, images, out = small_vit(), validation(test_data, 30, (17,)), tmp_path / "store"
+    for _ in range(2):
+        with pytest.raises(ImageError, match="is damaged; replace it"):
+            extract(vit, images, out, BLOCKS, batch_size=4, strict=True)
+    assert len(extract(vit, images, out, BLOCKS, batch_size=4).skipped) == 1
+    with pytest.raises(ValueError, match=r"store lacks 1 image that could not be read; the first: .* is damaged"):
+        extract(vit, images, out, BLOCKS, batch_size=4, strict=True)
+    extract(vit, validation(test_data, 30), tmp_path / "whole", BLOCKS, strict=True)
 
 
 def test_no_image_can_be_read(test_data, tmp_path):

@@ -21,6 +21,7 @@ class EvaluationOptions:
             fewer.
         out: folder for results and features; the same command goes on with what is in it.
         limit: so many training images and so many validation images only, from all over the files and classes.
+        strict: an image that cannot be read is an error.
         train_images: so many training images.
         val_images: so many validation images.
         size: side of what the models see in pixels, or height and width, rounded to whole patches; by default the
@@ -36,6 +37,7 @@ class EvaluationOptions:
     models: tuple[str, ...]
     out: Path = Path("vitreg-out/evaluate")
     limit: int | None = None
+    strict: bool = False
     train_images: int | None = None
     val_images: int | None = None
     size: Size | None = None

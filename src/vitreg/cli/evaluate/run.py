@@ -91,7 +91,7 @@ def _answers(
     out: Path,
 ) -> Iterator[Answer]:
     """Of every model, as they come."""
-    config = PassConfig(options.patch_images, options.batch_size)
+    config = PassConfig(options.patch_images, options.batch_size, options.strict)
     for source, vit in _models(options, probes):
         asked = dict(probes)
         if len(probes) > 1 and not has_text_tower(source):

@@ -36,6 +36,7 @@ def extract(
     *,
     preprocess: Preprocess | None = None,
     batch_size: int = 32,
+    strict: bool = False,
     on_progress: Progress | None = None,
 ) -> FeatureStore:
     """Run a model over images once and keep its tokens.
@@ -50,11 +51,12 @@ def extract(
         config: what is kept; by default a `FeaturesConfig()`.
         preprocess: what is done to each image, by default `vit.preprocess`; all come out in one size.
         batch_size: images at a time.
+        strict: an image that cannot be read is an error, in a finished store too, instead of being left out.
         on_progress: called with the number of images done and their total.
 
     Raises:
         ValueError: `out` holds features of something else, there is no room, there is no image or none can be read,
-            or the model's tokens are not finite.
+            the model's tokens are not finite, or `strict` finds an image that cannot be read.
     """
     if not len(images):
         raise ValueError(f"{images.source} holds no images")
@@ -81,12 +83,15 @@ def extract(
             there = sum(shard.stat().st_size for shard in folder.glob("shard-*"))
             total = origin.config.num_bytes(vit, preprocess, len(images))
             check_room(folder, total - there, f"features of {images.source}")
-            _Pass(vit, images, folder, manifest, batch_size, on_progress).run()
+            _Pass(vit, images, folder, manifest, batch_size, strict, on_progress).run()
             _finish(folder, manifest)
         finally:
             if held is not None:
                 held.close()
-    return FeatureStore.open(folder)
+    store = FeatureStore.open(folder)
+    if strict:
+        store.check_complete()
+    return store
 
 
 class _Pass:
@@ -99,12 +104,13 @@ class _Pass:
         folder: Path,
         manifest: Manifest,
         batch_size: int,
+        strict: bool,
         on_progress: Progress | None,
     ) -> None:
         self._vit, self._images, self._folder, self._manifest = vit, images, folder, manifest
         self._config, self._preprocess = manifest.origin.config, manifest.origin.preprocess
         self._patch_blocks = frozenset(self._config.patch_blocks or ())
-        self._batch_size, self._on_progress = batch_size, on_progress
+        self._batch_size, self._strict, self._on_progress = batch_size, strict, on_progress
         self._device = next(vit.parameters()).device
         count = self._config.patches
         self._with_patches = None if count is None else frozenset(spaced_indices(len(images), count).tolist())
@@ -155,6 +161,8 @@ class _Pass:
         for number, pixels in decoded:
             if isinstance(pixels, ImageError):
                 self._check_there(number)
+                if self._strict:
+                    raise pixels
                 skipped.append(Skipped(number, self._images.name(number), str(pixels)))
                 self._advance(1)
                 continue

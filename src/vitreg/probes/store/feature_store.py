@@ -11,6 +11,7 @@ import torch
 from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
+from vitreg.common.words import counted
 from vitreg.images import ImageSet
 from vitreg.probes.store.manifest import Manifest, StoreStatistics, read_manifest
 from vitreg.probes.store.origin import StoredData, check_same
@@ -82,6 +83,16 @@ class FeatureStore:
         """
         if (given := StoredData.of(images)).digest != self.data.digest:
             raise ValueError(f"{self.path} holds features of {self.data}, not of {given}; give the images it is of")
+
+    def check_complete(self) -> None:
+        """Refuse features that lack images.
+
+        Raises:
+            ValueError: some could not be read; the message has the first.
+        """
+        if self.skipped:
+            lost = counted(len(self.skipped), "image")
+            raise ValueError(f"{self.path} lacks {lost} that could not be read; the first: {self.skipped[0].reason}")
 
     def with_threshold_of(self, train: FeatureStore) -> FeatureStore:
         """The same features, with outliers as the norms of the training images define them.
