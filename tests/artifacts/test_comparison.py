@@ -83,7 +83,18 @@ def test_a_model_against_itself_changes_nothing(tiny_vit, photograph_batch):
     assert same.patch_similarity == pytest.approx(1, abs=1e-6)
     assert same.cls_similarity == pytest.approx(1, abs=1e-6)
     assert same.head_agreement == 1
-    assert "It appears in block 7 as before" in same.verdict[1]
+
+
+def test_a_model_that_is_no_fix_is_not_called_a_failed_one(tiny_vit, photograph_batch):
+    """It said "are not removed" and "other units, or attention, write it too" of a model against itself."""
+    same = vitreg.compare(tiny_vit, tiny_vit, photograph_batch[:16])
+    assert "are in the second model too: after block 11, 2.0 % of the patches had norms" in same.verdict[0]
+    assert same.verdict[1].startswith("What is left: 2.0 % of the patches after block 7, with norms up to ")
+    assert not any("units" in sentence or "not removed" in sentence for sentence in same.verdict)
+    changed = vitreg.add_test_time_registers(tiny_vit, neurons=[(0, 0)])
+    failed = vitreg.compare(tiny_vit, changed, photograph_batch[:16])
+    assert "are not removed: after block 11" in failed.verdict[0]
+    assert "It appears in block 7 as before: other units" in failed.verdict[1]
 
 
 def test_one_of_two_kinds_removed_is_partly_removed(photographs):

@@ -16,6 +16,7 @@ import pytest
 from PIL import Image, ImageCms, features
 
 from vitreg.images import MAX_PIXELS, ImageError, find_images, read_image
+from vitreg.images.files import open_folder
 from vitreg.images.reading import decode_image
 
 
@@ -368,6 +369,19 @@ def test_links_in_circles_end_and_broken_links_are_kept(folder):
         "img10.jpg",
         "sub/a.png",
     ]
+
+
+def test_a_link_to_itself_does_not_end_the_search(folder):
+    """It ended every command with [Errno 40], and no image of the folder was looked at."""
+    (folder / "a").symlink_to("b")
+    (folder / "b").symlink_to("a")
+    (folder / "sub" / "z.png").symlink_to("z.png")
+    assert names(find_images(folder), folder)[-2:] == ["sub/a.png", "sub/z.png"]
+    for name in ("one", "two"):
+        (folder / "classes" / name).mkdir(parents=True)
+        (folder / "classes" / name / "a.png").touch()
+    (folder / "classes" / "loop").symlink_to("loop")
+    assert open_folder(folder / "classes").classes == ("one", "two")
 
 
 def test_linked_folders_are_searched(folder, tmp_path):

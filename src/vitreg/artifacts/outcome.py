@@ -60,7 +60,11 @@ def _outliers(c: Comparison) -> list[str]:
     block = c.blocks[c.before.block]
     if not block.outlier_fraction_before:  # a block that was asked for
         block = max(c.blocks, key=lambda b: b.outlier_fraction_before)
-    verb = "are no more seen" if c.outcome == "cannot tell" else f"are {c.outcome}"
+    verb = f"are {c.outcome}"
+    if c.outcome == "cannot tell":
+        verb = "are no more seen"
+    elif c.outcome == "not removed" and not _is_fix(c):
+        verb = "are in the second model too"
     return [
         f"The artifacts of {c.before.model['name']} {verb}: after block {block.block}, "
         f"{percent(block.outlier_fraction_before)} of the patches had norms of {number(block.threshold or 0)} or more, "
@@ -78,6 +82,8 @@ def _why(c: Comparison) -> list[str]:
         f"What is left: {percent(worst.outlier_fraction_after)} of the patches after block {worst.block}, with norms "
         f"up to {number(worst.max_after)}"
     )
+    if not _is_fix(c):
+        return [text + "."]
     onset = c.before.onset_block or 0
     if left[0] > onset:
         text += f". It appears in block {left[0]}, later than before ({onset}): units of that block write it."
@@ -86,6 +92,11 @@ def _why(c: Comparison) -> list[str]:
     else:
         text += f". It appears in block {left[0]} as before: other units, or attention, write it too."
     return [text + " More images may show which; a checkpoint trained with registers has none."]
+
+
+def _is_fix(c: Comparison) -> bool:
+    """Whether the second model is the first one changed: of others nobody can say why outliers are left."""
+    return c.after.model["changes"] != c.before.model["changes"]
 
 
 def _attention(c: Comparison) -> list[str]:

@@ -11,7 +11,7 @@ from PIL import Image
 
 from vitreg.images.labeled import ImageSet
 from vitreg.images.packed import PackedStrings
-from vitreg.images.reading import EXTENSIONS, ImageError, read_image, walk_images
+from vitreg.images.reading import EXTENSIONS, ImageError, is_folder, read_image, walk_images
 
 
 class ImageFiles(ImageSet):
@@ -84,7 +84,7 @@ def _class_folders(folder: Path) -> list[str]:
     for entry in entries:
         if entry.name.startswith("."):
             continue
-        if entry.is_dir():
+        if is_folder(entry):
             names.append(entry.name)
         elif Path(entry.name).suffix[1:].lower() in EXTENSIONS:
             return []

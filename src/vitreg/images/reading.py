@@ -176,10 +176,18 @@ def _walk(folder: Path, seen: set[tuple[int, int]]) -> Iterator[Path]:
         path = Path(entry.path)
         if entry.name.startswith("."):
             continue
-        if entry.is_dir():
+        if is_folder(entry):
             yield from _walk(path, seen)
         elif _is_candidate(path):
             yield path
+
+
+def is_folder(entry: os.DirEntry[str]) -> bool:
+    """Whether a folder's entry is a folder itself; a link that leads in circles or to where nobody may look is none."""
+    try:
+        return entry.is_dir()
+    except OSError:
+        return False
 
 
 def _is_candidate(path: Path) -> bool:
