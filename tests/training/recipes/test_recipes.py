@@ -74,6 +74,12 @@ def test_zero_is_not_taken_for_the_default(recipe, name, smoke):
         RECIPES[recipe](num_images=100, num_classes=5, smoke=smoke, **{name: 0})
 
 
+@pytest.mark.parametrize("recipe", list(RECIPES))
+def test_what_no_recipe_lets_one_choose_is_not_ignored(recipe):
+    with pytest.raises(TypeError, match="takes no 'num_steps'; choose among size, image_size"):
+        RECIPES[recipe](num_images=100, num_classes=5, num_steps=3)
+
+
 @pytest.mark.parametrize(
     ("changes", "message"),
     [

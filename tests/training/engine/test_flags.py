@@ -91,7 +91,7 @@ print(max(abs(a - b) for a, b in zip(*losses)) < 1e-4)
 
 
 def test_compile_compiles_whole_blocks_and_renames_nothing():
-    place = Path(__file__).parents[1]
+    place = Path(__file__).parents[2]
     done = subprocess.run([sys.executable, "-c", COMPILED], capture_output=True, text=True, cwd=place, timeout=300)
     assert done.returncode == 0, done.stderr
     assert done.stdout.splitlines() == ["False 0 vit.head.bias", "True 0 vit.head.bias", "True"]
