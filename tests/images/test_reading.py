@@ -371,6 +371,14 @@ def test_links_in_circles_end_and_broken_links_are_kept(folder):
     ]
 
 
+def test_an_empty_path_is_not_the_current_folder(folder, monkeypatch):
+    """`vitreg diagnose "$UNSET"` looked at all images below the current folder."""
+    monkeypatch.chdir(folder)
+    with pytest.raises(ImageError, match="the path of an image is empty"):
+        find_images([""])
+    assert find_images(".")
+
+
 def test_a_link_to_itself_does_not_end_the_search(folder):
     """It ended every command with [Errno 40], and no image of the folder was looked at."""
     (folder / "a").symlink_to("b")

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import dataclasses
+import re
 import subprocess
 import sys
 import warnings
@@ -226,6 +227,15 @@ def test_a_unit_that_is_given_twice_is_counted_once(tiny_vit):
         "1 MLP unit (block 7: 417)"
         in vitreg.add_test_time_registers(tiny_vit, neurons=[(7, 417)] * 2).config.changes[0]
     )
+
+
+def test_one_unit_is_not_they(photographs):
+    vit = random_vit("vit_small_patch16_224", embed_dim=96, num_heads=3)
+    images, marks = with_patches(photos(photographs, vit), 16)
+    plant(vit, 1, (7,), images, marks)
+    said = vitreg.add_test_time_registers(vit, images).config.changes[-1]
+    assert "activations of 1 MLP unit (block 1: 7)" in said
+    assert re.search(r"It is the first of \d+, ranked on .*, and leaves 0 %", said)
 
 
 def test_too_few_patches_to_tell_are_refused_with_how_many_would_do(photographs):

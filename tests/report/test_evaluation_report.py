@@ -65,5 +65,7 @@ def test_names_are_only_text(tmp_path, open_page, width):
 def test_one_model_and_one_image(tmp_path, open_page):
     page = open_page(write(tmp_path / "report.html", NAMES[:1]), ready="main")
     assert said(page.locator("h1")) == "What the features of 1 model are worth"
-    assert "on 40 training and 1 validation image of" in said(page.locator(".kicker"))
+    kicker = said(page.locator(".kicker"))
+    assert "on 40 training images of" in kicker
+    assert kicker.endswith("and 1 validation image"), "the folder is that of the training images"
     assert page.locator("footer").inner_text().count("To make it again") == 0, "where no command is known"

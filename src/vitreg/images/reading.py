@@ -131,6 +131,9 @@ def find_images(sources: str | Path | Iterable[str | Path]) -> list[Path]:
     """
     if isinstance(sources, str | Path):
         sources = [sources]
+    sources = list(sources)
+    if "" in sources:  # an unset variable of the shell; as a path it would be the current folder
+        raise ImageError("the path of an image is empty; give a file, a folder or a pattern")
     sources = [Path(source).expanduser() for source in sources]
     found: dict[str, Path] = {}
     for source in sources:

@@ -132,9 +132,10 @@ def _search(
             f"something else writes them. Use a checkpoint trained with registers.",
         )
     weight, effect = _choose_weight(vit, units, count, held_back, diagnosis)
+    they_are, leave = ("It is", "leaves") if len(units) == 1 else ("They are", "leave")
     said = (
-        f"They are the first of {num_ranked}, ranked on {diagnosis.num_images} images by what they add to outliers, "
-        f"and leave {percent(effect.outliers)} of outliers in {counted(held_back.num_images, 'other')} "
+        f"{they_are} the first of {num_ranked}, ranked on {diagnosis.num_images} images by what they add to outliers, "
+        f"and {leave} {percent(effect.outliers)} of outliers in {counted(held_back.num_images, 'other')} "
         f"({percent(held_back.original)} before)."
     )
     if weight > 1:
