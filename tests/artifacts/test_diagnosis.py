@@ -17,6 +17,7 @@ from torch.utils.data import DataLoader, TensorDataset
 import vitreg
 from peers import perturb
 from vitreg.artifacts import NeighbourSimilarity, neighbour_similarity
+from vitreg.artifacts.verdict import write_verdict
 
 FAMILIES = (
     "vit_small_patch16_224",
@@ -278,3 +279,22 @@ def test_real_vit_tiny(tiny_vit, test_data):
     fixed = vitreg.diagnose(tiny_vit, paths[:20], threshold=150)
     assert fixed.threshold == pytest.approx(150)
     assert fixed.outlier_fraction == pytest.approx(0.020, abs=0.002)
+
+
+@pytest.mark.parametrize(
+    ("outliers", "others", "num_patches", "said"),
+    [
+        (0.66, 0.31, 10000, "they are redundant patches"),
+        (0.66, 0.31, 1000, "too few patches to tell by"),
+        (0.58, 0.53, 10000, "too little to call them redundant"),
+        (0.02, -0.07, 10000, "too little to call them redundant"),
+        (0.31, 0.66, 10000, "no more redundant than the rest"),
+    ],
+)
+def test_a_difference_within_noise_was_called_redundancy(tiny_vit, photographs, outliers, others, num_patches, said):
+    found = vitreg.diagnose(tiny_vit, photographs[:4])
+    similarity = NeighbourSimilarity(outliers, others)
+    changed = dataclasses.replace(
+        found, neighbour_similarity=similarity, num_patches=num_patches, outlier_fraction=0.02
+    )
+    assert said in " ".join(write_verdict(changed))
