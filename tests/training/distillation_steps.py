@@ -91,4 +91,5 @@ def run(rank: int, num_processes: int, folder: Path) -> None:
         results[sharding, centering, progress] = scalars, gradients, teacher
     if rank == 0:
         torch.save(results, folder / "results.pt")
+    dist.barrier()  # a process that leaves while another one still talks to it ends that one
     dist.destroy_process_group()

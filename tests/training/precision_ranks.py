@@ -59,4 +59,5 @@ def run(rank: int, world: int, folder: Path) -> None:
                 continue
             log = {name: [float(step[name]) for step in logged] for name in logged[0]}
             torch.save({**seen, "log": log, "weights": product[0].state_dict()}, folder / f"{recipe}-{sharding}.pt")
+    dist.barrier()  # a process that leaves while another one still talks to it ends that one
     dist.destroy_process_group()
