@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import gc
 from pathlib import Path
 
 import torch
@@ -13,10 +14,10 @@ from training.captioned import CONFIG, MODEL
 from training.contrastive_ranks import random_batch as captioned
 from training.distillation_steps import random_batch as crops
 from training.distillation_steps import small_method
-from vitreg.model import VisionTransformer
 from vitreg.training import TrainingConfig, clip, dinov2
 from vitreg.training.data.multi_crop import locate_hidden
 from vitreg.training.engine.distributed import Distributed
+from vitreg.training.engine.method import Batch
 from vitreg.training.engine.train_state import TrainState
 
 STEPS = 20
@@ -43,21 +44,27 @@ def run(rank: int, world: int, folder: Path) -> None:
         if recipe == "dinov2":
             batch |= locate_hidden(batch["mask"])
         for sharding in ("ddp", "fsdp"):
-            train_state = TrainState(small_config(recipe, sharding), processes)
-            vit, seen = train_state.method.vit, {}
-
-            def look(norm: nn.Module, inputs: tuple, vit: VisionTransformer = vit, seen: dict = seen) -> None:
-                seen.setdefault("tokens", inputs[0].detach().clone())
-                seen.setdefault("registers", vit.registers.dtype)
-                seen.setdefault("matrices", vit.blocks[0].attn.qkv.weight.dtype)
-
-            vit.blocks[0].norm1.register_forward_pre_hook(look)
-            logged = [train_state.advance([batch]) for _ in range(STEPS)]
-            product = train_state.export_model()
-            if rank:
-                assert product is None
-                continue
-            log = {name: [float(step[name]) for step in logged] for name in logged[0]}
-            torch.save({**seen, "log": log, "weights": product[0].state_dict()}, folder / f"{recipe}-{sharding}.pt")
-    dist.barrier()  # a process that leaves while another one still talks to it ends that one
+            take_steps(recipe, sharding, batch, processes, folder)
+    # Models hold on to the group, whose threads may not outlive it.
+    gc.collect()
+    dist.barrier()
     dist.destroy_process_group()
+
+
+def take_steps(recipe: str, sharding: str, batch: Batch, processes: Distributed, folder: Path) -> None:
+    train_state = TrainState(small_config(recipe, sharding), processes)
+    vit, seen = train_state.method.vit, {}
+
+    def look(norm: nn.Module, inputs: tuple) -> None:
+        seen.setdefault("tokens", inputs[0].detach().clone())
+        seen.setdefault("registers", vit.registers.dtype)
+        seen.setdefault("matrices", vit.blocks[0].attn.qkv.weight.dtype)
+
+    vit.blocks[0].norm1.register_forward_pre_hook(look)
+    logged = [train_state.advance([batch]) for _ in range(STEPS)]
+    product = train_state.export_model()
+    if processes.rank:
+        assert product is None
+        return
+    log = {name: [float(step[name]) for step in logged] for name in logged[0]}
+    torch.save({**seen, "log": log, "weights": product[0].state_dict()}, folder / f"{recipe}-{sharding}.pt")
