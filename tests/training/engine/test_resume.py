@@ -23,7 +23,7 @@ def steps_in_log(run: Path) -> int:
 
 @pytest.mark.slow
 def test_killed_at_three_moments_is_as_never_killed(class_folders, tmp_path):
-    whole, killed = tmp_path / "whole", tmp_path / "killed"
+    whole, killed = tmp_path / "entire", tmp_path / "killed"
     first = ("train", "deit3", "--data", class_folders, *SETTINGS)
     assert Run(*first, "--workers", "0", "--out", whole, told=tmp_path / "whole.txt").wait(120) == 0
     command = (*first, "--workers", "1", "--out", killed)
@@ -39,8 +39,7 @@ def test_killed_at_three_moments_is_as_never_killed(class_folders, tmp_path):
     assert run.wait(120) == 0, run.told
     expected = [(entry["step"], entry["loss"], entry["lr"]) for entry in log(whole)]
     assert [(entry["step"], entry["loss"], entry["lr"]) for entry in log(killed)] == expected
-    sizes = [(run / "model.safetensors").stat().st_size for run in (killed, whole)]
-    assert abs(sizes[0] - sizes[1]) <= 8  # the runs' names, in headers of whole words, differ by a letter
+    assert (killed / "model.safetensors").stat().st_size == (whole / "model.safetensors").stat().st_size
     assert_equal_weights(killed, whole)
 
 
