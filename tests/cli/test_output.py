@@ -40,11 +40,6 @@ def test_every_command_that_takes_long_tells(monkeypatch, photographs, test_data
         assert "4 of 4" in capsys.readouterr().err.splitlines()[-1]
 
 
-@pytest.mark.parametrize("seconds", [(5.0, "5 s"), (150.0, "2 min"), (7500.0, "2 h 05 min")])
-def test_durations(seconds):
-    assert output._duration(seconds[0]) == seconds[1]
-
-
 @pytest.mark.parametrize("note", ["", "loss 3.142, 1234 images/s, 17 skipped, and more than fits"])
 def test_the_bar_fits_80_columns(note):
     file = io.StringIO()

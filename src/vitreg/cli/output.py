@@ -11,6 +11,8 @@ import time
 from collections.abc import Callable, Iterator
 from typing import TYPE_CHECKING
 
+from vitreg.common.words import duration
+
 if TYPE_CHECKING:
     from rich.console import Console
 
@@ -112,15 +114,8 @@ def _lines(text: str, interval: float) -> Progress:
         told = [f"{text}: {done:,}" if total is None else f"{text}: {done:,} of {total:,}"]
         if (rate := (done - before) / (now - since)) > 0:
             told += [f"{rate:.3g} per second"]
-            told += [] if total is None else [f"{_duration((total - done) / rate)} left"]
+            told += [] if total is None else [f"{duration((total - done) / rate)} left"]
         print(", ".join([*told, note] if note else told), file=sys.stderr, flush=True)
         since, before = now, done
 
     return advance
-
-
-def _duration(seconds: float) -> str:
-    minutes = round(seconds / 60)
-    if minutes < 2:
-        return f"{seconds:.0f} s"
-    return f"{minutes} min" if minutes < 120 else f"{minutes // 60} h {minutes % 60:02} min"

@@ -14,6 +14,8 @@ from typing import TextIO
 
 from safetensors import SafetensorError
 
+from vitreg.common.words import size_in_words
+
 _PARTIAL = re.compile(r"\..+\.vitreg-\d+\.partial(\.[^.]+)?")
 
 
@@ -45,13 +47,6 @@ def check_room(folder: Path, num_bytes: int, of: str) -> None:
             f"{of} take {size_in_words(num_bytes)}, but {folder} has room for {size_in_words(free)}; make room, choose "
             "another --out, or keep less"
         )
-
-
-def size_in_words(num_bytes: int) -> str:
-    """`5.2 GB`."""
-    units = ("bytes", "kB", "MB", "GB", "TB")
-    power = min(len(units) - 1, max(0, len(str(num_bytes)) - 1) // 3)
-    return f"{num_bytes / 1000**power:.3g} {units[power]}"
 
 
 def replace_text(path: Path, text: str) -> None:

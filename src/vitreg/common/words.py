@@ -1,4 +1,4 @@
-"""Numbers and names as readers want them; `templates/page.js` says them alike of what it decodes."""
+"""Numbers and names as readers want them; `templates/page.js` says the first three alike of what it decodes."""
 
 from decimal import ROUND_HALF_UP, Decimal
 
@@ -30,6 +30,26 @@ def counted(count: int, noun: str) -> str:
     """A number and what there are so many of: (1, "image") -> "1 image", (0, "image") -> "no images"."""
     ending = "" if count == 1 else "es" if noun.endswith("ch") else "s"
     return f"{count or 'no'} {noun}{ending}"
+
+
+def duration(seconds: float) -> str:
+    """`40 s`, `12 min`, `2 h 05 min`."""
+    minutes = round(seconds / 60)
+    if minutes < 2:
+        return f"{max(1, round(seconds))} s"
+    return f"{minutes} min" if minutes < 120 else f"{minutes // 60} h {minutes % 60:02} min"
+
+
+def size_in_words(num_bytes: int) -> str:
+    """`5.2 GB`."""
+    units = ("bytes", "kB", "MB", "GB", "TB")
+    power = min(len(units) - 1, max(0, len(str(num_bytes)) - 1) // 3)
+    return f"{num_bytes / 1000**power:.3g} {units[power]}"
+
+
+def safe_name(name: str) -> str:
+    """A model's source, a query or the like as a part of a file's name."""
+    return "".join(c if c.isalnum() or c in "-_." else "-" for c in name).strip("-.")[-100:]
 
 
 def shorten(name: str, most: int = 28) -> str:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any, get_args
@@ -12,6 +12,7 @@ import torch
 
 from vitreg.checkpoints.digest import digest
 from vitreg.common.disk import replace_text, writing
+from vitreg.common.progress import OnProgress
 from vitreg.discovery.discover import check_size, find_regions, native_stream
 from vitreg.discovery.features import patch_features
 from vitreg.discovery.protocol import DEFAULT, Axis, Protocol
@@ -65,7 +66,7 @@ def find_boxes(
     record: Path,
     *,
     batch_size: int = 8,
-    on_progress: Callable[[int, int], None] | None = None,
+    on_progress: OnProgress | None = None,
 ) -> list[list[Box]]:
     """LOST's box for every image and setting.
 

@@ -11,12 +11,12 @@ from typing import Any, Literal
 
 import torch
 
+from vitreg.common.progress import OnProgress
 from vitreg.images import DepthSet, ImageSet, SegmentationSet
 from vitreg.model import VisionTransformer
 from vitreg.probes.heads.dense_head import MIN_STEPS
 from vitreg.probes.heads.position_head import PositionConfig
 from vitreg.probes.results.score import ProbeResult
-from vitreg.probes.store.extract import Progress
 from vitreg.probes.store.feature_store import FeatureStore
 from vitreg.probes.tasks.depth import EPOCHS as DEPTH_EPOCHS
 from vitreg.probes.tasks.depth import DepthConfig, depth_blocks, linear_depth
@@ -93,7 +93,7 @@ class Probe:
     config: Any
     blocks: Callable[[Any, int], tuple[int, ...]]
     patches: bool
-    ask: Callable[[ProbeInput, Any, Progress], ProbeResult]
+    ask: Callable[[ProbeInput, Any, OnProgress], ProbeResult]
     labels: bool = False
     trains: bool = True
     enlarged: tuple[float, ...] = ()
@@ -117,30 +117,30 @@ def _last_four_blocks(config: Any, depth: int) -> tuple[int, ...]:
     return tuple(range(max(0, depth - 4), depth))
 
 
-def _zero_shot(case: ProbeInput, config: ZeroShotConfig, on_progress: Progress) -> ProbeResult:
+def _zero_shot(case: ProbeInput, config: ZeroShotConfig, on_progress: OnProgress) -> ProbeResult:
     text = load_text_encoder(case.source, device=case.device)
     return zero_shot(case.val, case.vit, text, case.class_names, config, on_progress=on_progress)
 
 
-def _segmentation(s: ProbeInput, config: SegmentationConfig, on_progress: Progress) -> ProbeResult:
+def _segmentation(s: ProbeInput, config: SegmentationConfig, on_progress: OnProgress) -> ProbeResult:
     train, val = s.train_images, s.val_images
     assert isinstance(train, SegmentationSet)
     assert isinstance(val, SegmentationSet)
     return linear_segmentation(s.train, s.vals, (train, val), config, device=s.device, on_progress=on_progress)
 
 
-def _segmentation_ms(s: ProbeInput, config: SegmentationConfig, on_progress: Progress) -> ProbeResult:
+def _segmentation_ms(s: ProbeInput, config: SegmentationConfig, on_progress: OnProgress) -> ProbeResult:
     return _segmentation(
         s, dataclasses.replace(config, blocks=_last_four_blocks(config, s.vit.config.depth)), on_progress
     )
 
 
-def _depth_lin4(s: ProbeInput, config: DepthConfig, on_progress: Progress) -> ProbeResult:
+def _depth_lin4(s: ProbeInput, config: DepthConfig, on_progress: OnProgress) -> ProbeResult:
     blocks = depth_blocks(s.vit.config.depth, "lin.4")
     return _depth(s, dataclasses.replace(config, blocks=blocks), on_progress)
 
 
-def _depth(s: ProbeInput, config: DepthConfig, on_progress: Progress) -> ProbeResult:
+def _depth(s: ProbeInput, config: DepthConfig, on_progress: OnProgress) -> ProbeResult:
     train, val = s.train_images, s.val_images
     assert isinstance(train, DepthSet)
     assert isinstance(val, DepthSet)

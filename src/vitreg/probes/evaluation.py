@@ -12,11 +12,12 @@ from typing import Any
 
 import numpy as np
 
-from vitreg.common.disk import size_in_words
+from vitreg.common.progress import OnProgress
+from vitreg.common.words import duration, safe_name, size_in_words
 from vitreg.images import DenseSet, ImageSet, image_size
 from vitreg.model import Preprocess, VisionTransformer
 from vitreg.probes.catalogue import PROBES, QUICK, Probe, ProbeInput, Task
-from vitreg.probes.pace import first_steps, in_words, telling_how_long
+from vitreg.probes.pace import first_steps, telling_how_long
 from vitreg.probes.results.result_cache import (
     Answer,
     Asked,
@@ -28,7 +29,7 @@ from vitreg.probes.results.result_cache import (
 )
 from vitreg.probes.results.score import ProbeResult
 from vitreg.probes.store.dense_features import dense_preprocess
-from vitreg.probes.store.extract import Progress, extract
+from vitreg.probes.store.extract import extract
 from vitreg.probes.store.feature_store import FeatureStore
 from vitreg.probes.store.manifest import read_manifest
 from vitreg.probes.store.origin import FeaturesConfig, Origin, StoredData, StoredModel
@@ -38,7 +39,7 @@ from vitreg.probes.tasks.linear import linear_blocks
 _CROP = 224 / 256
 """The part of an image that DINOv2's evaluations keep: resized to 256, and the middle 224."""
 
-Stage = Callable[[str], AbstractContextManager[Progress]]
+Stage = Callable[[str], AbstractContextManager[OnProgress]]
 
 
 @dataclass(frozen=True)
@@ -143,8 +144,8 @@ def evaluate(
         else:
             yield question.keep(case, result)
     if waiting:
-        each = ", ".join(f"{title} {in_words(expected)}" for title, expected in seconds.items())
-        total = f"; {in_words(sum(seconds.values()))} in all" if len(waiting) > 1 else ""
+        each = ", ".join(f"{title} {duration(expected)}" for title, expected in seconds.items())
+        total = f"; {duration(sum(seconds.values()))} in all" if len(waiting) > 1 else ""
         say(f"{source}: what is left takes on this machine about: {each}{total}")
     for question, case in waiting:
         with stage(f"{source}: {question.title}") as on_progress:
@@ -166,7 +167,7 @@ class _Question:
     def title(self) -> str:
         return f"{self.probe.title}{', quick' * self.asked.is_quick}"
 
-    def ask(self, case: ProbeInput, on_progress: Progress) -> ProbeResult:
+    def ask(self, case: ProbeInput, on_progress: OnProgress) -> ProbeResult:
         return self.probe.ask(case, self.settings, on_progress)
 
     def keep(self, case: ProbeInput, result: ProbeResult) -> Answer:
@@ -332,8 +333,3 @@ def _whole_patches(vit: VisionTransformer, size: tuple[int, int], scale: float =
     patch = vit.config.patch_size
     height, width = (max(1, round(scale * side / patch)) * patch for side in size)
     return height, width
-
-
-def safe_name(source: str) -> str:
-    """A model's source as part of a file's name."""
-    return "".join(c if c.isalnum() or c in "-_." else "-" for c in source).strip("-.")[-100:]

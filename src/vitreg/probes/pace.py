@@ -5,8 +5,9 @@ from __future__ import annotations
 import time
 from collections.abc import Callable
 
+from vitreg.common.progress import OnProgress
+from vitreg.common.words import duration
 from vitreg.probes.results.score import ProbeResult
-from vitreg.probes.store.extract import Progress
 
 _SECONDS = 2.0
 _SLOW = 4 * _SECONDS
@@ -46,7 +47,7 @@ class _Pace:
         return (total - done) * (now - at) / (done - first)
 
 
-def first_steps(ask: Callable[[Progress], ProbeResult], on_progress: Progress) -> tuple[ProbeResult | None, float]:
+def first_steps(ask: Callable[[OnProgress], ProbeResult], on_progress: OnProgress) -> tuple[ProbeResult | None, float]:
     """Ask a probe for two seconds, or two steps where these take longer.
 
     Args:
@@ -70,7 +71,7 @@ def first_steps(ask: Callable[[Progress], ProbeResult], on_progress: Progress) -
         return None, enough.seconds
 
 
-def telling_how_long(tell: Callable[[str], None], on_progress: Progress) -> Progress:
+def telling_how_long(tell: Callable[[str], None], on_progress: OnProgress) -> OnProgress:
     """Reports of progress that also tell, once and where it is worth it, how long the rest will take."""
     pace, told = _Pace(), False
 
@@ -80,13 +81,6 @@ def telling_how_long(tell: Callable[[str], None], on_progress: Progress) -> Prog
         if not told and (left := pace.left(done, total)) is not None:
             told = True
             if left >= _WORTH_TELLING:
-                tell(in_words(left))
+                tell(duration(left))
 
     return watch
-
-
-def in_words(seconds: float) -> str:
-    """`40 s`, `12 min`, `3.4 h`."""
-    if seconds < 100:
-        return f"{max(1, round(seconds))} s"
-    return f"{seconds / 60:.0f} min" if seconds < 6000 else f"{seconds / 3600:.1f} h"

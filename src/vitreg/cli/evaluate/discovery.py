@@ -10,6 +10,7 @@ from typing import Any, Literal
 from vitreg.cli.options import Checkpoint, positive, writable_folder
 from vitreg.cli.output import INTERRUPTED, print_json, progress
 from vitreg.common.disk import replace_text
+from vitreg.common.words import safe_name
 from vitreg.discovery.protocol import DEFAULT, Axis
 
 _ROWS = 15
@@ -67,7 +68,7 @@ def discovery(
     try:
         for name in models:
             vit = Checkpoint(name, device=device, dtype=dtype).load()
-            record = out / f"boxes-{''.join(c if c.isalnum() or c in '-_.' else '-' for c in name)}.jsonl"
+            record = out / f"boxes-{safe_name(name)}.jsonl"
             with progress(f"looking at images with {name}") as on_progress:
                 boxes = find_boxes(
                     vit, name, labeled, protocols, record, batch_size=batch_size, on_progress=on_progress

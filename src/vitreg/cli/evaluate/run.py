@@ -20,11 +20,12 @@ from vitreg.cli.evaluate.options import EvaluationOptions
 from vitreg.cli.options import Checkpoint, sides, writable_folder
 from vitreg.cli.output import INTERRUPTED, command_line, print_json, progress
 from vitreg.common.disk import replace_text
+from vitreg.common.words import safe_name
 from vitreg.images import BoxedImage, open_box_set
 from vitreg.images.files import ImageFiles
 from vitreg.probes.catalogue import PROBES
 from vitreg.probes.choosing import choose
-from vitreg.probes.evaluation import EvalData, PassConfig, evaluate, safe_name
+from vitreg.probes.evaluation import EvalData, PassConfig, evaluate
 from vitreg.probes.results.earlier import with_earlier
 from vitreg.probes.results.result_cache import Answer, Asked, architecture, save_answer
 from vitreg.probes.results.score import ProbeResult, Score

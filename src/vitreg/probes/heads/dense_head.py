@@ -12,9 +12,9 @@ from jaxtyping import Float, Shaped
 from torch import Tensor, nn
 from torch.nn import functional
 
+from vitreg.common.progress import OnProgress
 from vitreg.images import map_ahead
 from vitreg.probes.store.dense_features import DenseFeatures
-from vitreg.probes.store.extract import Progress
 
 _BATCHES_AHEAD = 4
 AT_ONCE = 2**22
@@ -100,7 +100,7 @@ def train_head(
     optimizer: torch.optim.Optimizer,
     schedule: torch.optim.lr_scheduler.LRScheduler,
     plan: HeadSchedule,
-    on_progress: Progress | None = None,
+    on_progress: OnProgress | None = None,
 ) -> None:
     """Train it on features that are as they are: computed once, so images are not augmented.
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from dataclasses import dataclass
 
 import numpy as np
@@ -12,6 +12,7 @@ from scipy.optimize import OptimizeResult, minimize
 from torch import Tensor
 
 from vitreg.common.devices import precise
+from vitreg.common.progress import OnProgress
 from vitreg.probes.protocols import LogisticConfig
 from vitreg.probes.tasks.classes import check_every_class, check_finite
 
@@ -94,7 +95,7 @@ def choose_logistic(
     num_classes: int,
     config: LogisticConfig | None = None,
     *,
-    on_progress: Callable[[int, int], None] | None = None,
+    on_progress: OnProgress | None = None,
 ) -> Chosen:
     """Choose C on a part of the rows, then fit on all.
 

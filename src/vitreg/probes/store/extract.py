@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import os
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from contextlib import closing
 from itertools import groupby
 from pathlib import Path
@@ -15,6 +15,7 @@ from torch import Tensor
 
 from vitreg.artifacts import OutlierNorms, find_outliers
 from vitreg.common.disk import check_room, lock, writing
+from vitreg.common.progress import OnProgress
 from vitreg.images import ImageError, ImageSet, map_ahead, spaced_indices
 from vitreg.model import Preprocess, VisionTransformer
 from vitreg.probes.store.feature_store import FeatureStore
@@ -24,7 +25,6 @@ from vitreg.probes.store.shards import Skipped, open_shard, shard_path, write_sh
 
 _BATCHES_AHEAD = 2
 
-Progress = Callable[[int, int], None]
 _Decoded = tuple[int, UInt8[Tensor, "3 H W"] | ImageError]
 
 
@@ -37,7 +37,7 @@ def extract(
     preprocess: Preprocess | None = None,
     batch_size: int = 32,
     strict: bool = False,
-    on_progress: Progress | None = None,
+    on_progress: OnProgress | None = None,
 ) -> FeatureStore:
     """Run a model over images once and keep its tokens.
 
@@ -105,7 +105,7 @@ class _Pass:
         manifest: Manifest,
         batch_size: int,
         strict: bool,
-        on_progress: Progress | None,
+        on_progress: OnProgress | None,
     ) -> None:
         self._vit, self._images, self._folder, self._manifest = vit, images, folder, manifest
         self._config, self._preprocess = manifest.origin.config, manifest.origin.preprocess

@@ -13,12 +13,12 @@ from jaxtyping import Bool, Float, Float32
 from torch import Tensor
 from torch.nn import functional
 
+from vitreg.common.progress import OnProgress
 from vitreg.images import DepthSet, image_size, map_ahead, spaced_indices
 from vitreg.probes.heads.dense_head import UPSAMPLING, HeadSchedule, LinearHead, Upsampling, num_steps, train_head
 from vitreg.probes.protocols import DepthConfig
 from vitreg.probes.results.score import NUM_SHOWN, ProbeResult, Score
 from vitreg.probes.store.dense_features import DenseFeatures, check_stores, check_values, read_targets
-from vitreg.probes.store.extract import Progress
 from vitreg.probes.store.feature_store import FeatureStore
 from vitreg.probes.tasks.depth_errors import depth_errors, sig_loss
 
@@ -60,7 +60,7 @@ def linear_depth(
     config: DepthConfig | None = None,
     *,
     device: torch.device | str = "cpu",
-    on_progress: Progress | None = None,
+    on_progress: OnProgress | None = None,
 ) -> ProbeResult:
     """Train a linear head on one store and judge it on another.
 
@@ -90,7 +90,7 @@ def fit_depth(
     config: DepthConfig | None = None,
     *,
     device: torch.device | str = "cpu",
-    on_progress: Progress | None = None,
+    on_progress: OnProgress | None = None,
 ) -> DepthEstimator:
     """The head alone, for whoever wants its predictions, too; arguments and errors as of `linear_depth`."""
     config = config or DepthConfig()

@@ -2,14 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
-
 import torch
 from jaxtyping import Float, Int
 from torch import Tensor
 from torch.nn.functional import normalize
 
 from vitreg.common.devices import precise
+from vitreg.common.progress import OnProgress
 from vitreg.probes.protocols import KNNConfig
 from vitreg.probes.results.score import ProbeResult, Score
 from vitreg.probes.store.feature_store import FeatureStore
@@ -25,7 +24,7 @@ def knn(
     config: KNNConfig | None = None,
     *,
     device: torch.device | str = "cpu",
-    on_progress: Callable[[int, int], None] | None = None,
+    on_progress: OnProgress | None = None,
 ) -> ProbeResult:
     """Classify every validation image by its nearest training images.
 

@@ -5,7 +5,6 @@ from __future__ import annotations
 import dataclasses
 import json
 import time
-from collections.abc import Callable
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -18,6 +17,7 @@ from safetensors.torch import save
 from torch import Tensor
 
 from vitreg.common.disk import replacing
+from vitreg.common.progress import OnProgress
 from vitreg.probes.heads.linear_grid import LinearConfig, LinearGrid
 from vitreg.probes.results.score import ProbeResult, Score
 from vitreg.probes.store.feature_store import FeatureStore
@@ -44,7 +44,7 @@ def linear(
     state: Path | None = None,
     save_seconds: float = 10.0,
     device: torch.device | str = "cpu",
-    on_progress: Callable[[int, int], None] | None = None,
+    on_progress: OnProgress | None = None,
 ) -> ProbeResult:
     """Train all heads, and report the one that is best on the validation images, as the protocol does.
 

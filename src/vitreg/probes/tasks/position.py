@@ -22,9 +22,9 @@ from jaxtyping import Float, Int
 from torch import Tensor
 
 from vitreg.common.devices import precise
+from vitreg.common.progress import OnProgress
 from vitreg.probes.heads.position_head import PositionConfig, PositionHead, TrainingSet, train_heads
 from vitreg.probes.results.score import ProbeResult, Score
-from vitreg.probes.store.extract import Progress
 from vitreg.probes.store.feature_store import FeatureStore
 from vitreg.probes.tasks.patch_kinds import SUBJECTS, Counts, Group, Subject, marked_patches
 
@@ -35,7 +35,7 @@ def position(
     config: PositionConfig | None = None,
     *,
     device: torch.device | str = "cpu",
-    on_progress: Progress | None = None,
+    on_progress: OnProgress | None = None,
 ) -> ProbeResult:
     """Train the position probe and test it.
 

@@ -20,12 +20,12 @@ from jaxtyping import Bool, Float, Float64, UInt8
 from torch import Tensor
 
 from vitreg.common.devices import summing_device
+from vitreg.common.progress import OnProgress
 from vitreg.images import ImageSet, map_ahead
 from vitreg.model.preprocess import IMAGENET_MEAN, IMAGENET_STD
 from vitreg.probes.heads.least_squares import LinearMap, Moments, fit_linear
 from vitreg.probes.protocols import ReconstructionConfig
 from vitreg.probes.results.score import ProbeResult, Score
-from vitreg.probes.store.extract import Progress
 from vitreg.probes.store.feature_store import FeatureStore
 from vitreg.probes.tasks.patch_kinds import SUBJECTS, Counts, Group, marked_patches
 
@@ -41,7 +41,7 @@ def reconstruction(
     config: ReconstructionConfig | None = None,
     *,
     device: torch.device | str = "cpu",
-    on_progress: Progress | None = None,
+    on_progress: OnProgress | None = None,
 ) -> ProbeResult:
     """Fit the reconstruction probe and test it.
 
@@ -104,7 +104,7 @@ class _Source:
     block: int
     device: torch.device
     total: int
-    on_progress: Progress | None
+    on_progress: OnProgress | None
     done: int = 0
 
     def batches(self, store: FeatureStore, images: ImageSet) -> Iterator[_Batch]:

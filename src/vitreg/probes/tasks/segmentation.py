@@ -13,6 +13,7 @@ from jaxtyping import Float, Float64, Int64, UInt8
 from torch import Tensor
 from torch.nn import functional
 
+from vitreg.common.progress import OnProgress
 from vitreg.images import IGNORED, SegmentationSet, image_size, map_ahead, spaced_indices
 from vitreg.probes.heads.dense_head import (
     AT_ONCE,
@@ -26,7 +27,6 @@ from vitreg.probes.heads.dense_head import (
 from vitreg.probes.protocols import SegmentationConfig
 from vitreg.probes.results.score import NUM_SHOWN, ProbeResult, Score
 from vitreg.probes.store.dense_features import DenseFeatures, check_stores, check_values, read_targets
-from vitreg.probes.store.extract import Progress
 from vitreg.probes.store.feature_store import FeatureStore
 
 EPOCHS = 32
@@ -40,7 +40,7 @@ def linear_segmentation(
     config: SegmentationConfig | None = None,
     *,
     device: torch.device | str = "cpu",
-    on_progress: Progress | None = None,
+    on_progress: OnProgress | None = None,
 ) -> ProbeResult:
     """Train a linear head on one store and judge it on another.
 
@@ -72,7 +72,7 @@ def fit_segmentation(
     config: SegmentationConfig | None = None,
     *,
     device: torch.device | str = "cpu",
-    on_progress: Progress | None = None,
+    on_progress: OnProgress | None = None,
 ) -> Segmenter:
     """The head alone, for whoever wants its predictions, too; arguments and errors as of `linear_segmentation`."""
     config = config or SegmentationConfig()

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
@@ -11,6 +10,7 @@ import torch
 from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
+from vitreg.common.progress import OnProgress
 from vitreg.probes.heads.logistic import choose_logistic, fit_logistic
 from vitreg.probes.protocols import SingleTokenConfig
 from vitreg.probes.results.score import ProbeResult, Score
@@ -35,7 +35,7 @@ def single_token(
     config: SingleTokenConfig | None = None,
     *,
     device: torch.device | str = "cpu",
-    on_progress: Callable[[int, int], None] | None = None,
+    on_progress: OnProgress | None = None,
 ) -> ProbeResult:
     """Logistic regression from the class token, a random normal patch, a random outlier, and each register.
 

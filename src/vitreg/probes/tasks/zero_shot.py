@@ -14,10 +14,10 @@ import torch.nn.functional as F
 from jaxtyping import Float
 from torch import Tensor
 
+from vitreg.common.progress import OnProgress
 from vitreg.model import VisionTransformer
 from vitreg.probes.protocols import ZeroShotConfig
 from vitreg.probes.results.score import ProbeResult, Score
-from vitreg.probes.store.extract import Progress
 from vitreg.probes.store.feature_store import FeatureStore
 from vitreg.probes.store.origin import StoredModel
 from vitreg.probes.tasks.classes import check_finite
@@ -32,7 +32,7 @@ def zero_shot(
     names: Sequence[str] | None = None,
     config: ZeroShotConfig | None = None,
     *,
-    on_progress: Progress | None = None,
+    on_progress: OnProgress | None = None,
 ) -> ProbeResult:
     """Classify images by sentences alone; nothing is trained.
 
@@ -103,7 +103,7 @@ def image_embeddings(store: FeatureStore, vit: VisionTransformer) -> Float[Tenso
 
 @torch.inference_mode()
 def class_embeddings(
-    text: TextEncoder, names: Sequence[str], config: ZeroShotConfig, on_progress: Progress | None = None
+    text: TextEncoder, names: Sequence[str], config: ZeroShotConfig, on_progress: OnProgress | None = None
 ) -> Float[Tensor, "C E"]:
     """A normalized embedding of every class."""
     found: list[Tensor] = []
