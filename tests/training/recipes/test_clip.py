@@ -25,11 +25,12 @@ from peers import error, perturb, random_images
 from training.captioned import CONFIG, MODEL, Photographs, tiny_method
 from training.contrastive_ranks import Noise, random_batch, seeded_method, two_steps
 from vitreg.checkpoints.text_tower import TextTower, load_text_tower
+from vitreg.training import clip
 from vitreg.training.engine.method import Sample
 from vitreg.training.engine.randomness import fixed_randomness
 from vitreg.training.recipes.clip import CLIP, TEXT_SIZES, CLIPConfig
 from vitreg.training.recipes.retrieval import recall
-from vitreg.training.recipes.sizes import SIZES
+from vitreg.training.recipes.sizes import SIZES, sized
 
 
 @pytest.fixture(scope="module")
@@ -81,17 +82,18 @@ PEERS = {
 def test_sizes_are_open_clips(size):
     theirs = open_clip.get_model_config(PEERS[size])
     text = theirs["text_cfg"]
-    ours = CLIPConfig.sized(size)
-    assert ours.text_width == theirs["embed_dim"] == text["width"]
+    config = clip(num_images=10**6, size=size)
+    ours = config.method
+    assert isinstance(ours, CLIPConfig)
+    assert ours.text_width == config.model.num_classes == theirs["embed_dim"] == text["width"]
     assert (ours.text_layers, ours.text_heads) == (text["layers"], text["heads"])
     assert ours.context_length == text["context_length"]
 
 
 def test_every_size_has_a_text_tower():
     assert TEXT_SIZES.keys() == SIZES.keys()
-    assert CLIPConfig.sized("micro", flip=0.5).flip == 0.5
     with pytest.raises(ValueError, match="size 'enormous' is unknown"):
-        inspect.unwrap(CLIPConfig.sized.__func__)(CLIPConfig, "enormous")
+        inspect.unwrap(sized)("enormous", patch_size=16, image_size=224, num_registers=4)
 
 
 def test_text_tower_is_open_clips(method):

@@ -4,23 +4,25 @@ from __future__ import annotations
 
 import dataclasses
 import math
+import random
 from dataclasses import dataclass
-from typing import Any, Unpack
+from typing import Unpack
 
 import torch
 import torch.distributed as dist
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torchvision.transforms import v2
+from torchvision.transforms.v2.functional import pil_to_tensor
 
-from vitreg.checkpoints.text_tower import TextTower
+from vitreg.checkpoints.text_tower import TextTower, tokenize
 from vitreg.images import ImageSet
-from vitreg.model import VisionTransformer, ViTConfig
-from vitreg.training.data.captions import CaptionAugmentation, check_captions
+from vitreg.model import Preprocess, VisionTransformer, ViTConfig
 from vitreg.training.engine.config import MethodConfig, OptimizerConfig, TrainingConfig
-from vitreg.training.engine.method import Batch, ExtraModules, Method
+from vitreg.training.engine.method import Augmentation, Batch, ExtraModules, Method, Sample
 from vitreg.training.engine.throughput import block_flops, forward_flops
 from vitreg.training.recipes.retrieval import retrieval
-from vitreg.training.recipes.sizes import Chosen, Scale, Size
+from vitreg.training.recipes.sizes import Chosen, Scale, smoke_form
 
 
 def clip(
@@ -45,10 +47,11 @@ def clip(
     if smoke:
         scale = Scale(num_images, "micro", image_size=64, patch_size=16, batch_size=64, num_steps=300)
     scale = scale.choose(chosen)
-    method = CLIPConfig.sized(scale.size)
+    model = scale.model(num_registers, head_bias=False)
+    method = CLIPConfig(*TEXT_SIZES[scale.size])
     config = TrainingConfig(
         recipe="clip",
-        model=scale.model(num_registers, num_classes=method.text_width, head_bias=False),
+        model=dataclasses.replace(model, num_classes=method.text_width),
         method=method,
         optimizer=OptimizerConfig(
             name="adamw",
@@ -64,12 +67,8 @@ def clip(
     )
     if not smoke:
         return config
-    return dataclasses.replace(
-        config,
-        method=dataclasses.replace(method, min_scale=0.5, flip=0.5),
-        optimizer=dataclasses.replace(config.optimizer, warmup_steps=20, weight_decay=0.1),
-        diagnose_every=max(1, config.num_steps // 3),
-    )
+    for_few_images = dataclasses.replace(method, min_scale=0.5, flip=0.5)
+    return smoke_form(config, for_few_images, warmup_steps=20, weight_decay=0.1)
 
 
 # Width (and width of the common space), layers, heads, context length. From tiny on those of open_clip's ViT-S-16-alt,
@@ -111,30 +110,13 @@ class CLIPConfig(MethodConfig):
         if not 0 < self.min_scale <= 1 or not 0 <= self.flip <= 1:
             raise ValueError(f"min_scale {self.min_scale} must be above 0, flip {self.flip} at least 0, both at most 1")
 
-    @classmethod
-    def sized(cls, size: Size, **fields: Any) -> CLIPConfig:
-        """The one that goes with a size of the model; the model's `num_classes` is to be the `text_width`.
-
-        Raises:
-            ValueError: an unknown size.
-        """
-        if size not in TEXT_SIZES:
-            raise ValueError(f"size {size!r} is unknown; choose one of {', '.join(TEXT_SIZES)}")
-        return cls(*TEXT_SIZES[size], **fields)
-
     def check(self, config: TrainingConfig) -> None:
-        """Refuse micro-batches."""
         if config.accumulation > 1:
             raise ValueError(
                 "clip compares the images of a whole batch; leave accumulation at 1, add processes instead"
             )
 
     def build(self, model: ViTConfig) -> CLIP:
-        """The method, with freshly initialized towers.
-
-        Raises:
-            ValueError: the model has no projection, or open_clip is not installed.
-        """
         return CLIP(model, self)
 
     def flops(self, model: ViTConfig, kept: float) -> float:
@@ -142,14 +124,37 @@ class CLIPConfig(MethodConfig):
         text = self.text_layers * block_flops(self.context_length, self.text_width, 8 * self.text_width)
         return 3 * (forward_flops(model, model.grid, kept) + text)
 
-    def augmentation(self, model: ViTConfig, images: ImageSet) -> CaptionAugmentation:
-        """One caption and one crop of an image at a time.
+    def augmentation(self, model: ViTConfig, images: ImageSet) -> CLIPAugmentation:
+        missing = [index for index in range(len(images)) if not images.captions(index)]
+        if len(missing) == len(images):
+            raise ValueError(
+                f"{images.source} has no captions, which clip learns from; give images with a captions.csv "
+                f"(image,caption), tars with .txt members, or Parquet with a caption column"
+            )
+        if missing:
+            raise ValueError(
+                f"{len(missing)} of the {len(images)} images in {images.source} have no caption, the first is "
+                f"{images.name(missing[0])}; caption them or take them out"
+            )
+        return CLIPAugmentation(self, model.preprocess)
 
-        Raises:
-            ValueError: there are images without a caption.
-        """
-        check_captions(images)
-        return CaptionAugmentation(model, context_length=self.context_length, min_scale=self.min_scale, flip=self.flip)
+
+class CLIPAugmentation(Augmentation):
+    """`image` [3, H, W], a random crop, and `text` [L], one of the image's captions.
+
+    The crop is open_clip's (`transform.py: image_transform`): random size and aspect, bicubic, no flip unless asked
+    for, because captions say left and right.
+    """
+
+    def __init__(self, config: CLIPConfig, preprocess: Preprocess) -> None:
+        bicubic = v2.InterpolationMode.BICUBIC
+        crop = v2.RandomResizedCrop(preprocess.size, scale=(config.min_scale, 1.0), interpolation=bicubic)
+        self._augment = v2.Compose([crop, v2.RandomHorizontalFlip(config.flip)])
+        self._preprocess, self._context_length = preprocess, config.context_length
+
+    def __call__(self, sample: Sample) -> Batch:
+        text = tokenize([random.choice(sample.captions)], self._context_length)[0]
+        return {"image": self._preprocess.normalize(pil_to_tensor(self._augment(sample.image))), "text": text}
 
 
 class CLIP(Method):
@@ -205,7 +210,6 @@ class CLIP(Method):
         self.text.logit_scale.clamp_(0, math.log(100))
 
     def extra_modules(self) -> dict[str, nn.Module]:
-        """The text tower, for `load_text_tower`."""
         return {"text": self.text}
 
     def evaluate(

@@ -2,16 +2,15 @@
 
 from __future__ import annotations
 
-import dataclasses
 import math
 from dataclasses import dataclass
 from typing import Unpack
 
-import numpy as np
 import torch
 from jaxtyping import Float
 from torch import Tensor
 from torchvision.transforms import v2
+from torchvision.transforms.v2.functional import pil_to_tensor
 
 from vitreg.images import ImageSet
 from vitreg.model import Preprocess, VisionTransformer, ViTConfig
@@ -19,7 +18,7 @@ from vitreg.training.data.held_out import stream_images
 from vitreg.training.engine.config import MethodConfig, OptimizerConfig, TrainingConfig
 from vitreg.training.engine.method import Augmentation, Batch, ExtraModules, Method, Sample
 from vitreg.training.engine.throughput import forward_flops
-from vitreg.training.recipes.sizes import Chosen, Scale
+from vitreg.training.recipes.sizes import Chosen, Scale, smoke_form
 
 
 def deit3(
@@ -61,16 +60,10 @@ def deit3(
     )
     if not smoke:
         return config
-    return dataclasses.replace(
-        config,
-        method=DeiT3Config(
-            loss="ce", smoothing=0.1, mixup=0.0, cutmix=0.0, three_augment=False, color_jitter=0.0, min_crop=0.35
-        ),
-        optimizer=dataclasses.replace(config.optimizer, lr=1e-2, warmup_steps=config.num_steps // 10),
-        layer_scale=0.1,
-        drop_path=0.0,
-        diagnose_every=max(1, config.num_steps // 3),
+    gentle = DeiT3Config(
+        loss="ce", smoothing=0.1, mixup=0.0, cutmix=0.0, three_augment=False, color_jitter=0.0, min_crop=0.35
     )
+    return smoke_form(config, gentle, lr=1e-2)
 
 
 @dataclass(frozen=True)
@@ -101,19 +94,13 @@ class DeiT3Config(MethodConfig):
             raise ValueError("smoothing would make every class a target of bce; leave it at 0, or choose loss ce")
 
     def build(self, model: ViTConfig) -> DeiT3:
-        """A classifier."""
-        return DeiT3(self, model)
+        return DeiT3(model, self)
 
     def flops(self, model: ViTConfig, kept: float) -> float:
-        """Those of the model; its head is too small to count."""
+        # The head is too small to count.
         return 3 * forward_flops(model, model.grid, kept)
 
     def augmentation(self, model: ViTConfig, images: ImageSet) -> DeiT3Augmentation:
-        """Augmented images with soft targets.
-
-        Raises:
-            ValueError: there are no labels, or another number of classes than the model has.
-        """
         if images.labels is None:
             raise ValueError(f"{images.source} has no labels, from which deit3 learns; give one folder for each class")
         if len(images.classes) != model.num_classes:
@@ -142,32 +129,30 @@ class DeiT3Augmentation(Augmentation):
             steps.append(auto_augment_transform("3a", {}))
         if config.color_jitter:
             steps.append(v2.ColorJitter(config.color_jitter, config.color_jitter, config.color_jitter))
-        self._augment = v2.Compose(steps)
-        self._preprocess, self._num_classes, self._smoothing = preprocess, num_classes, config.smoothing
-        self._mixup = None
-        if config.mixup or config.cutmix:
-            self._mixup = Mixup(config.mixup, config.cutmix, label_smoothing=config.smoothing, num_classes=num_classes)
+        self._augment, self._preprocess = v2.Compose(steps), preprocess
+        self._mixup = Mixup(
+            config.mixup,
+            config.cutmix,
+            prob=1.0 if config.mixup or config.cutmix else 0.0,  # without, it makes targets of labels
+            label_smoothing=config.smoothing,
+            num_classes=num_classes,
+        )
 
     def __call__(self, sample: Sample) -> Batch:
         """`image` [3, H, W] and `label`."""
-        pixels = torch.from_numpy(np.asarray(self._augment(sample.image)).transpose(2, 0, 1).copy())
+        pixels = pil_to_tensor(self._augment(sample.image))
         return {"image": self._preprocess.normalize(pixels), "label": torch.tensor(sample.label)}
 
     def mix(self, pair: Batch) -> Batch:
         """`image` [2, 3, H, W] and `target` [2, classes]."""
-        from timm.data.mixup import mixup_target
-
-        images, labels = pair["image"], pair["label"]
-        if self._mixup is None:
-            return {"image": images, "target": mixup_target(labels, self._num_classes, smoothing=self._smoothing)}
-        images, target = self._mixup(images, labels)
+        images, target = self._mixup(pair["image"], pair["label"])
         return {"image": images, "target": target}
 
 
 class DeiT3(Method):
     """A Vision Transformer with a linear classifier on its pooled feature, which registers never reach."""
 
-    def __init__(self, config: DeiT3Config, model: ViTConfig) -> None:
+    def __init__(self, model: ViTConfig, config: DeiT3Config) -> None:
         super().__init__()
         from timm.loss.binary_cross_entropy import BinaryCrossEntropy
         from timm.loss.cross_entropy import SoftTargetCrossEntropy

@@ -27,7 +27,7 @@ from vitreg.training.recipes.dino_losses import (
     gather_features,
     ibot_loss,
 )
-from vitreg.training.recipes.sizes import Chosen, Scale
+from vitreg.training.recipes.sizes import Chosen, Scale, smoke_form
 
 
 def dinov2(
@@ -70,21 +70,15 @@ def dinov2(
     )
     if not smoke:
         return config
-    return dataclasses.replace(
-        config,
-        method=DINOv2Config(
-            crops=dataclasses.replace(crops, num_local=4, global_scale=(0.5, 1.0), local_scale=(0.15, 0.5)),
-            teacher_temperature=(0.03, 0.03),
-            teacher_momentum=0.98,
-            num_prototypes=256,
-            hidden_dim=256,
-            bottleneck_dim=64,
-        ),
-        optimizer=dataclasses.replace(config.optimizer, lr=5e-4, warmup_steps=config.num_steps // 10),
-        layer_scale=0.1,
-        drop_path=0.0,
-        diagnose_every=max(1, config.num_steps // 3),
+    small = DINOv2Config(
+        crops=dataclasses.replace(crops, num_local=4, global_scale=(0.5, 1.0), local_scale=(0.15, 0.5)),
+        teacher_temperature=(0.03, 0.03),
+        teacher_momentum=0.98,
+        num_prototypes=256,
+        hidden_dim=256,
+        bottleneck_dim=64,
     )
+    return smoke_form(config, small, lr=5e-4)
 
 
 @dataclass(frozen=True)
@@ -93,9 +87,7 @@ class DINOv2Config(MethodConfig):
 
     Attributes:
         crops: views of an image.
-        num_prototypes: outputs of a head.
-        hidden_dim: of a head.
-        bottleneck_dim: of a head.
+        num_prototypes, hidden_dim, bottleneck_dim: of a `DINOHead`.
         separate_heads: patches have a head of their own.
         centering: how the teacher's outputs are kept from collapsing.
         student_temperature: of the student's softmax.
@@ -103,8 +95,7 @@ class DINOv2Config(MethodConfig):
         temperature_warmup: the part of the training in which it rises linearly.
         teacher_momentum: at the start; it rises to 1 by a cosine.
         frozen_prototypes: the part of the training in which the prototypes stay as they are.
-        ibot_weight: of iBOT's loss.
-        koleo_weight: of KoLeo's.
+        ibot_weight, koleo_weight: of iBOT's and KoLeo's losses; DINO's counts 1.
     """
 
     crops: MultiCropConfig = field(default_factory=MultiCropConfig)
@@ -127,15 +118,9 @@ class DINOv2Config(MethodConfig):
 
     @classmethod
     def from_dict(cls, values: dict[str, Any]) -> DINOv2Config:
-        """The inverse of `dataclasses.asdict`, from JSON."""
         return super().from_dict(values | {"crops": MultiCropConfig.from_dict(values["crops"])})
 
     def build(self, model: ViTConfig) -> DINOv2:
-        """Student and teacher, equal at the start.
-
-        Raises:
-            ValueError: the model has no class token, or has a head, which nothing would train; or lightly is missing.
-        """
         return DINOv2(model, self)
 
     def flops(self, model: ViTConfig, kept: float) -> float:
@@ -150,7 +135,6 @@ class DINOv2Config(MethodConfig):
         return 3 * (student + (2 + crops.num_local + hidden) * head) + teacher + (2 + hidden) * head
 
     def augmentation(self, model: ViTConfig, images: ImageSet) -> MultiCrop:
-        """The crops; labels are not needed."""
         return MultiCrop(model, self.crops)
 
 
@@ -170,6 +154,9 @@ class DINOv2(Method):
         heads: the student's, for class tokens and for patches, which share one unless the config separates them.
         teacher_vit: the teacher, the product; learns no gradient.
         teacher_heads: the teacher's.
+
+    Raises:
+        ValueError: the model has no class token, or has a head, which nothing would train; or lightly is missing.
     """
 
     def __init__(self, model: ViTConfig, config: DINOv2Config) -> None:
@@ -239,25 +226,21 @@ class DINOv2(Method):
             return targets, self.center_patches(patch_cosines, temperature)
 
     def teacher_temperature(self, progress: float) -> float:
-        """Rises linearly during the warm-up."""
         first, last = self.config.teacher_temperature
         warmup = self.config.temperature_warmup
         return last if progress >= warmup else first + (last - first) * progress / warmup
 
     def teacher_momentum(self, progress: float) -> float:
-        """Rises to 1 by half a cosine."""
         return 1 - (1 - self.config.teacher_momentum) * (1 + math.cos(math.pi * progress)) / 2
 
     @torch.no_grad()
     def after_step(self, progress: float) -> None:
-        """Move the teacher towards the student."""
         teacher = [*self.teacher_vit.parameters(), *self.teacher_heads.parameters()]
         student = [*self.vit.parameters(), *self.heads.parameters()]
         ema_update(teacher, student, self.teacher_momentum(progress))
 
     @property
     def export_model(self) -> VisionTransformer:
-        """The teacher."""
         return self.teacher_vit
 
 

@@ -1,4 +1,4 @@
-"""What recipes share: the Vision Transformers that they train, tiny to giant, and how much they train them."""
+"""What recipes share: the Vision Transformers that they train, how much they train them, and their smoke form."""
 
 from __future__ import annotations
 
@@ -8,6 +8,7 @@ from dataclasses import dataclass
 from typing import Any, Literal, TypedDict
 
 from vitreg.model import Preprocess, ViTConfig
+from vitreg.training.engine.config import MethodConfig, TrainingConfig
 
 Size = Literal["micro", "tiny", "small", "base", "large", "huge", "giant"]
 
@@ -28,7 +29,7 @@ def sized(size: Size, *, patch_size: int, image_size: int, num_registers: int, *
     """The config of a size, to be trained from scratch.
 
     Args:
-        size: tiny to giant.
+        size: a key of `SIZES`.
         patch_size: in pixels.
         image_size: side of the (square) images in pixels.
         num_registers: 4 in the paper.
@@ -110,3 +111,21 @@ class Scale:
             "checkpoint_every": max(50, min(round(self.num_images / self.batch_size), 2000)),
             "diagnose_every": max(1, self.num_steps // 20),
         }
+
+
+def smoke_form(config: TrainingConfig, method: MethodConfig, **optimizer: Any) -> TrainingConfig:
+    """A recipe for a small model and few steps: LayerScale from 0.1, no stochastic depth, three diagnoses.
+
+    Args:
+        config: the recipe's, of a small `Scale`.
+        method: with gentler settings.
+        optimizer: settings of it that differ, besides a warm-up of a tenth of the steps.
+    """
+    return dataclasses.replace(
+        config,
+        method=method,
+        optimizer=dataclasses.replace(config.optimizer, **{"warmup_steps": config.num_steps // 10, **optimizer}),
+        layer_scale=0.1,
+        drop_path=0.0,
+        diagnose_every=max(1, config.num_steps // 3),
+    )
