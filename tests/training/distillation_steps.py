@@ -11,8 +11,8 @@ from torch.distributed.tensor import DTensor
 from torch.nn.parallel import DistributedDataParallel
 
 from peers import perturb
-from vitreg.training.data.multi_crop import MultiCropConfig, locate_hidden
 from vitreg.training.recipes.dinov2 import DINOv2, DINOv2Config
+from vitreg.training.recipes.multi_crop import MultiCropConfig, locate_hidden
 from vitreg.training.recipes.sizes import sized
 
 CASES = [

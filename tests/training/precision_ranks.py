@@ -15,10 +15,10 @@ from training.contrastive_ranks import random_batch as captioned
 from training.distillation_steps import random_batch as crops
 from training.distillation_steps import small_method
 from vitreg.training import TrainingConfig, clip, dinov2
-from vitreg.training.data.multi_crop import locate_hidden
 from vitreg.training.engine.distributed import Distributed
 from vitreg.training.engine.method import Batch
 from vitreg.training.engine.train_state import TrainState
+from vitreg.training.recipes.multi_crop import locate_hidden
 
 STEPS = 20
 

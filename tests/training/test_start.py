@@ -23,7 +23,7 @@ from vitreg.images import open_split
 from vitreg.training import open_data, resume, train
 from vitreg.training.engine.run_folder import RunFolder
 from vitreg.training.engine.train_state import TrainState
-from vitreg.training.recipes import config_from_dict
+from vitreg.training.recipes.catalogue import config_from_dict
 from vitreg.training.recipes.deit3 import DeiT3
 
 pytestmark = pytest.mark.usefixtures("_quick")

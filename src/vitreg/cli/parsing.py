@@ -8,6 +8,7 @@ import io
 import re
 import sys
 from collections.abc import Callable
+from dataclasses import MISSING
 from typing import Any
 
 import tyro
@@ -28,7 +29,7 @@ def parse(name: str, command: Callable[..., int], args: list[str]) -> Callable[[
         ValueError: they make no sense; in one sentence.
     """
     found = list(flags(command))
-    if not args and (missing := [flag.name for flag in found if flag.positional or flag.required]):
+    if not args and (missing := [flag.name for flag in found if flag.positional or flag.default is MISSING]):
         print(command_help(name, command), file=sys.stderr)
         raise ValueError(_missing(name, missing))
 

@@ -17,7 +17,7 @@ from vitreg.training.engine.distributed import Distributed
 from vitreg.training.engine.memory import out_of_memory
 from vitreg.training.engine.run_folder import RunFolder
 from vitreg.training.engine.trainer import OnLog, Trainer
-from vitreg.training.recipes import config_from_dict
+from vitreg.training.recipes.catalogue import config_from_dict
 
 
 @dataclass(frozen=True)

@@ -15,8 +15,8 @@ from training.distillation_steps import small_method
 from training.small import small_config
 from vitreg.model import VisionTransformer
 from vitreg.training import clip
-from vitreg.training.data.multi_crop import locate_hidden
 from vitreg.training.engine.throughput import forward_flops, matrix_rate
+from vitreg.training.recipes.multi_crop import locate_hidden
 
 
 def counted(config, model, batch) -> float:

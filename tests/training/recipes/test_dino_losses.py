@@ -8,9 +8,9 @@ from lightly.models.modules.heads import DINOProjectionHead
 from torch import nn
 
 from peers import error
-from vitreg.training.data.multi_crop import locate_hidden
 from vitreg.training.recipes.dino_head import DINOHead
 from vitreg.training.recipes.dino_losses import MeanCentering, SinkhornKnopp, dino_loss, entropies, ibot_loss
+from vitreg.training.recipes.multi_crop import locate_hidden
 
 IMAGES, VIEWS, PROTOTYPES = 6, 5, 48
 EXACT = dict(rtol=1e-6, atol=0)

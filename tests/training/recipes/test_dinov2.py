@@ -10,10 +10,10 @@ from PIL import Image
 
 from peers import error
 from training.distillation_steps import CASES, random_batch, run, small_method, step
-from vitreg.training.data.multi_crop import MultiCrop, MultiCropConfig, locate_hidden
 from vitreg.training.engine.method import Sample
 from vitreg.training.engine.randomness import fixed_randomness
 from vitreg.training.recipes.dinov2 import DINOv2Config
+from vitreg.training.recipes.multi_crop import MultiCrop, MultiCropConfig, locate_hidden
 from vitreg.training.recipes.sizes import sized
 
 NUM_PROCESSES = 2

@@ -13,7 +13,7 @@ import timm
 from vitreg.model import VisionTransformer
 from vitreg.training import RECIPES, clip, deit3, dinov2
 from vitreg.training.engine.config import TrainingConfig
-from vitreg.training.recipes import config_from_dict
+from vitreg.training.recipes.catalogue import config_from_dict
 from vitreg.training.recipes.sizes import SIZES, Size, sized
 
 

@@ -6,10 +6,9 @@ import dataclasses
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, Literal, TypeVar
 
-from vitreg.model import ViTConfig
-
 if TYPE_CHECKING:
     from vitreg.images import ImageSet
+    from vitreg.model import ViTConfig
     from vitreg.training.engine.method import Augmentation, Method
 
 
@@ -89,15 +88,11 @@ class OptimizerConfig:
     eps: float = 1e-8
 
 
-@dataclass(frozen=True)
-class TrainingConfig:
-    """A training run.
+@dataclass(frozen=True, kw_only=True)
+class LoopConfig:
+    """How long a run goes on, on what, and what it tells and keeps.
 
     Attributes:
-        recipe: its name.
-        model: the Vision Transformer.
-        method: the recipe's own settings.
-        optimizer: how weights follow gradients.
         num_steps: optimizer steps.
         batch_size: images a step, over all processes and micro-batches.
         accumulation: micro-batches that a process splits its part of a batch into.
@@ -109,14 +104,12 @@ class TrainingConfig:
         compile: run the blocks through `torch.compile`.
         gradient_checkpointing: recompute blocks in the backward pass, to save memory.
         seed: of the initial weights, the order of the images, their augmentation and everything random.
-        log_every, checkpoint_every, diagnose_every: in steps; 0 diagnoses at the end only.
+        log_every: steps between progress reports; every step is in log.jsonl.
+        checkpoint_every: steps between checkpoints.
+        diagnose_every: steps between diagnoses; 0 diagnoses at the end only.
         num_diagnosed: held-out images that are diagnosed.
     """
 
-    recipe: str
-    model: ViTConfig
-    method: MethodConfig
-    optimizer: OptimizerConfig
     num_steps: int
     batch_size: int
     accumulation: int = 1
@@ -132,6 +125,23 @@ class TrainingConfig:
     checkpoint_every: int = 500
     diagnose_every: int = 500
     num_diagnosed: int = 256
+
+
+@dataclass(frozen=True)
+class TrainingConfig(LoopConfig):
+    """A training run.
+
+    Attributes:
+        recipe: its name.
+        model: the Vision Transformer.
+        method: the recipe's own settings.
+        optimizer: how weights follow gradients.
+    """
+
+    recipe: str
+    model: ViTConfig
+    method: MethodConfig
+    optimizer: OptimizerConfig
 
     def __post_init__(self) -> None:
         for name in ("num_steps", "batch_size", "accumulation", "log_every", "checkpoint_every", "num_diagnosed"):
@@ -151,5 +161,5 @@ class TrainingConfig:
         return self.dtype == "bfloat16"
 
     def to_dict(self) -> dict[str, Any]:
-        """JSON types; `recipes.config_from_dict` is the inverse."""
+        """JSON types; `recipes.catalogue.config_from_dict` is the inverse."""
         return dataclasses.asdict(self)

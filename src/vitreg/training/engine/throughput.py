@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import time
+from typing import TYPE_CHECKING
 
-import torch
+if TYPE_CHECKING:
+    import torch
 
-from vitreg.model import ViTConfig
+    from vitreg.model import ViTConfig
 
 
 def forward_flops(config: ViTConfig, grid: tuple[int, int], kept: float = 1.0) -> float:
@@ -37,6 +39,8 @@ def block_flops(tokens: int, dim: int, hidden: int) -> int:
 
 def matrix_rate(device: torch.device, dtype: torch.dtype, seconds: float = 0.5) -> float:
     """Floating-point operations a second of a large matrix product: what a step is measured against."""
+    import torch
+
     side = 8192 if device.type == "cuda" else 1024
     a, b = (torch.randn(side, side, device=device, dtype=dtype) for _ in range(2))
     best, start = float("inf"), time.perf_counter()
@@ -50,5 +54,7 @@ def matrix_rate(device: torch.device, dtype: torch.dtype, seconds: float = 0.5) 
 
 
 def _wait(device: torch.device) -> None:
+    import torch
+
     if device.type != "cpu":
         torch.accelerator.synchronize(device)

@@ -1,38 +1,5 @@
-"""The trainings of the paper (section 3.1), a page each: recipe, settings, augmentation, loss and what to expect.
+"""The trainings of the paper (section 3.1), a page each: recipe, augmentation, loss and what to expect.
 
 A recipe is a function that returns a config, with any number of registers. `smoke=True` gives a form that finishes in
 two minutes on two CPU cores: to see that everything works, not to get a good model.
 """
-
-from __future__ import annotations
-
-import dataclasses
-from collections.abc import Callable
-from typing import Any
-
-from vitreg.common.renamed import current_fields
-from vitreg.model import ViTConfig
-from vitreg.training.engine.config import OptimizerConfig, TrainingConfig
-from vitreg.training.recipes import clip, deit3, dinov2
-
-RECIPES: dict[str, Callable[..., TrainingConfig]] = {"deit3": deit3.deit3, "dinov2": dinov2.dinov2, "clip": clip.clip}
-
-_METHODS = {"deit3": deit3.DeiT3Config, "dinov2": dinov2.DINOv2Config, "clip": clip.CLIPConfig}
-
-
-def config_from_dict(values: dict[str, Any]) -> TrainingConfig:
-    """The config that `TrainingConfig.to_dict` wrote; keys that are not of it are left aside.
-
-    Raises:
-        ValueError: an unknown recipe.
-    """
-    if "precision" in values:  # as the first runs called it
-        values = {**values, "dtype": values["precision"]}
-    known = {field.name for field in dataclasses.fields(TrainingConfig)}
-    fields = {key: value for key, value in values.items() if key in known}
-    if fields.get("recipe") not in _METHODS:
-        raise ValueError(f"recipe {fields.get('recipe')!r} is unknown; choose one of {', '.join(_METHODS)}")
-    fields["model"] = ViTConfig.from_dict(fields["model"])
-    fields["optimizer"] = OptimizerConfig(**fields["optimizer"])
-    fields["method"] = _METHODS[fields["recipe"]].from_dict(current_fields(fields["method"]))
-    return TrainingConfig(**fields)

@@ -5,7 +5,6 @@ from __future__ import annotations
 import dataclasses
 import math
 import random
-from dataclasses import dataclass
 from typing import Unpack
 
 import torch
@@ -18,9 +17,9 @@ from torchvision.transforms.v2.functional import pil_to_tensor
 from vitreg.checkpoints.text_tower import TextTower, tokenize
 from vitreg.images import ImageSet
 from vitreg.model import Preprocess, VisionTransformer, ViTConfig
-from vitreg.training.engine.config import MethodConfig, OptimizerConfig, TrainingConfig
+from vitreg.training.engine.config import OptimizerConfig, TrainingConfig
 from vitreg.training.engine.method import Augmentation, Batch, ExtraModules, Method, Sample
-from vitreg.training.engine.throughput import block_flops, forward_flops
+from vitreg.training.recipes.configs import CLIPConfig
 from vitreg.training.recipes.retrieval import retrieval
 from vitreg.training.recipes.sizes import Chosen, Scale, smoke_form
 
@@ -82,61 +81,6 @@ TEXT_SIZES: dict[str, tuple[int, int, int, int]] = {
     "huge": (1024, 24, 16, 77),
     "giant": (1024, 24, 16, 77),
 }
-
-
-@dataclass(frozen=True)
-class CLIPConfig(MethodConfig):
-    """CLIP's text tower and augmentation; `num_classes` of the model is the width of the common space.
-
-    Attributes:
-        text_width, text_layers, text_heads: the size of the text tower.
-        context_length: tokens of a caption, its marks of start and end included.
-        min_scale: the smallest part of an image's area that a crop keeps; less than open_clip's 0.9 for small data.
-        flip: probability of a horizontal flip.
-    """
-
-    text_width: int = 512
-    text_layers: int = 12
-    text_heads: int = 8
-    context_length: int = 77
-    min_scale: float = 0.9
-    flip: float = 0.0
-
-    def __post_init__(self) -> None:
-        if self.text_heads < 1 or self.text_width % self.text_heads:
-            raise ValueError(f"text_width {self.text_width} is not a multiple of text_heads {self.text_heads}")
-        if self.context_length < 3:
-            raise ValueError(f"context_length is {self.context_length}; it must be at least 3: two marks and a token")
-        if not 0 < self.min_scale <= 1 or not 0 <= self.flip <= 1:
-            raise ValueError(f"min_scale {self.min_scale} must be above 0, flip {self.flip} at least 0, both at most 1")
-
-    def check(self, config: TrainingConfig) -> None:
-        if config.accumulation > 1:
-            raise ValueError(
-                "clip compares the images of a whole batch; leave accumulation at 1, add processes instead"
-            )
-
-    def build(self, model: ViTConfig) -> CLIP:
-        return CLIP(model, self)
-
-    def flops(self, model: ViTConfig, kept: float) -> float:
-        """Those of both towers, each caption of full length."""
-        text = self.text_layers * block_flops(self.context_length, self.text_width, 8 * self.text_width)
-        return 3 * (forward_flops(model, model.grid, kept) + text)
-
-    def augmentation(self, model: ViTConfig, images: ImageSet) -> CLIPAugmentation:
-        missing = [index for index in range(len(images)) if not images.captions(index)]
-        if len(missing) == len(images):
-            raise ValueError(
-                f"{images.source} has no captions, which clip learns from; give images with a captions.csv "
-                f"(image,caption), tars with .txt members, or Parquet with a caption column"
-            )
-        if missing:
-            raise ValueError(
-                f"{len(missing)} of the {len(images)} images in {images.source} have no caption, the first is "
-                f"{images.name(missing[0])}; caption them or take them out"
-            )
-        return CLIPAugmentation(self, model.preprocess)
 
 
 class CLIPAugmentation(Augmentation):

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass
 from typing import Unpack
 
 import torch
@@ -15,9 +14,9 @@ from torchvision.transforms.v2.functional import pil_to_tensor
 from vitreg.images import ImageSet
 from vitreg.model import Preprocess, VisionTransformer, ViTConfig
 from vitreg.training.data.held_out import stream_images
-from vitreg.training.engine.config import MethodConfig, OptimizerConfig, TrainingConfig
+from vitreg.training.engine.config import OptimizerConfig, TrainingConfig
 from vitreg.training.engine.method import Augmentation, Batch, ExtraModules, Method, Sample
-from vitreg.training.engine.throughput import forward_flops
+from vitreg.training.recipes.configs import DeiT3Config
 from vitreg.training.recipes.sizes import Chosen, Scale, smoke_form
 
 
@@ -64,51 +63,6 @@ def deit3(
         loss="ce", smoothing=0.1, mixup=0.0, cutmix=0.0, three_augment=False, color_jitter=0.0, min_crop=0.35
     )
     return smoke_form(config, gentle, lr=1e-2)
-
-
-@dataclass(frozen=True)
-class DeiT3Config(MethodConfig):
-    """DeiT-III's training signal ("DeiT III: Revenge of the ViT", arXiv 2204.07118, and its repository).
-
-    Attributes:
-        loss: bce (one binary cross-entropy per class; every class that is in the mixture counts fully) or ce.
-        smoothing: of the labels, with ce.
-        mixup, cutmix: alpha of the Beta distributions; 0 turns one off.
-        three_augment: grey, solarise or blur each image.
-        color_jitter: brightness, contrast and saturation.
-        min_crop: smallest part of an image's area that is seen.
-    """
-
-    loss: str = "bce"
-    smoothing: float = 0.0
-    mixup: float = 0.8
-    cutmix: float = 1.0
-    three_augment: bool = True
-    color_jitter: float = 0.3
-    min_crop: float = 0.08
-
-    def __post_init__(self) -> None:
-        if self.loss not in ("bce", "ce"):
-            raise ValueError(f"loss {self.loss!r} is unknown; choose bce or ce")
-        if self.loss == "bce" and self.smoothing:
-            raise ValueError("smoothing would make every class a target of bce; leave it at 0, or choose loss ce")
-
-    def build(self, model: ViTConfig) -> DeiT3:
-        return DeiT3(model, self)
-
-    def flops(self, model: ViTConfig, kept: float) -> float:
-        # The head is too small to count.
-        return 3 * forward_flops(model, model.grid, kept)
-
-    def augmentation(self, model: ViTConfig, images: ImageSet) -> DeiT3Augmentation:
-        if images.labels is None:
-            raise ValueError(f"{images.source} has no labels, from which deit3 learns; give one folder for each class")
-        if len(images.classes) != model.num_classes:
-            raise ValueError(
-                f"{images.source} has {len(images.classes)} classes, the model {model.num_classes}; "
-                f"train on the set that the run began with"
-            )
-        return DeiT3Augmentation(self, model.preprocess, model.num_classes)
 
 
 class DeiT3Augmentation(Augmentation):

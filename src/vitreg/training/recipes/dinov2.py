@@ -5,19 +5,16 @@ from __future__ import annotations
 import copy
 import dataclasses
 import math
-from dataclasses import dataclass, field
-from typing import Any, Literal, Unpack
+from typing import Unpack
 
 import torch
 from torch import Tensor, nn
 
-from vitreg.images import ImageSet
 from vitreg.model import Masked, Tokens, VisionTransformer, ViTConfig
-from vitreg.training.data.multi_crop import MultiCrop, MultiCropConfig
-from vitreg.training.engine.config import MethodConfig, OptimizerConfig, TrainingConfig
+from vitreg.training.engine.config import OptimizerConfig, TrainingConfig
 from vitreg.training.engine.ema import ema_update
 from vitreg.training.engine.method import Batch, Method
-from vitreg.training.engine.throughput import forward_flops
+from vitreg.training.recipes.configs import DINOv2Config, MultiCropConfig
 from vitreg.training.recipes.dino_head import DINOHead
 from vitreg.training.recipes.dino_losses import (
     MeanCentering,
@@ -79,63 +76,6 @@ def dinov2(
         bottleneck_dim=64,
     )
     return smoke_form(config, small, lr=5e-4)
-
-
-@dataclass(frozen=True)
-class DINOv2Config(MethodConfig):
-    """DINOv2's settings (`dinov2/configs/ssl_default_config.yaml` and `train/vitl14.yaml`).
-
-    Attributes:
-        crops: views of an image.
-        num_prototypes, hidden_dim, bottleneck_dim: of a `DINOHead`.
-        separate_heads: patches have a head of their own.
-        centering: how the teacher's outputs are kept from collapsing.
-        student_temperature: of the student's softmax.
-        teacher_temperature: of the targets, at the start and after the warm-up.
-        temperature_warmup: the part of the training in which it rises linearly.
-        teacher_momentum: at the start; it rises to 1 by a cosine.
-        frozen_prototypes: the part of the training in which the prototypes stay as they are.
-        ibot_weight, koleo_weight: of iBOT's and KoLeo's losses; DINO's counts 1.
-    """
-
-    crops: MultiCropConfig = field(default_factory=MultiCropConfig)
-    num_prototypes: int = 65536
-    hidden_dim: int = 2048
-    bottleneck_dim: int = 256
-    separate_heads: bool = True
-    centering: Literal["sinkhorn", "mean"] = "sinkhorn"
-    student_temperature: float = 0.1
-    teacher_temperature: tuple[float, float] = (0.04, 0.07)
-    temperature_warmup: float = 0.06
-    teacher_momentum: float = 0.994
-    frozen_prototypes: float = 0.002
-    ibot_weight: float = 1.0
-    koleo_weight: float = 0.1
-
-    def __post_init__(self) -> None:
-        if min(self.teacher_temperature) < 0.025:
-            raise ValueError(f"teacher_temperature is {self.teacher_temperature}; below 0.025 float32 does not reach")
-
-    @classmethod
-    def from_dict(cls, values: dict[str, Any]) -> DINOv2Config:
-        return super().from_dict(values | {"crops": MultiCropConfig.from_dict(values["crops"])})
-
-    def build(self, model: ViTConfig) -> DINOv2:
-        return DINOv2(model, self)
-
-    def flops(self, model: ViTConfig, kept: float) -> float:
-        """Those of student, teacher and heads, with as many hidden patches as are to be expected."""
-        crops, side = self.crops, self.crops.local_size // model.patch_size
-        student = 2 * forward_flops(model, model.grid, kept)
-        student += crops.num_local * forward_flops(model, (side, side), kept)
-        teacher = 2 * forward_flops(model, model.grid)
-        hidden = 2 * model.grid[0] * model.grid[1] * crops.mask_probability * sum(crops.mask_ratio) / 2
-        hidden_dim, bottleneck_dim = self.hidden_dim, self.bottleneck_dim
-        head = 2 * (hidden_dim * (model.embed_dim + hidden_dim + bottleneck_dim) + bottleneck_dim * self.num_prototypes)
-        return 3 * (student + (2 + crops.num_local + hidden) * head) + teacher + (2 + hidden) * head
-
-    def augmentation(self, model: ViTConfig, images: ImageSet) -> MultiCrop:
-        return MultiCrop(model, self.crops)
 
 
 class DINOv2(Method):

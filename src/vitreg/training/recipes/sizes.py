@@ -5,10 +5,12 @@ from __future__ import annotations
 import dataclasses
 import math
 from dataclasses import dataclass
-from typing import Any, Literal, TypedDict
+from typing import TYPE_CHECKING, Any, Literal, TypedDict
 
-from vitreg.model import Preprocess, ViTConfig
 from vitreg.training.engine.config import MethodConfig, TrainingConfig
+
+if TYPE_CHECKING:
+    from vitreg.model import ViTConfig
 
 Size = Literal["micro", "tiny", "small", "base", "large", "huge", "giant"]
 
@@ -38,6 +40,8 @@ def sized(size: Size, *, patch_size: int, image_size: int, num_registers: int, *
     Raises:
         ValueError: an unknown size, or an image size that is no multiple of the patch size.
     """
+    from vitreg.model import Preprocess, ViTConfig
+
     if size not in SIZES:
         raise ValueError(f"size {size!r} is unknown; choose one of {', '.join(SIZES)}")
     if image_size % patch_size:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import random
-from dataclasses import dataclass
 
 import numpy as np
 import torch
@@ -13,39 +12,8 @@ from torch import Tensor
 from torchvision import transforms
 
 from vitreg.model import ViTConfig
-from vitreg.training.engine.config import Settings
 from vitreg.training.engine.method import Augmentation, Batch, Sample
-
-
-@dataclass(frozen=True)
-class MultiCropConfig(Settings):
-    """DINOv2's crops (`dinov2/configs/ssl_default_config.yaml`).
-
-    Attributes:
-        num_local: local crops of an image; the global ones are always two.
-        local_size: side of a local crop in pixels; global ones have the model's image size.
-        global_scale: smallest and largest share of the image's area that a global crop takes.
-        local_scale: the same of local crops.
-        mask_probability: how likely a global crop has hidden patches.
-        mask_ratio: smallest and largest share of its patches that are hidden then.
-    """
-
-    num_local: int = 8
-    local_size: int = 96
-    global_scale: tuple[float, float] = (0.32, 1.0)
-    local_scale: tuple[float, float] = (0.05, 0.32)
-    mask_probability: float = 0.5
-    mask_ratio: tuple[float, float] = (0.1, 0.5)
-
-    def __post_init__(self) -> None:
-        if self.num_local < 1:
-            raise ValueError(f"num_local is {self.num_local}; self-distillation needs at least 1 local crop")
-        for name in ("global_scale", "local_scale", "mask_ratio"):
-            low, high = getattr(self, name)
-            if not 0 < low <= high <= 1:
-                raise ValueError(f"{name} is {low} to {high}; it must rise, above 0 and at most to 1")
-        if not 0 <= self.mask_probability <= 1:
-            raise ValueError(f"mask_probability is {self.mask_probability}; it must be 0 to 1")
+from vitreg.training.recipes.configs import MultiCropConfig
 
 
 class MultiCrop(Augmentation):

@@ -7,9 +7,9 @@ import pytest
 import torch
 from PIL import Image
 
-from vitreg.training.data.multi_crop import MultiCrop, MultiCropConfig
 from vitreg.training.engine.method import Sample
 from vitreg.training.engine.randomness import fixed_randomness
+from vitreg.training.recipes.multi_crop import MultiCrop, MultiCropConfig
 from vitreg.training.recipes.sizes import sized
 
 MODEL = sized("micro", patch_size=8, image_size=64, num_registers=4)

@@ -1,0 +1,34 @@
+"""The recipes by name, and the configs of runs that are stored."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Callable
+from typing import Any
+
+from vitreg.common.renamed import current_fields
+from vitreg.model import ViTConfig
+from vitreg.training.engine.config import OptimizerConfig, TrainingConfig
+from vitreg.training.recipes import clip, configs, deit3, dinov2
+
+RECIPES: dict[str, Callable[..., TrainingConfig]] = {"deit3": deit3.deit3, "dinov2": dinov2.dinov2, "clip": clip.clip}
+
+_METHODS = {"deit3": configs.DeiT3Config, "dinov2": configs.DINOv2Config, "clip": configs.CLIPConfig}
+
+
+def config_from_dict(values: dict[str, Any]) -> TrainingConfig:
+    """The config that `TrainingConfig.to_dict` wrote; keys that are not of it are left aside.
+
+    Raises:
+        ValueError: an unknown recipe.
+    """
+    if "precision" in values:  # as the first runs called it
+        values = {**values, "dtype": values["precision"]}
+    known = {field.name for field in dataclasses.fields(TrainingConfig)}
+    fields = {key: value for key, value in values.items() if key in known}
+    if fields.get("recipe") not in _METHODS:
+        raise ValueError(f"recipe {fields.get('recipe')!r} is unknown; choose one of {', '.join(_METHODS)}")
+    fields["model"] = ViTConfig.from_dict(fields["model"])
+    fields["optimizer"] = OptimizerConfig(**fields["optimizer"])
+    fields["method"] = _METHODS[fields["recipe"]].from_dict(current_fields(fields["method"]))
+    return TrainingConfig(**fields)
