@@ -85,14 +85,18 @@ def test_a_model_against_itself_changes_nothing(tiny_vit, photograph_batch):
     assert same.head_agreement == 1
 
 
-def test_a_model_that_is_no_fix_is_not_called_a_failed_one(tiny_vit, photograph_batch):
+def test_a_model_that_is_no_fix_is_not_called_a_failed_one(tiny_vit, photograph_batch, tmp_path):
     """It said "are not removed" and "other units, or attention, write it too" of a model against itself."""
     same = vitreg.compare(tiny_vit, tiny_vit, photograph_batch[:16])
     assert "are in the second model too: after block 11, 2.0 % of the patches had norms" in same.verdict[0]
     assert same.verdict[1].startswith("What is left: 2.0 % of the patches after block 7, with norms up to ")
     assert not any("units" in sentence or "not removed" in sentence for sentence in same.verdict)
+    assert same.same_model
+    assert same.verdict[0].startswith("The two models are the same. The artifacts of ")
+    assert "the same model – vitreg comparison" in same.save(tmp_path).read_text()
     changed = vitreg.add_test_time_registers(tiny_vit, neurons=[(0, 0)])
     failed = vitreg.compare(tiny_vit, changed, photograph_batch[:16])
+    assert not failed.same_model
     assert "are not removed: after block 11" in failed.verdict[0]
     assert "It appears in block 7 as before: other units" in failed.verdict[1]
 
@@ -116,6 +120,7 @@ def test_clean_models_and_swapped_ones(photographs):
     clean = vitreg.compare(vit, vit, images)
     assert clean.outcome == "nothing to remove"
     assert clean.verdict[0] == "Neither of the two models has artifacts."
+    assert clean.verdict[1] == "The two models are the same."
     dirty = random_vit("vit_small_patch16_224", **SMALL)
     plant(dirty, 1, (7,), images, marks)
     swapped = vitreg.compare(vit, dirty, images)

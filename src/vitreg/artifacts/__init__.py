@@ -1,6 +1,7 @@
 """The problem: patches that a model turned into scratch memory."""
 
-from vitreg.artifacts.comparison import BlockChange, Comparison, compare
+from vitreg.artifacts.compare import compare
+from vitreg.artifacts.comparison import BlockChange, Comparison
 from vitreg.artifacts.diagnosis import BlockNorms, Diagnosis, NeighbourSimilarity
 from vitreg.artifacts.observer import diagnose
 from vitreg.artifacts.outcome import REMOVED

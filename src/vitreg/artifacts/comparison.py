@@ -2,27 +2,17 @@
 
 from __future__ import annotations
 
-import dataclasses
-import os
-from collections.abc import Callable
 from dataclasses import dataclass
 from importlib import metadata
 from pathlib import Path
 from typing import Any, Literal
 
-import torch
-import torch.nn.functional as F
-from jaxtyping import Int
-from torch import Tensor, nn
-
-from vitreg.artifacts.diagnosis import Diagnosis, save_report
-from vitreg.artifacts.histogram import BINS_PER_STEP, NUM_BINS, add_counts
-from vitreg.artifacts.observer import Observer, look_through
-from vitreg.artifacts.outcome import Outcome, judge, write_comparison_verdict
-from vitreg.checkpoints import from_module
-from vitreg.images import Batches, Images
-from vitreg.model import Tokens, Trace, VisionTransformer
+from vitreg.artifacts.diagnosis import Diagnosis
+from vitreg.artifacts.findings import Findings
+from vitreg.common.json_types import to_json
 from vitreg.report import write_comparison
+
+Outcome = Literal["removed", "partly removed", "not removed", "nothing to remove", "cannot tell"]
 
 
 @dataclass(frozen=True)
@@ -55,8 +45,8 @@ class BlockChange:
     attention_on_registers_after: float | None
 
 
-@dataclass(frozen=True)
-class Comparison:
+@dataclass(frozen=True, repr=False)
+class Comparison(Findings):
     """What `compare` found.
 
     Attributes:
@@ -69,8 +59,12 @@ class Comparison:
         head_agreement: share of the images for which the largest output of the head is the same; None without heads.
         head_similarity: mean cosine of the heads' outputs.
         seconds: time it took.
+        same_model: whether the second model is the first one, weights and all.
         verdict: the findings in sentences.
     """
+
+    _json_name = "comparison.json"
+    _shown = ("outcome", "num_images", "cls_similarity")
 
     before: Diagnosis
     after: Diagnosis
@@ -81,11 +75,13 @@ class Comparison:
     head_agreement: float | None
     head_similarity: float | None
     seconds: float
+    same_model: bool = False
     verdict: tuple[str, ...] = ()
 
-    def __repr__(self) -> str:
-        values = f"outcome={self.outcome!r}, num_images={self.before.num_images}, cls_similarity={self.cls_similarity}"
-        return f"Comparison({values}):\n  " + "\n  ".join(self.verdict[:2])
+    @property
+    def num_images(self) -> int:
+        """That both models were shown."""
+        return self.before.num_images
 
     def to_dict(self) -> dict[str, Any]:
         """Everything in JSON types; `docs/registers.md` describes the keys."""
@@ -93,182 +89,10 @@ class Comparison:
         return {
             "format": "vitreg-comparison/1",
             "version": metadata.version("vitreg"),
-            "outcome": self.outcome,
-            "verdict": list(self.verdict),
             "block": (self.before if self.before.has_artifacts else self.after).block,
-            "blocks": [dataclasses.asdict(block) for block in self.blocks],
-            "patch_similarity": self.patch_similarity,
-            "cls_similarity": self.cls_similarity,
-            "head_agreement": self.head_agreement,
-            "head_similarity": self.head_similarity,
             **{key: before[key] for key in ("grid", "image_size", "num_images", "skipped", "interrupted")},
-            "seconds": self.seconds,
-            "before": before,
-            "after": after,
+            **to_json({**vars(self), "before": before, "after": after}),
         }
 
-    def save(self, folder: str | os.PathLike[str], *, command: str | None = None) -> Path:
-        """Write `report.html` and `comparison.json` into a folder, which is made; returns the report's path.
-
-        Args:
-            folder: where they go.
-            command: makes the report again, as the page then says.
-
-        Raises:
-            ValueError: the folder cannot be written.
-        """
-        summary = self.to_dict() | ({"command": command} if command else {})
-
-        def write(path: Path) -> Path:
-            return write_comparison(summary, self.before.examples, self.after.examples, path)
-
-        return save_report(folder, write, summary, "comparison.json")
-
-
-def compare(
-    before: VisionTransformer | nn.Module,
-    after: VisionTransformer | nn.Module,
-    images: Images,
-    *,
-    threshold: float | int | str = "auto",
-    block: int | Literal["auto"] = "auto",
-    batch_size: int = 32,
-    max_examples: int = 20,
-    strict: bool = False,
-    limit: int | None = None,
-    keep_partial: bool = False,
-    on_progress: Callable[[int, int | None], None] | None = None,
-) -> Comparison:
-    """Diagnose two models on the same images, in one pass, and say what changed.
-
-    Made for a model and its fix; any two models of the same depth that cut images into the same patches will do.
-
-    Args:
-        before: the first model, as for `diagnose`.
-        after: the second.
-        images: as for `diagnose`; the first model's preprocessing is used, with the second's mean and deviation for it.
-        threshold: as for `diagnose`.
-        block: as for `diagnose`.
-        batch_size: images at a time.
-        max_examples: images kept whole for the report.
-        strict: a file that cannot be read is an error, instead of being skipped and listed.
-        limit: as for `diagnose`.
-        keep_partial: on Ctrl-C, return what was found so far instead of raising KeyboardInterrupt.
-        on_progress: called with the number of images done and their total, where it is known.
-
-    Raises:
-        ValueError: models that cannot be compared, or whatever `diagnose` raises.
-    """
-    before, after = from_module(before), from_module(after)
-    _check_comparable(before, after)
-    observers = [Observer(vit, threshold=threshold, block=block, max_examples=max_examples) for vit in (before, after)]
-    device = next(before.parameters()).device
-    features = _Features(before, after)
-
-    def look(batch: Tensor) -> tuple[Trace, Tensor, Trace]:
-        first = observers[0].look(batch)
-        other = _as_normalized_by(after, before, batch)
-        return first, other, observers[1].look(other)
-
-    def note(seen: tuple[Trace, Tensor, Trace], batch: Tensor, names: list[str]) -> None:
-        first, other, second = seen
-        observers[0].note(first, batch, names)
-        observers[1].note(second, other, names)
-        features.add(first.tokens, second.tokens, observers[0].bins(first))
-
-    batches = Batches(images, before.preprocess, batch_size=batch_size, device=device, strict=strict, limit=limit)
-    ending = look_through(batches, look, note, [before, after], keep_partial=keep_partial, on_progress=on_progress)
-    one, two = (observer.conclude(**ending) for observer in observers)
-    blocks = tuple(_block_change(i, observers, one, two) for i in range(before.config.depth))
-    comparison = Comparison(
-        before=one,
-        after=two,
-        blocks=blocks,
-        outcome=judge(one, two, blocks),
-        patch_similarity=features.patch_similarity(one.block, observers[0].decision.steps[one.block]),
-        cls_similarity=features.mean("cls"),
-        head_agreement=features.mean("agreement"),
-        head_similarity=features.mean("head"),
-        seconds=ending["seconds"],
-    )
-    return dataclasses.replace(comparison, verdict=write_comparison_verdict(comparison))
-
-
-def _check_comparable(before: VisionTransformer, after: VisionTransformer) -> None:
-    for what, one, two in (
-        ("blocks", before.config.depth, after.config.depth),
-        ("pixels to a side of a patch", before.config.patch_size, after.config.patch_size),
-        ("(height, width) in pixels of an image", before.preprocess.size, after.preprocess.size),
-        ("class token", before.config.class_token, after.config.class_token),
-    ):
-        if one != two:
-            raise ValueError(f"the models cannot be compared block by block: {what}: {one} and {two}; diagnose each")
-
-
-def _as_normalized_by(after: VisionTransformer, before: VisionTransformer, batch: Tensor) -> Tensor:
-    """The batch in the second model's normalization, dtype and device."""
-    one, two = before.preprocess, after.preprocess
-    if (one.mean, one.std) != (two.mean, two.std):
-        batch = two.normalize(one.unnormalize(batch))
-    return batch.to(after.patch_embed.weight.device)
-
-
-def _block_change(i: int, observers: list[Observer], one: Diagnosis, two: Diagnosis) -> BlockChange:
-    pairs = zip(observers[0].decision.steps, observers[1].decision.steps, strict=True)
-    steps = [a if a is not None else b for a, b in pairs]
-    threshold = one.blocks[i].threshold
-    values: dict[str, Any] = {}
-    for name, observer, diagnosis in (("before", observers[0], one), ("after", observers[1], two)):
-        statistics, block = observer.statistics, diagnosis.blocks[i]
-        values |= {
-            f"outlier_fraction_{name}": statistics.num_above(i, steps[i]) / diagnosis.num_patches,
-            f"max_{name}": block.max,
-            f"median_{name}": block.median,
-            f"p99_{name}": block.p99,
-            f"attention_on_outliers_{name}": statistics.attention_on_outliers(i, steps[i - 1] if i else None),
-            f"attention_on_registers_{name}": block.attention_on_registers
-            if diagnosis.model["num_registers"]
-            else None,
-        }
-    return BlockChange(block=i, threshold=two.blocks[i].threshold if threshold is None else threshold, **values)
-
-
-class _Features:
-    """Sums of the cosines between two models' outputs; those of patches by the norm of the patch in the first model."""
-
-    def __init__(self, before: VisionTransformer, after: VisionTransformer) -> None:
-        self._models = (before, after)
-        self._patches = torch.zeros(2, before.config.depth, NUM_BINS, dtype=torch.float64)
-        self._sums: dict[str, float] = {}
-        self._num_images = 0
-
-    @torch.inference_mode()
-    def add(self, before: Tokens, after: Tokens, bins: Int[Tensor, "L B N"]) -> None:
-        self._num_images += len(before.patches)
-        if before.patches.shape == after.patches.shape:
-            cosine = _cosine(before.patches, after.patches).cpu()
-            rows = torch.arange(len(bins))[:, None, None].expand_as(bins)
-            for total, weights in zip(self._patches, (cosine, torch.ones_like(cosine)), strict=True):
-                add_counts(total, rows, bins, weights.expand_as(bins))
-            if before.cls is not None and after.cls is not None:
-                self._add("cls", _cosine(before.cls, after.cls))
-        pairs = zip(self._models, (before, after), strict=True)
-        outputs = [vit.head(vit.pool(tokens)).cpu() for vit, tokens in pairs if vit.head is not None]
-        if len(outputs) == 2 and outputs[0].shape == outputs[1].shape:
-            self._add("head", _cosine(*outputs))
-            self._add("agreement", (outputs[0].argmax(-1) == outputs[1].argmax(-1)).float())
-
-    def _add(self, name: str, values: Tensor) -> None:
-        self._sums[name] = self._sums.get(name, 0.0) + float(values.sum())
-
-    def mean(self, name: str) -> float | None:
-        return self._sums[name] / self._num_images if name in self._sums else None
-
-    def patch_similarity(self, block: int, step: int | None) -> float | None:
-        """Over the patches below a step of the axis after a block."""
-        cosines, counts = self._patches[:, block, : None if step is None else step * BINS_PER_STEP].sum(-1).tolist()
-        return cosines / counts if counts else None
-
-
-def _cosine(one: Tensor, two: Tensor) -> Tensor:
-    return F.cosine_similarity(one.float(), two.to(one.device).float(), dim=-1)
+    def _write_page(self, summary: dict[str, Any], path: Path) -> Path:
+        return write_comparison(summary, self.before.examples, self.after.examples, path)

@@ -2,26 +2,37 @@
 
 from __future__ import annotations
 
-import dataclasses
-import json
-import os
-from collections.abc import Callable
 from dataclasses import dataclass, field
 from importlib import metadata
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Literal, NamedTuple
 
 import numpy as np
 from numpy.typing import NDArray
 
 from vitreg.artifacts.decision import Undecided
-from vitreg.common.disk import replace_text
+from vitreg.artifacts.findings import Findings
+from vitreg.common.json_types import to_json
 from vitreg.images import SkippedImage
 from vitreg.report import ExampleMaps, write_report
 
 Status = Literal["artifacts", "outliers", "cannot tell", "long tail", "clean"]
 """`"outliers"`: patches reach a threshold that was asked for; `"long tail"`: none is an outlier, but some have norms of
 over five medians; `"clean"`: none has."""
+
+
+class Histogram(NamedTuple):
+    """Norms on a logarithmic axis: the edges of the bins, to four digits, and how many norms lie in each."""
+
+    edges: tuple[float, ...]
+    counts: tuple[int, ...]
+
+
+class ChannelShare(NamedTuple):
+    """A channel, and its share of the outliers' squared norm."""
+
+    channel: int
+    share: float
 
 
 @dataclass(frozen=True)
@@ -36,7 +47,7 @@ class BlockNorms:
         attention_on_outliers: share of the class token's attention in this block (mean over heads and images) that
             lands on outliers of the block before, which are what it attends to; None without a class token.
         attention_on_registers: share that goes to the registers.
-        histogram: edges and counts, on a logarithmic axis.
+        histogram: of the norms.
     """
 
     block: int
@@ -47,7 +58,7 @@ class BlockNorms:
     outlier_fraction: float
     attention_on_outliers: float | None
     attention_on_registers: float | None
-    histogram: tuple[tuple[float, ...], tuple[int, ...]] = field(repr=False)
+    histogram: Histogram = field(repr=False)
 
 
 @dataclass(frozen=True)
@@ -58,8 +69,8 @@ class NeighbourSimilarity:
     others: float | None
 
 
-@dataclass(frozen=True)
-class Diagnosis:
+@dataclass(frozen=True, repr=False)
+class Diagnosis(Findings):
     """What `diagnose` found; norms are L2, after a block and before the final norm, blocks count from 0.
 
     Attributes:
@@ -78,7 +89,7 @@ class Diagnosis:
         neighbour_similarity: the redundancy test.
         register_norms: mean over images, `[L, R]`, None without registers.
         cls_norms: mean over images, `[L]`, None without a class token.
-        channels: (channel, share of the outliers' squared norm), largest first.
+        channels: those that carry the outliers' norm, the largest share first.
         num_images, num_patches: what was looked at.
         skipped: files that could not be read.
         interrupted: whether it was stopped before the last image.
@@ -88,6 +99,9 @@ class Diagnosis:
         image_size: (height, width) in pixels that the model saw.
         examples: the first images with their maps, for the report.
     """
+
+    _json_name = "diagnosis.json"
+    _shown = ("has_artifacts", "outlier_fraction", "threshold", "block", "onset_block", "num_images")
 
     has_artifacts: bool | None
     status: Status
@@ -103,7 +117,7 @@ class Diagnosis:
     neighbour_similarity: NeighbourSimilarity
     register_norms: NDArray[np.float64] | None
     cls_norms: NDArray[np.float64] | None
-    channels: tuple[tuple[int, float], ...]
+    channels: tuple[ChannelShare, ...]
     num_images: int
     num_patches: int
     skipped: tuple[SkippedImage, ...]
@@ -114,75 +128,15 @@ class Diagnosis:
     verdict: tuple[str, ...] = ()
     examples: tuple[ExampleMaps, ...] = field(default=(), repr=False)
 
-    def __repr__(self) -> str:
-        names = ("has_artifacts", "outlier_fraction", "threshold", "block", "onset_block", "num_images")
-        values = ", ".join(f"{name}={getattr(self, name)}" for name in names)
-        return f"Diagnosis({values}):\n  " + "\n  ".join(self.verdict[:2])
-
     def to_dict(self) -> dict[str, Any]:
         """Everything but the examples, in JSON types; `docs/diagnosis.md` describes the keys."""
-
-        def plain(array: NDArray[np.float64] | None) -> Any:
-            return None if array is None else np.round(array, 6).tolist()
-
+        values = {name: value for name, value in vars(self).items() if name != "examples"}
         return {
             "format": "vitreg-diagnosis/1",
             "version": metadata.version("vitreg"),
-            "model": self.model,
-            "image_size": list(self.image_size),
             "grid": list(self.position_frequency.shape),
-            "num_images": self.num_images,
-            "num_patches": self.num_patches,
-            "has_artifacts": self.has_artifacts,
-            "status": self.status,
-            "undecided": None if self.undecided is None else dataclasses.asdict(self.undecided),
-            "outlier_fraction": self.outlier_fraction,
-            "threshold": self.threshold,
-            "threshold_rule": self.threshold_rule,
-            "block": self.block,
-            "onset_block": self.onset_block,
-            "blocks": [_block_dict(block) for block in self.blocks],
-            "position_frequency": plain(self.position_frequency),
-            "position_kind": self.position_kind,
-            "neighbour_similarity": dataclasses.asdict(self.neighbour_similarity),
-            "register_norms": plain(self.register_norms),
-            "cls_norms": plain(self.cls_norms),
-            "channels": [{"channel": channel, "share": share} for channel, share in self.channels],
-            "verdict": list(self.verdict),
-            "skipped": [{"path": str(skip.path), "reason": skip.reason} for skip in self.skipped],
-            "interrupted": self.interrupted,
-            "seconds": self.seconds,
+            **to_json(values),
         }
 
-    def save(self, folder: str | os.PathLike[str], *, command: str | None = None) -> Path:
-        """Write `report.html` and `diagnosis.json` into a folder, which is made; returns the report's path.
-
-        Args:
-            folder: where they go.
-            command: makes the report again, as the page then says.
-
-        Raises:
-            ValueError: the folder cannot be written.
-        """
-        summary = self.to_dict() | ({"command": command} if command else {})
-        return save_report(folder, lambda path: write_report(summary, self.examples, path), summary, "diagnosis.json")
-
-
-def _block_dict(block: BlockNorms) -> dict[str, Any]:
-    values = dataclasses.asdict(block)
-    edges, counts = values.pop("histogram")
-    return {**values, "histogram": {"edges": [round(e, 4) for e in edges], "counts": list(counts)}}
-
-
-def save_report(
-    folder: str | os.PathLike[str], write: Callable[[Path], Path], summary: dict[str, Any], name: str
-) -> Path:
-    """Let `write` make `report.html` in a folder, which is made, and put the summary beside it as JSON.
-
-    Raises:
-        ValueError: the folder cannot be written.
-    """
-    folder = Path(folder).expanduser()
-    report = write(folder / "report.html")
-    replace_text(folder / name, json.dumps(summary, indent=1))
-    return report
+    def _write_page(self, summary: dict[str, Any], path: Path) -> Path:
+        return write_report(summary, self.examples, path)

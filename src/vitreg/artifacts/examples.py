@@ -6,6 +6,7 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
+from vitreg.artifacts.diagnosis import ChannelShare
 from vitreg.model import Query, Trace, VisionTransformer
 from vitreg.report import ExampleMaps
 
@@ -63,7 +64,7 @@ class Examples:
                 )
             )
 
-    def channel_shares(self, block: int, threshold: float | None) -> tuple[tuple[int, float], ...]:
+    def channel_shares(self, block: int, threshold: float | None) -> tuple[ChannelShare, ...]:
         """The channels that carry the outliers' squared norm after a block, with their shares, largest first.
 
         Massive activations sit in the same few channels in every image (Sun et al., arXiv 2402.17762). Taken from the
@@ -77,4 +78,4 @@ class Examples:
             return ()
         total = outliers.square().sum(0)
         shares, channels = (total / total.sum()).topk(min(NUM_CHANNELS, len(total)))
-        return tuple((int(c), round(float(s), 4)) for c, s in zip(channels, shares, strict=True))
+        return tuple(ChannelShare(int(c), round(float(s), 4)) for c, s in zip(channels, shares, strict=True))

@@ -18,7 +18,7 @@ from numpy.typing import NDArray
 from torch import Tensor, nn
 
 from vitreg.artifacts.decision import EVIDENT, Decision, decide
-from vitreg.artifacts.diagnosis import BlockNorms, Diagnosis, NeighbourSimilarity, Status
+from vitreg.artifacts.diagnosis import BlockNorms, Diagnosis, Histogram, NeighbourSimilarity, Status
 from vitreg.artifacts.examples import Examples
 from vitreg.artifacts.histogram import BINS_PER_STEP, LogAxis
 from vitreg.artifacts.outliers import onset_block, reported_block
@@ -26,6 +26,7 @@ from vitreg.artifacts.statistics import NormStatistics
 from vitreg.artifacts.threshold import parse_rule, threshold_step
 from vitreg.artifacts.verdict import position_kind, write_verdict
 from vitreg.checkpoints import from_module
+from vitreg.common.progress import OnProgress
 from vitreg.images import Batches, Images, SkippedImage
 from vitreg.model import Trace, VisionTransformer
 
@@ -174,7 +175,7 @@ def diagnose(
     strict: bool = False,
     limit: int | None = None,
     keep_partial: bool = False,
-    on_progress: Callable[[int, int | None], None] | None = None,
+    on_progress: OnProgress | None = None,
 ) -> Diagnosis:
     """Look for artifacts in every block of a model.
 
@@ -222,7 +223,7 @@ def look_through(
     models: Sequence[VisionTransformer],
     *,
     keep_partial: bool,
-    on_progress: Callable[[int, int | None], None] | None,
+    on_progress: OnProgress | None,
 ) -> Ending:
     """Hand every batch to `look` and what that returns to `note`, with the models in evaluation mode meanwhile.
 
@@ -273,13 +274,13 @@ def _uninterrupted() -> Iterator[None]:
         signal.raise_signal(signal.SIGINT)
 
 
-def _trimmed_histogram(axis: LogAxis, counts: NDArray[np.int64]) -> tuple[tuple[float, ...], tuple[int, ...]]:
+def _trimmed_histogram(axis: LogAxis, counts: NDArray[np.int64]) -> Histogram:
     """The steps from the first to the last that holds a patch."""
     per_step = counts.reshape(-1, BINS_PER_STEP).sum(1)
     filled = np.flatnonzero(per_step)
     first, last = (int(filled[0]), int(filled[-1]) + 1) if len(filled) else (0, 1)
     edges = axis.edges()[::BINS_PER_STEP][first : last + 1]
-    return tuple(float(e) for e in edges), tuple(int(c) for c in per_step[first:last])
+    return Histogram(tuple(edges.round(4).tolist()), tuple(per_step[first:last].tolist()))
 
 
 def _model_card(vit: VisionTransformer) -> dict[str, Any]:

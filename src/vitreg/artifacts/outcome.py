@@ -3,16 +3,11 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import TYPE_CHECKING, Literal
 
+from vitreg.artifacts.comparison import BlockChange, Comparison, Outcome
+from vitreg.artifacts.diagnosis import Diagnosis
 from vitreg.artifacts.verdict import cannot_tell
 from vitreg.common.words import counted, number, percent
-
-if TYPE_CHECKING:
-    from vitreg.artifacts.comparison import BlockChange, Comparison
-    from vitreg.artifacts.diagnosis import Diagnosis
-
-Outcome = Literal["removed", "partly removed", "not removed", "nothing to remove", "cannot tell"]
 
 REMOVED = 1e-4
 """Share of outlier patches, in every block, up to which artifacts count as removed."""
@@ -53,7 +48,9 @@ def _nothing(c: Comparison) -> list[str]:
         return [f"{name} has {has}, but the second model has: {c.after.verdict[0]}"]
     if c.before.undecided is not None:
         return []
-    return [f"{name} has no artifacts to remove." if c.after.undecided else "Neither of the two models has artifacts."]
+    if c.after.undecided:
+        return [f"{name} has no artifacts to remove."]
+    return ["Neither of the two models has artifacts."] + ["The two models are the same."] * c.same_model
 
 
 def _outliers(c: Comparison) -> list[str]:
@@ -65,8 +62,9 @@ def _outliers(c: Comparison) -> list[str]:
         verb = "are no more seen"
     elif c.outcome == "not removed" and not _is_fix(c):
         verb = "are in the second model too"
+    same = "The two models are the same. " if c.same_model and c.outcome == "not removed" else ""
     return [
-        f"The artifacts of {c.before.model['name']} {verb}: after block {block.block}, "
+        f"{same}The artifacts of {c.before.model['name']} {verb}: after block {block.block}, "
         f"{percent(block.outlier_fraction_before)} of the patches had norms of {number(block.threshold or 0)} or more, "
         f"now {percent(block.outlier_fraction_after)}. The largest norm was {number(block.max_before)} and is "
         f"{number(block.max_after)}; the median was {number(block.median_before)} and is {number(block.median_after)}."

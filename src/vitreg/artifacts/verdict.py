@@ -2,16 +2,12 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
-
 import numpy as np
 from numpy.typing import NDArray
 
+from vitreg.artifacts.diagnosis import Diagnosis
 from vitreg.checkpoints import registry
 from vitreg.common.words import counted, number, percent
-
-if TYPE_CHECKING:
-    from vitreg.artifacts.diagnosis import Diagnosis
 
 FEW_IMAGES = 4
 """Below this, position-fixed and content-dependent outliers cannot be told apart."""

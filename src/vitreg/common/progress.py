@@ -2,5 +2,5 @@
 
 from collections.abc import Callable
 
-OnProgress = Callable[[int, int], None]
-"""Called with what is done and how much there is of it."""
+OnProgress = Callable[[int, int | None], None]
+"""Called with what is done and how much there is of it, None where that is not known."""

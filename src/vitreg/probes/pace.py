@@ -59,7 +59,8 @@ def first_steps(ask: Callable[[OnProgress], ProbeResult], on_progress: OnProgres
     """
     pace = _Pace()
 
-    def watch(done: int, total: int) -> None:
+    def watch(done: int, total: int | None) -> None:
+        assert total is not None, "probes know how much there is"
         on_progress(done, total)
         left = pace.left(done, total)
         if left is not None and done < total:
@@ -75,7 +76,8 @@ def telling_how_long(tell: Callable[[str], None], on_progress: OnProgress) -> On
     """Reports of progress that also tell, once and where it is worth it, how long the rest will take."""
     pace, told = _Pace(), False
 
-    def watch(done: int, total: int) -> None:
+    def watch(done: int, total: int | None) -> None:
+        assert total is not None, "probes know how much there is"
         nonlocal told
         on_progress(done, total)
         if not told and (left := pace.left(done, total)) is not None:

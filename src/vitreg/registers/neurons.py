@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from dataclasses import dataclass
 
 import torch
@@ -12,6 +11,7 @@ from torch import Tensor, nn
 from vitreg.artifacts import Diagnosis, diagnose
 from vitreg.checkpoints import from_module
 from vitreg.common.devices import summing_device
+from vitreg.common.progress import OnProgress
 from vitreg.images import Batches, Images
 from vitreg.model import VisionTransformer
 from vitreg.model.block import Block
@@ -45,7 +45,7 @@ def find_register_neurons(
     most: int = 256,
     diagnosis: Diagnosis | None = None,
     batch_size: int = 32,
-    on_progress: Callable[[int, int | None], None] | None = None,
+    on_progress: OnProgress | None = None,
 ) -> list[RegisterNeuron]:
     """The hidden units that fire on outliers, in all blocks up to the one in which outliers appear.
 

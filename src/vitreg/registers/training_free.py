@@ -13,6 +13,7 @@ from torch import nn
 
 from vitreg.artifacts import REMOVED, Diagnosis, diagnose
 from vitreg.checkpoints import from_module
+from vitreg.common.progress import OnProgress
 from vitreg.common.words import counted, percent
 from vitreg.images import Batches, Images
 from vitreg.model import VisionTransformer
@@ -42,7 +43,7 @@ def add_test_time_registers(
     count: int = 1,
     neurons: Iterable[RegisterNeuron | Unit] | None = None,
     batch_size: int = 32,
-    on_progress: Callable[[int, int | None], None] | None = None,
+    on_progress: OnProgress | None = None,
 ) -> VisionTransformer:
     """A copy of a model whose artifacts are moved into registers; nothing is trained, the original is left untouched.
 
@@ -96,7 +97,7 @@ def _search(
     images: Images,
     count: int,
     batch_size: int,
-    on_progress: Callable[[int, int | None], None] | None,
+    on_progress: OnProgress | None,
 ) -> VisionTransformer:
     """Choose units and weight by the images, and move."""
     device = next(vit.parameters()).device
@@ -152,7 +153,7 @@ def _choose_units(
     diagnosis: Diagnosis,
     held_back: HeldBack,
     count: int,
-    on_progress: Callable[[int, int | None], None] | None,
+    on_progress: OnProgress | None,
 ) -> tuple[list[Unit], int]:
     """The units to move, and how many were ranked to choose from."""
     chosen: list[Unit] = []

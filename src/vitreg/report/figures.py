@@ -199,7 +199,9 @@ def _headline(summary: dict) -> tuple[str, str]:
 def _comparison_headline(summary: dict) -> tuple[str, list[str]]:
     at, block = summary["blocks"][summary["block"]], summary["block"]
     title = summary["outcome"].capitalize()
-    if summary["outcome"] == "cannot tell":
+    if summary.get("same_model") and summary["outcome"] == "not removed":
+        title = f"A model and itself: {percent(at['outlier_fraction_before'])} of patches are outliers in both"
+    elif summary["outcome"] == "cannot tell":
         title = "Too few patches to tell"
     elif summary["outcome"] != "nothing to remove":
         before, after = percent(at["outlier_fraction_before"]), percent(at["outlier_fraction_after"])
