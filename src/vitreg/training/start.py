@@ -14,7 +14,7 @@ from vitreg.training.data.held_out import hold_out
 from vitreg.training.data.samples import default_workers
 from vitreg.training.engine.config import TrainingConfig
 from vitreg.training.engine.distributed import Distributed
-from vitreg.training.engine.memory import out_of_memory
+from vitreg.training.engine.failures import failures_in_words
 from vitreg.training.engine.run_folder import RunFolder
 from vitreg.training.engine.trainer import OnLog, Trainer
 from vitreg.training.recipes.catalogue import config_from_dict
@@ -173,7 +173,7 @@ def _run(
     on_log: OnLog | None,
 ) -> bool:
     workers = default_workers(processes) if num_workers is None else num_workers
-    with out_of_memory(config.batch_size // (processes.world * config.accumulation)), processes.peer_failures():
+    with failures_in_words(config.batch_size // (processes.world * config.accumulation)):
         trainer = Trainer(config, folder, data.images, data.held_out, processes, num_workers=workers, on_log=on_log)
         trainer.restore()
         return trainer.run()

@@ -5,25 +5,24 @@ from __future__ import annotations
 import torch
 
 from training.small import small_config
-from vitreg.model import VisionTransformer
-from vitreg.training.engine.ema import WeightEma, ema_update
+from vitreg.training.engine.distributed import Distributed, ema_update
+from vitreg.training.engine.train_state import TrainState
 
 
 def test_average_is_the_literal_one():
-    vit = VisionTransformer(small_config().model)
-    average = WeightEma(vit, 0.5)
+    train_state = TrainState(small_config(14, ema_decay=0.5), Distributed(0, 1, torch.device("cpu")))
+    vit, average = train_state.method.vit, train_state.average
     expected = {name: parameter.detach().double() for name, parameter in vit.named_parameters()}
     for step in range(1, 15):
-        with torch.no_grad():
-            for parameter in vit.parameters():
-                parameter.add_(torch.randn_like(parameter))
-        average.update(vit, step)
+        train_state.advance([{"image": torch.randn(8, 3, 32, 32), "target": torch.rand(8, 4)}])
         decay = min(0.5, (1 + step) / (10 + step))  # reaches 0.5 at step 8
         for name, parameter in vit.named_parameters():
             expected[name] = decay * expected[name] + (1 - decay) * parameter.detach().double()
-    for name, tensor in average.tensors.items():
+    assert average.keys() == expected.keys()
+    for name, tensor in average.items():
         torch.testing.assert_close(tensor.double(), expected[name], rtol=1e-5, atol=1e-6)
-    assert not average.tensors["registers"].requires_grad
+    assert not torch.equal(average["registers"], vit.registers)
+    assert not average["registers"].requires_grad
 
 
 def test_momentum_of_one_stays_and_of_zero_jumps():

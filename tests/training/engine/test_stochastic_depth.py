@@ -13,11 +13,15 @@ from peers import error, perturb, random_images
 from training.small import small_config
 from vitreg.model import VisionTransformer
 from vitreg.training.engine.distributed import Distributed
-from vitreg.training.engine.stochastic_depth import StochasticDepth, add_stochastic_depth
+from vitreg.training.engine.stochastic_depth import StochasticDepth
 
 CPU = torch.device("cpu")
 ALONE = Distributed(0, 1, CPU)
 MODEL = small_config().model
+
+
+def depth(rate: float) -> StochasticDepth:
+    return StochasticDepth(rate, MODEL.depth, ALONE)
 
 
 def drawn(rate: float, batch: int, rank: int = 0, world: int = 1, depth: int = 3) -> list[tuple[list[int], float]]:
@@ -85,7 +89,7 @@ def test_what_is_dropped_is_not_computed():
     vit, images = VisionTransformer(MODEL).train(), random_images(32, batch=20)
     counts = []
     for rate in (0.0, 0.4):
-        add_stochastic_depth(vit, rate, ALONE)
+        vit.stochastic_depth = depth(rate) if rate else None
         with FlopCounterMode(display=False) as counter:
             vit(images).patches.sum().backward()
         blocks = counter.get_flop_counts()["Global"]
@@ -96,7 +100,7 @@ def test_what_is_dropped_is_not_computed():
 def test_a_process_that_keeps_no_image_still_has_gradients():
     """DDP waits for those of all parameters."""
     vit = perturb(VisionTransformer(MODEL)).train()
-    add_stochastic_depth(vit, 0.99, ALONE)
+    vit.stochastic_depth = depth(0.99)
     images = random_images(32, batch=2)
     vit.classify(images).sum().backward()
     assert [name for name, p in vit.named_parameters() if p.grad is None] == []
@@ -107,7 +111,7 @@ def test_all_blocks_drop_in_training_and_none_in_evaluation():
     vit = perturb(VisionTransformer(MODEL))
     images = random_images(32, batch=8)
     before = vit.classify(images)
-    add_stochastic_depth(vit, 0.5, ALONE)
+    vit.stochastic_depth = depth(0.5)
     assert torch.equal(vit.eval().classify(images), before)
     vit.train()
     assert not torch.allclose(vit.classify(images), before)
@@ -117,7 +121,7 @@ def test_recomputed_blocks_drop_the_same_images():
     """Gradients under checkpointing are those without, whose subsets are drawn once."""
     gradients = []
     vit = perturb(VisionTransformer(MODEL)).train()
-    add_stochastic_depth(vit, 0.5, ALONE)
+    vit.stochastic_depth = depth(0.5)
     for recompute in (False, True):
         vit.zero_grad()
         vit.gradient_checkpointing = recompute

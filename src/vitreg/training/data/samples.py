@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import contextlib
 import os
 import signal
 from collections.abc import Generator, Iterator
@@ -97,13 +96,14 @@ def fetch(
         num_workers: processes that decode, beside this one; 0 decodes in this one.
     """
     size = batch_size // (processes.world * accumulation)
-    starts = [
+    # One by one as they are asked for: a run may have millions.
+    starts = (
         step * batch_size + (processes.rank * accumulation + k) * size for step in steps for k in range(accumulation)
-    ]
+    )
     loader = DataLoader(
         _Told(stream),
         batch_size=None,
-        sampler=_Ranges(starts, size),
+        sampler=(range(start, start + size) for start in starts),
         num_workers=num_workers,
         prefetch_factor=4 if num_workers else None,
         pin_memory=processes.device.type == "cuda",
@@ -135,41 +135,11 @@ class _Told(Dataset[Fetched | ValueError]):
             return error
 
 
-class _Ranges:
-    """The positions of each micro-batch, made as they are asked for: a run may have millions."""
-
-    def __init__(self, starts: list[int], size: int) -> None:
-        self._starts, self._size = starts, size
-
-    def __len__(self) -> int:
-        return len(self._starts)
-
-    def __iter__(self) -> Iterator[range]:
-        return (range(start, start + self._size) for start in self._starts)
-
-
 def _start_worker(worker: int) -> None:
     """One thread for each worker; and the process that trains, when it is told to stop, ends its workers itself."""
     torch.set_num_threads(1)
     for kind in (signal.SIGINT, signal.SIGTERM):
         signal.signal(kind, signal.SIG_IGN)
-
-
-@contextlib.contextmanager
-def worker_deaths() -> Iterator[None]:
-    """Turns the death of a worker, which is noticed anywhere, into a sentence.
-
-    Raises:
-        ValueError: a worker died.
-    """
-    try:
-        yield
-    except RuntimeError as error:
-        if "DataLoader worker (pid" not in str(error):
-            raise
-        raise ValueError(
-            f"a process that decodes images died ({str(error).split('. ')[0]}); resume the run with fewer --workers"
-        ) from error
 
 
 def default_workers(processes: Distributed) -> int:

@@ -2,10 +2,9 @@
 
 from __future__ import annotations
 
-import contextlib
 import os
 import warnings
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
 from datetime import timedelta
 from typing import Any, Literal
@@ -15,6 +14,7 @@ import torch.distributed as dist
 from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
 from torch.nn.parallel import DistributedDataParallel
+from torch.optim.swa_utils import get_ema_multi_avg_fn
 
 from vitreg.common.devices import resolve_device
 from vitreg.model import Block
@@ -67,20 +67,6 @@ class Distributed:
         """Part from the others."""
         if dist.is_initialized():
             dist.destroy_process_group()
-
-    @contextlib.contextmanager
-    def peer_failures(self) -> Iterator[None]:
-        """Turns the end of another process, which is noticed in any exchange with it, into a sentence.
-
-        Raises:
-            ValueError: another process is gone.
-        """
-        try:
-            yield
-        except RuntimeError as error:
-            if self.world == 1 or not (isinstance(error, dist.DistError) or "gloo" in str(error)):
-                raise
-            raise ValueError(f"process {self.rank} stops, because another one is gone; go on with --resume") from error
 
     def mean(self, values: Tensor) -> Tensor:
         """The mean over the processes."""
@@ -154,6 +140,12 @@ def distribute(method: Method, processes: Distributed, sharding: Literal["ddp", 
     with warnings.catch_warnings():  # PyTorch 2.6 does not know what took its place
         warnings.filterwarnings("ignore", "`broadcast_buffers` is deprecated")
         return DistributedDataParallel(method, device_ids=device_ids, broadcast_buffers=False)
+
+
+@torch.no_grad()
+def ema_update(followers: Iterable[Tensor], leaders: Iterable[Tensor], momentum: float) -> None:
+    """`follower = momentum * follower + (1 - momentum) * leader`, each process on its own parts."""
+    get_ema_multi_avg_fn(momentum)([local_tensor(t) for t in followers], [local_tensor(t) for t in leaders], 0)
 
 
 def local_tensor(tensor: Tensor) -> Tensor:

@@ -120,8 +120,7 @@ def _snapshots(folder: Path) -> list[Path]:
 
 def _state(train_state: TrainState) -> dict[str, Any]:
     model, optimizer = get_state_dict(train_state.method, train_state.optimizer)
-    average = {} if train_state.ema is None else train_state.ema.tensors
-    return {"model": model, "optimizer": optimizer, "average": average}
+    return {"model": model, "optimizer": optimizer, "average": train_state.average}
 
 
 @contextlib.contextmanager

@@ -13,12 +13,11 @@ from torch.nn.parallel import DistributedDataParallel
 from vitreg.checkpoints.state import build
 from vitreg.model import Block, VisionTransformer
 from vitreg.training.engine.config import TrainingConfig
-from vitreg.training.engine.distributed import Distributed, distribute, full_tensor, local_tensor
-from vitreg.training.engine.ema import WeightEma
+from vitreg.training.engine.distributed import Distributed, distribute, ema_update, full_tensor, local_tensor
 from vitreg.training.engine.method import Batch, ExtraModules, Method
 from vitreg.training.engine.optimizer import build_optimizer, set_schedules
 from vitreg.training.engine.randomness import fixed_randomness, seed_step
-from vitreg.training.engine.stochastic_depth import add_stochastic_depth
+from vitreg.training.engine.stochastic_depth import StochasticDepth
 
 Product = tuple[VisionTransformer, ExtraModules]
 """A model, and the weights of what is saved beside it."""
@@ -27,11 +26,13 @@ Product = tuple[VisionTransformer, ExtraModules]
 class TrainState:
     """The method, spread over the processes, its optimizer and its averaged weights.
 
-    Args:
-        config: of the run.
-        processes: who takes part.
+    The average forgets faster in the first steps, by `(1 + step) / (10 + step)`, so that the initial weights do not
+    linger (as `tf.train.ExponentialMovingAverage`).
 
     Attributes:
+        method: as the recipe builds it.
+        model: the same, wrapped for all processes.
+        average: the averaged weights of the model by name, sharded as these; empty without `ema_decay`.
         step: optimizer steps taken.
 
     Raises:
@@ -46,26 +47,32 @@ class TrainState:
             raise ValueError(
                 f"ema_decay is for models that are saved alone, without a teacher; leave it 0 for {config.recipe}"
             )
-        _start_layer_scale(self.method, config.layer_scale)
-        add_stochastic_depth(self.method.vit, config.drop_path, processes)
-        self.method.vit.gradient_checkpointing = config.gradient_checkpointing
+        vit = self.method.vit
+        # Both start alike, where the saved one is a teacher; one that was trained already stays as it is.
+        for block in {*vit.blocks, *self.method.export_model.blocks}:
+            for scale in (block.ls1, block.ls2):
+                if isinstance(scale, Tensor):
+                    nn.init.constant_(scale, config.layer_scale)
+        if config.drop_path:
+            vit.stochastic_depth = StochasticDepth(config.drop_path, vit.config.depth, processes)
+        vit.gradient_checkpointing = config.gradient_checkpointing
         self.method.to(processes.device).train()
-        for block in _blocks(self.method) if config.compile else ():
-            block.compile()
+        if config.compile:
+            for block in self.method.modules():
+                if isinstance(block, Block):
+                    block.compile()
         self.model = distribute(self.method, processes, config.sharding, config.half)
         self.optimizer = build_optimizer(self.method, config.optimizer)
-        self.ema = WeightEma(self.method.vit, config.ema_decay) if config.ema_decay else None
+        self.average: dict[str, Tensor] = {}
+        if config.ema_decay:
+            self.average = {name: parameter.detach().clone() for name, parameter in vit.named_parameters()}
         self.step = 0
 
     def advance(self, batches: Iterable[Batch]) -> dict[str, Tensor | float]:
-        """One optimizer step.
-
-        Args:
-            batches: this process's micro-batches of the step.
+        """One optimizer step on this process's micro-batches.
 
         Returns:
             What is logged: the method's scalars, on the device, `lr` and, where gradients are clipped, their norm.
-
         """
         config = self.config
         progress = self.step / config.num_steps
@@ -82,8 +89,9 @@ class TrainState:
         self.optimizer.zero_grad(set_to_none=True)
         self.step += 1
         self.method.after_step(self.step / config.num_steps)
-        if self.ema is not None:
-            self.ema.update(self.method.vit, self.step)
+        if self.average:
+            momentum = min(config.ema_decay, (1 + self.step) / (10 + self.step))
+            ema_update(self.average.values(), self.method.vit.parameters(), momentum)
         return logged
 
     def _backward(self, batch: Batch, micro: int, progress: float) -> dict[str, Tensor]:
@@ -108,24 +116,9 @@ class TrainState:
 
     def export_model(self) -> Product | None:
         """The model as it would be saved, on the CPU of the first process; every process has to ask."""
-        state = self.method.export_model.state_dict() | ({} if self.ema is None else self.ema.tensors)
+        gathered = self.processes.gather(self.method.export_model.state_dict() | self.average)
         modules = self.method.extra_modules().items()
-        gathered = self.processes.gather(state)
         extra_modules = {name: self.processes.gather(module.state_dict()) for name, module in modules}
         if not self.processes.is_rank_zero:
             return None
         return build(self.config.model, gathered, "the model in training").requires_grad_(False), extra_modules
-
-
-@torch.no_grad()
-def _start_layer_scale(method: nn.Module, value: float) -> None:
-    """In a teacher, too, which is to start as the student does."""
-    for block in _blocks(method):
-        for scale in (block.ls1, block.ls2):
-            if scale is not None:
-                scale.fill_(value)
-
-
-def _blocks(method: nn.Module) -> list[Block]:
-    """A teacher's, too."""
-    return [module for module in method.modules() if isinstance(module, Block)]

@@ -8,7 +8,7 @@ from collections.abc import Callable, Iterator
 from typing import Any
 
 from vitreg.images import ImageSet
-from vitreg.training.data.samples import SampleStream, fetch, worker_deaths
+from vitreg.training.data.samples import SampleStream, fetch
 from vitreg.training.engine.config import TrainingConfig
 from vitreg.training.engine.distributed import Distributed
 from vitreg.training.engine.held_out_diagnosis import HeldOutDiagnosis
@@ -90,7 +90,7 @@ class Trainer:
             steps=range(state.step, config.num_steps),
             num_workers=self._num_workers,
         )
-        with self._interruptible(), worker_deaths(), contextlib.closing(fetched), self.logger.open(state.step):
+        with self._interruptible(), contextlib.closing(fetched), self.logger.open(state.step):
             while state.step < config.num_steps:
                 batches = []
                 for _ in range(config.accumulation):

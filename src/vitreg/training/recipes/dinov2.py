@@ -12,7 +12,7 @@ from torch import Tensor, nn
 
 from vitreg.model import Masked, Tokens, VisionTransformer, ViTConfig
 from vitreg.training.engine.config import OptimizerConfig, TrainingConfig
-from vitreg.training.engine.ema import ema_update
+from vitreg.training.engine.distributed import ema_update
 from vitreg.training.engine.method import Batch, Method
 from vitreg.training.recipes.configs import DINOv2Config, MultiCropConfig
 from vitreg.training.recipes.dino_head import DINOHead

@@ -1,4 +1,4 @@
-"""What is said when memory runs out."""
+"""What is said when memory, a worker or another process is gone."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ import pytest
 import torch
 
 from training.commands import Run
-from vitreg.training.engine.memory import out_of_memory
+from vitreg.training.engine.failures import failures_in_words
 
 
 @pytest.mark.parametrize(
@@ -21,13 +21,15 @@ from vitreg.training.engine.memory import out_of_memory
 )
 def test_out_of_memory_is_a_sentence(error):
     told = r"out of memory with 8 images at a time .*; choose a smaller --batch-size"
-    with pytest.raises(ValueError, match=told), out_of_memory(8):
+    with pytest.raises(ValueError, match=told), failures_in_words(8):
         raise error
 
 
 def test_other_errors_are_passed_on():
-    with pytest.raises(RuntimeError, match="shapes differ"), out_of_memory(8):
+    with pytest.raises(RuntimeError, match="shapes differ"), failures_in_words(8):
         raise RuntimeError("shapes differ")
+    with pytest.raises(RuntimeError, match="gloo"), failures_in_words(8):  # without other processes
+        raise RuntimeError("gloo")
 
 
 @pytest.mark.slow
