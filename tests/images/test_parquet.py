@@ -4,9 +4,12 @@ from __future__ import annotations
 
 import io
 import json
+import multiprocessing
+import os
 import pickle
 import sys
 import tracemalloc
+from hashlib import sha256
 
 import numpy as np
 import pyarrow as pa
@@ -49,7 +52,7 @@ def test_tiny_imagenet(test_data):
     np.testing.assert_array_equal(np.asarray(held_out.image(-1)), expected)
 
 
-def test_set_is_in_arrows_memory_and_a_pickle_is_small(test_data):
+def test_labels_are_in_a_buffer_and_a_pickle_is_small(test_data):
     tracemalloc.start()
     found = open_image_set(test_data / "tiny-imagenet-100/train.parquet")
     objects = tracemalloc.get_traced_memory()[1]
@@ -58,6 +61,70 @@ def test_set_is_in_arrows_memory_and_a_pickle_is_small(test_data):
     stored = pickle.dumps(found)
     assert len(stored) < 1000
     assert len(pickle.loads(stored)) == 50000
+
+
+@pytest.fixture
+def arrow_memory():
+    """Arrow's memory, counted from here on."""
+    usual = pa.default_memory_pool()
+    pa.set_memory_pool(pool := pa.proxy_memory_pool(usual))
+    yield pool
+    pa.set_memory_pool(usual)
+
+
+def read_rows(found, rows):
+    return [(sha256(found.image(row).tobytes()).hexdigest(), found.labels[row]) for row in rows]
+
+
+@pytest.fixture
+def large_file(tmp_path, photographs):
+    """210 MB in 25 groups of 60 rows; an image file may have anything behind its end."""
+    files = [path.read_bytes() for path in photographs[:5]]
+    schema = pa.schema({"image": pa.struct({"bytes": pa.binary(), "path": pa.string()}), "label": pa.int64()})
+    rng, file = np.random.default_rng(0), tmp_path / "large.parquet"
+    with pq.ParquetWriter(file, schema, use_dictionary=False) as writer:
+        for group in range(25):
+            rows = range(60 * group, 60 * group + 60)
+            images = [{"bytes": files[row % 5] + rng.bytes(140_000), "path": None} for row in rows]
+            writer.write_table(pa.table({"image": images, "label": [row % 3 for row in rows]}, schema))
+    return file
+
+
+def test_memory_does_not_grow_with_the_file_and_workers_read_it(large_file, photographs, arrow_memory):
+    assert large_file.stat().st_size > 210e6
+    expected = [sha256(pixels(path.read_bytes()).tobytes()).hexdigest() for path in photographs[:5]]
+    for _ in range(2):  # it is unpacked, and then there
+        found = open_image_set(large_file)
+        assert arrow_memory.bytes_allocated() < 1e6
+    rows = [1499, 0, 703, 1], [358, 60, 59, 1204]
+    with multiprocessing.get_context("fork").Pool(2) as pool:
+        read = pool.starmap(read_rows, [(found, chosen) for chosen in rows], chunksize=1)
+    assert read == [[(expected[row % 5], row % 3) for row in chosen] for chosen in rows]
+    assert arrow_memory.max_memory() < 60e6
+
+
+def test_without_a_cache_columns_are_held_in_memory(tmp_path, images, monkeypatch, arrow_memory):
+    file = write(tmp_path / "a.parquet", images, label=list(range(10)), caption=["one"] * 10)
+    mapped, before = open_image_set(file), arrow_memory.bytes_allocated()
+    monkeypatch.setenv("VITREG_CACHE", str(file / "no folder"))
+    held = open_image_set(file)
+    assert arrow_memory.bytes_allocated() - before > sum(len(image["bytes"]) for image in images)
+    for found in (mapped, held):
+        assert (found.classes, found.captions(3)) == (tuple("0123456789"), ("one",))
+        assert [np.asarray(found.image(i)).tobytes() for i in range(10)] == [
+            pixels(image["bytes"]).tobytes() for image in images
+        ]
+
+
+def test_a_damaged_unpacked_file_is_unpacked_again(tmp_path, images, monkeypatch):
+    monkeypatch.setenv("VITREG_CACHE", str(tmp_path / "cache"))
+    file = write(tmp_path / "a.parquet", images)
+    os.utime(file, (1e9, 1e9))
+    open_image_set(file)
+    (unpacked,) = (tmp_path / "cache").iterdir()
+    for data in (b"", unpacked.read_bytes()[:2000], b"x" * 5000):
+        unpacked.write_bytes(data)
+        np.testing.assert_array_equal(np.asarray(open_image_set(file).image(9)), pixels(images[9]["bytes"]))
 
 
 def test_shards_names_of_classes_and_captions(tmp_path, images):

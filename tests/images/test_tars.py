@@ -4,12 +4,14 @@ from __future__ import annotations
 
 import io
 import json
+import os
 import tarfile
 
 import numpy as np
 import pytest
 from PIL import Image
 
+from vitreg.common.cache import cache_folder
 from vitreg.images import ImageError, open_image_set
 from vitreg.images.tar_index import tar_members
 
@@ -226,3 +228,67 @@ def test_text_that_is_called_tar(tmp_path):
     (tmp_path / "a.tar").write_text("not found " * 100)
     with pytest.raises(ValueError, match=r"a\.tar is no tar archive \(ustar, GNU or pax\)"):
         open_image_set(tmp_path / "a.tar")
+
+
+@pytest.fixture
+def own_cache(tmp_path, monkeypatch):
+    monkeypatch.setenv("VITREG_CACHE", str(tmp_path / "cache"))
+
+
+def without_headers(file):
+    """What a scan would refuse, of the same size and time, with the images where they were."""
+    data, status = bytearray(file.read_bytes()), file.stat()
+    for _, offset, _ in list(tar_members(file)):
+        data[offset - 512 : offset] = b"x" * 512
+    file.write_bytes(data)
+    os.utime(file, ns=(status.st_atime_ns, status.st_mtime_ns))
+    with pytest.raises(ValueError, match="is damaged or cut short"):
+        list(tar_members(file))
+
+
+def everything(found):
+    described = [(found.name(i), found.captions(i), found.image(i).tobytes()) for i in range(len(found))]
+    return described, list(found.labels or ()), found.classes
+
+
+@pytest.mark.usefixtures("own_cache")
+def test_archives_are_not_scanned_a_second_time(shards):
+    files = sorted(shards.glob("*.tar"))
+    for file in files:
+        os.utime(file, (1e9, 1e9))
+    first = everything(open_image_set(shards))
+    for file in files:
+        without_headers(file)
+    assert everything(open_image_set(shards)) == first
+
+
+@pytest.mark.usefixtures("own_cache")
+@pytest.mark.parametrize("damage", ["cut", "flipped", "empty"])
+def test_a_damaged_index_is_made_again(shards, damage):
+    for file in shards.glob("*.tar"):
+        os.utime(file, (1e9, 1e9))
+    first = everything(open_image_set(shards))
+    (index,) = cache_folder().iterdir()
+    data = bytearray(index.read_bytes())
+    data[len(data) // 3] ^= damage == "flipped"
+    index.write_bytes(data if damage == "flipped" else data[: len(data) // 2 if damage == "cut" else 0])
+    assert everything(open_image_set(shards)) == first
+
+
+@pytest.mark.usefixtures("own_cache")
+def test_an_archive_that_changed_is_scanned_again(tmp_path, photographs):
+    for name, changed in (("a", 1e9), ("b", 1e9 + 1)):
+        file = write(tmp_path / "a.tar", [(f"{name}.jpg", photographs[0].read_bytes())])
+        os.utime(file, (changed, changed))
+        assert open_image_set(file).name(0) == f"{file}, {name}.jpg"
+
+
+def test_archives_are_read_without_a_cache(shards, monkeypatch):
+    cached = everything(open_image_set(shards))
+    monkeypatch.setenv("VITREG_CACHE", str(shards / "shard-000000.tar" / "no folder"))
+    assert everything(open_image_set(shards)) == cached
+
+
+def test_names_that_are_not_utf_8_are_those_of_the_archive(tmp_path, photographs):
+    file = write(tmp_path / "a.tar", [("\udcff.jpg", photographs[0].read_bytes())], tarfile.GNU_FORMAT)
+    assert [open_image_set(file).name(0) for _ in range(2)] == [f"{file}, \udcff.jpg"] * 2

@@ -479,7 +479,7 @@ def test_runs_of_the_first_version_called_the_dtype_precision(run):
     assert config_from_dict(config).dtype == "bfloat16"
 
 
-def test_the_images_are_in_memory_once(test_data, tmp_path, monkeypatch):
+def test_the_images_are_not_in_memory(test_data, tmp_path, monkeypatch):
     """`vitreg train` opened them to build the config, and `training.train` again."""
     import pyarrow
 
@@ -494,4 +494,4 @@ def test_the_images_are_in_memory_once(test_data, tmp_path, monkeypatch):
     args = ("train", "deit3", "--data", file, "--smoke", "--batch-size", 2, "--steps", 1, "--workers", 0)
     with pytest.raises(SystemExit, match="0"):
         cli.main([*map(str, args), "--device", "cpu", "--out", str(tmp_path / "run")])
-    assert 0.9 * file.stat().st_size < held[0] < 1.3 * file.stat().st_size
+    assert held[0] < 0.01 * file.stat().st_size

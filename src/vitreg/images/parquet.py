@@ -5,13 +5,15 @@ from __future__ import annotations
 import json
 from array import array
 from bisect import bisect_right
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from itertools import accumulate
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 from PIL import Image
 
+from vitreg.common.cache import cached
+from vitreg.common.disk import check_room
 from vitreg.images.labeled import ImageSet, source_of
 from vitreg.images.labels import classes_of, read_class_names
 from vitreg.images.reading import ImageError, decode_image
@@ -20,6 +22,8 @@ if TYPE_CHECKING:
     import pyarrow
 
 CAPTION_COLUMNS = ("caption", "captions", "text")
+
+_ROWS = 64
 
 
 class ParquetImages(ImageSet):
@@ -30,33 +34,29 @@ class ParquetImages(ImageSet):
     `classes.csv` with columns `label` and `name` beside the files) and `caption`, `captions` or `text` (a sentence or a
     list of them).
 
-    The set is held in memory, compressed as it is in the files; forked workers share it, others read it again. Where
-    that is too large, use folders or tars.
+    Compressed columns cannot be read in any order, so they are unpacked once into a file of Arrow's in the cache
+    (`VITREG_CACHE`), which takes the room of the images. It is mapped into memory: sets may be larger than that, and
+    all processes of a machine share its pages. Only labels are held. Where that file cannot be written, the columns
+    are held in memory, which forked workers share.
     """
 
     def __init__(self, files: Sequence[Path]) -> None:
-        """Reads the files.
+        """Maps the columns, or unpacks them first.
 
         Raises:
             ValueError: pyarrow is missing, a file cannot be read, or its columns are not those.
         """
         self._files = tuple(files)
         self.source = source_of(files)
-        self._images: list[pyarrow.ChunkedArray] = []
-        self._captions: list[pyarrow.ChunkedArray] = []
+        self._columns = [_open_columns(file) for file in files]
         labels, names = array("q"), read_class_names(files[0].parent)
-        expected: set[str] = set()
-        for file in files:
-            columns = _read_columns(file)
-            if columns.keys() != (expected := expected or set(columns)):
+        for file, columns in zip(files, self._columns, strict=True):
+            if columns.column_names != self._columns[0].column_names:
                 raise ValueError(f"{file} and {files[0]} have different columns; give files of one data set")
-            self._images.append(columns["image"])
-            if "label" in columns:
-                labels.frombytes(columns["label"].to_numpy().tobytes())
-                names = names or columns["names"]
-            if "caption" in columns:
-                self._captions.append(columns["caption"])
-        self._starts = [0, *accumulate(len(images) for images in self._images)]
+            if "label" in columns.column_names:
+                labels.frombytes(_labels(columns["label"], file).to_numpy().tobytes())
+                names = names or tuple(json.loads(columns.schema.metadata[b"names"]))
+        self._starts = [0, *accumulate(map(len, self._columns))]
         if not len(self):
             raise ValueError(f"{self.source} has no rows; expected one for each image")
         self.classes = classes_of(labels, names, self.source) if labels else ()
@@ -70,7 +70,7 @@ class ParquetImages(ImageSet):
 
     def image(self, index: int) -> Image.Image:
         file, row = self._place(index)
-        data = self._images[file][row].as_buffer()
+        data = self._columns[file]["image"][row].as_buffer()
         if data is None:
             raise ImageError(f"{self.name(index)} has no bytes; only images inside the file can be read")
         return decode_image(memoryview(data), self.name(index))
@@ -83,10 +83,10 @@ class ParquetImages(ImageSet):
         return str(self._files[self._place(index)[0]])
 
     def captions(self, index: int) -> tuple[str, ...]:
-        if not self._captions:
-            return ()
         file, row = self._place(index)
-        value = self._captions[file][row].as_py() or ()
+        if "caption" not in self._columns[file].column_names:
+            return ()
+        value = self._columns[file]["caption"][row].as_py() or ()
         return (value,) if isinstance(value, str) else tuple(value)
 
     def _place(self, index: int) -> tuple[int, int]:
@@ -96,43 +96,68 @@ class ParquetImages(ImageSet):
         return file, index - self._starts[file]
 
 
-def _read_columns(file: Path) -> dict[str, Any]:
-    """The columns `image`, `label` and `caption` of a file as far as they are there, and the `names` of its classes."""
+def _open_columns(file: Path) -> pyarrow.Table:
+    """The columns `image`, `label` and `caption` of a file that are there; its metadata hold the classes' `names`."""
     try:
         import pyarrow
-        import pyarrow.parquet
-        import pyarrow.types as types
     except ImportError:
         raise ValueError("Parquet files need pyarrow; install it with: pip install 'vitreg[train]'") from None
+
+    def unpack(path: Path) -> None:
+        check_room(path.parent, file.stat().st_size, f"unpacked images of {file}")
+        batches = _read_columns(file)
+        first = next(batches)
+        with pyarrow.ipc.new_file(str(path), first.schema) as writer:
+            for batch in batches:
+                writer.write_batch(batch)
+
+    def mapped(path: Path) -> pyarrow.Table:
+        # Its buffers keep the file mapped; it does not stay open.
+        with pyarrow.memory_map(str(path)) as source:
+            table = pyarrow.ipc.open_file(source).read_all()
+        table.validate()
+        return table
+
+    columns = cached([file], ".columns.arrow", unpack, mapped)
+    return pyarrow.Table.from_batches(_read_columns(file)) if columns is None else columns
+
+
+def _read_columns(file: Path) -> Iterator[pyarrow.RecordBatch]:
+    """Those columns, a few hundred rows at a time, after an empty batch: there may be no rows."""
+    import pyarrow
+    import pyarrow.parquet
+    import pyarrow.types as types
+
     try:
-        with pyarrow.parquet.ParquetFile(file) as parquet:
+        # Mapped, so that of a row group as large as the file one page after the other is read.
+        with pyarrow.parquet.ParquetFile(file, memory_map=True) as parquet:
             schema = parquet.schema_arrow
-            column = next((name for name in ("image", "image.bytes") if name in schema.names), None)
-            if column is None:
+            image = next((name for name in ("image", "image.bytes") if name in schema.names), None)
+            if image is None:
                 raise ValueError(
                     f"{file} has no column `image`, only {', '.join(schema.names)}; rename that of the images"
                 )
-            nested = types.is_struct(schema.field(column).type)
-            image = parquet.read([f"{column}.bytes" if nested else column]).column(column)
-            columns: dict[str, Any] = {"image": image.flatten()[0] if nested else image}
-            if not _is_binary(columns["image"].type):
-                raise ValueError(f"{file} has no bytes in `image` but {schema.field(column).type}; store image files")
-            if "label" in schema.names:
-                columns["label"] = _labels(parquet.read(["label"]).column("label"), file)
-                columns["names"] = _hugging_face_names(schema)
-            if caption := next((name for name in CAPTION_COLUMNS if name in schema.names), None):
-                columns["caption"] = parquet.read([caption]).column(caption)
+            kind = schema.field(image).type
+            nested = types.is_struct(kind) and kind.get_field_index("bytes") >= 0
+            data = kind.field("bytes").type if nested else kind
+            if not (types.is_binary(data) or types.is_large_binary(data)):
+                raise ValueError(f"{file} has no bytes in `image` but {kind}; store image files")
+            sources = {"image": image, "label": "label"}
+            sources["caption"] = next((name for name in CAPTION_COLUMNS if name in schema.names), "")
+            sources = {name: source for name, source in sources.items() if source in schema.names}
+            kinds = {name: data if name == "image" else schema.field(source).type for name, source in sources.items()}
+            names = {"names": json.dumps(_hugging_face_names(schema))}
+            yield pyarrow.RecordBatch.from_pylist([], unpacked := pyarrow.schema(list(kinds.items()), names))
+            asked = [f"{source}.bytes" if nested and name == "image" else source for name, source in sources.items()]
+            for batch in parquet.iter_batches(_ROWS, columns=asked, use_threads=False):
+                columns = {name: batch.column(source) for name, source in sources.items()}
+                if nested:
+                    columns["image"] = columns["image"].flatten()[0]
+                yield pyarrow.RecordBatch.from_arrays(list(columns.values()), schema=unpacked)
     # Damage to names of columns and classes shows as text that is no UTF-8 and JSON that is none.
     except (OSError, pyarrow.ArrowException, UnicodeDecodeError, json.JSONDecodeError, RecursionError) as error:
         what = " ".join(str(error).split())[:200]
         raise ValueError(f"{file} cannot be read as Parquet ({what}); download or write it again") from error
-    return columns
-
-
-def _is_binary(kind: pyarrow.DataType) -> bool:
-    import pyarrow.types as types
-
-    return types.is_binary(kind) or types.is_large_binary(kind)
 
 
 def _labels(column: pyarrow.ChunkedArray, file: Path) -> pyarrow.ChunkedArray:

@@ -6,11 +6,15 @@ import json
 import re
 from array import array
 from collections.abc import Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any, BinaryIO
 
+import numpy as np
+from jaxtyping import Int64
 from PIL import Image
 
+from vitreg.common.cache import cached
 from vitreg.images.labeled import ImageSet, source_of
 from vitreg.images.labels import classes_of, read_class_names
 from vitreg.images.packed import PackedStrings
@@ -34,40 +38,23 @@ class TarImages(ImageSet):
     its label (`cls`, a number, or `label` in `json`) and its caption (`txt`, or `caption` in `json`). The first sample
     decides which of these are used. Class names are taken from a `classes.csv` (`label,name`) beside the archives.
 
-    Archives are scanned once for where everything is; an image is then one read.
+    Archives are scanned once for where everything is, which is kept in the cache (`VITREG_CACHE`) while their sizes and
+    times stay the same; without a cache they are scanned each time. An image is then one read.
     """
 
     def __init__(self, archives: Sequence[Path]) -> None:
-        """Scans the archives.
+        """Scans the archives, or reads what an earlier scan found.
 
         Raises:
             ValueError: an archive is compressed, damaged or holds no image, or the label of an image is missing.
         """
         self.source = source_of(archives)
         self._archives = tuple(archives)
-        self._archive, self._image, self._caption = array("i"), array("q"), array("q")
-        self._label_in = self._caption_in = ""
-        names: list[str] = []
-        labels = array("q")
-        for number, archive in enumerate(archives):
-            before, samples = len(names), _samples(archive)
-            with archive.open("rb") as file:
-                for key, members in samples.items():
-                    image = next((extension for extension in _IMAGES if extension in members), None)
-                    if image is None:
-                        continue
-                    where = f"{archive}, {key}"
-                    if not names:
-                        self._label_in, self._caption_in = _extensions(file, members, where)
-                    if self._label_in or "cls" in members:
-                        labels.append(_label(file, members, self._label_in, where))
-                    names.append(f"{key}.{image}")
-                    self._archive.append(number)
-                    self._image.extend(members[image])
-                    self._caption.extend(members.get(self._caption_in, (0, 0)))
-            if len(names) == before:
-                raise ValueError(f"{archive} holds no image; expected members named KEY.{', KEY.'.join(_IMAGES)}")
-        self._names = PackedStrings(names)
+        index = cached(archives, ".tars.npz", partial(_write_index, archives), _read_index) or _scan(archives)
+        self._archive, self._image, self._caption = index["archive"], index["image"], index["caption"]
+        self._caption_in = str(index["caption_in"])
+        self._names = PackedStrings(index["names"].tobytes().decode(errors="surrogateescape").split("\0"))
+        labels = array("q", index["labels"].tobytes())
         self.classes = classes_of(labels, read_class_names(archives[0].parent), self.source) if labels else ()
         self.labels = labels if self.classes else None
 
@@ -91,15 +78,57 @@ class TarImages(ImageSet):
         caption = str(_fields(data, self.name(index)).get("caption", "")) if is_json else data.decode(errors="replace")
         return (caption.strip(),) if caption.strip() else ()
 
-    def _read(self, index: int, members: array[int]) -> bytes:
+    def _read(self, index: int, members: Int64[np.ndarray, "N 2"]) -> bytes:
         # A file that is open in several processes shares its position; opening it for each read costs little beside
         # decoding, and no number of archives runs out of file descriptors.
         index = range(len(self))[index]
         try:
             with self._archives[self._archive[index]].open("rb", buffering=0) as file:
-                return _read(file, (members[2 * index], members[2 * index + 1]))
+                return _read(file, *members[index].tolist())
         except OSError as error:
             raise ImageError(f"{self.name(index)} cannot be read ({error.strerror}); check the archive") from None
+
+
+def _write_index(archives: Sequence[Path], path: Path) -> None:
+    np.savez(path, **_scan(archives))  # pyright: ignore[reportArgumentType]
+
+
+def _read_index(path: Path) -> dict[str, np.ndarray]:
+    with np.load(path) as arrays:
+        return dict(arrays)
+
+
+def _scan(archives: Sequence[Path]) -> dict[str, np.ndarray]:
+    """Of every image its name, the number of its archive, its label, and offset and size of it and its caption."""
+    names: list[str] = []
+    archive_of, image_at, caption_at, labels = array("q"), array("q"), array("q"), array("q")
+    label_in = caption_in = ""
+    for number, archive in enumerate(archives):
+        before, samples = len(names), _samples(archive)
+        with archive.open("rb") as file:
+            for key, members in samples.items():
+                image = next((extension for extension in _IMAGES if extension in members), None)
+                if image is None:
+                    continue
+                where = f"{archive}, {key}"
+                if not names:
+                    label_in, caption_in = _extensions(file, members, where)
+                if label_in or "cls" in members:
+                    labels.append(_label(file, members, label_in, where))
+                names.append(f"{key}.{image}")
+                archive_of.append(number)
+                image_at.extend(members[image])
+                caption_at.extend(members.get(caption_in, (0, 0)))
+        if len(names) == before:
+            raise ValueError(f"{archive} holds no image; expected members named KEY.{', KEY.'.join(_IMAGES)}")
+    return {
+        "names": np.frombuffer("\0".join(names).encode(errors="surrogateescape"), np.uint8),
+        "archive": np.array(archive_of, np.int64),
+        "image": np.array(image_at, np.int64).reshape(-1, 2),
+        "caption": np.array(caption_at, np.int64).reshape(-1, 2),
+        "caption_in": np.array(caption_in),
+        "labels": np.array(labels, np.int64),
+    }
 
 
 def _samples(archive: Path) -> dict[str, dict[str, _Member]]:
@@ -117,7 +146,7 @@ def _samples(archive: Path) -> dict[str, dict[str, _Member]]:
 
 def _extensions(file: BinaryIO, members: dict[str, _Member], where: str) -> tuple[str, str]:
     """The extensions of the files that hold labels and captions; "" for neither."""
-    fields = _fields(_read(file, members["json"]), where) if "json" in members else {}
+    fields = _fields(_read(file, *members["json"]), where) if "json" in members else {}
     label = "cls" if "cls" in members else "json" if "label" in fields else ""
     caption = "txt" if "txt" in members else "json" if "caption" in fields else ""
     return label, caption
@@ -126,7 +155,7 @@ def _extensions(file: BinaryIO, members: dict[str, _Member], where: str) -> tupl
 def _label(file: BinaryIO, members: dict[str, _Member], extension: str, where: str) -> int:
     if extension not in members:
         raise ValueError(f"{where} and the first image do not both have a label in a .cls; write one for each")
-    data = _read(file, members[extension])
+    data = _read(file, *members[extension])
     value: Any = data.decode(errors="replace") if extension == "cls" else _fields(data, where).get("label")
     try:
         label = int(value)
@@ -145,7 +174,6 @@ def _fields(data: bytes, where: str) -> dict[str, Any]:
     return fields if isinstance(fields, dict) else {}
 
 
-def _read(file: BinaryIO, member: _Member) -> bytes:
-    offset, size = member
+def _read(file: BinaryIO, offset: int, size: int) -> bytes:
     file.seek(offset)
     return file.read(size)
