@@ -12,7 +12,7 @@ import torch
 from probes.small import Images, small_vit
 from vitreg.images import open_image_set
 from vitreg.probes import FeaturesConfig, FeatureStore, extract
-from vitreg.probes.heads.linear_grid import LinearConfig
+from vitreg.probes.protocols import LinearConfig
 from vitreg.probes.tasks.linear import linear
 
 ALL_BLOCKS = FeaturesConfig(blocks=(0, 1, 2), dtype="float32")

@@ -23,10 +23,9 @@ from vitreg.model import Preprocess, VisionTransformer
 from vitreg.probes import FeatureStore
 from vitreg.probes.catalogue import PROBES
 from vitreg.probes.evaluation import EvalData, PassConfig, evaluate, preprocessing
-from vitreg.probes.heads.position_head import PositionConfig
+from vitreg.probes.protocols import LinearConfig, PositionConfig
 from vitreg.probes.results.result_cache import Answer
 from vitreg.probes.results.score import ProbeResult
-from vitreg.probes.tasks.linear import LinearConfig
 from vitreg.probes.tasks.reconstruction import ReconstructionConfig
 from vitreg.probes.tasks.segmentation import SegmentationConfig
 from vitreg.probes.tasks.single_token import SingleTokenConfig

@@ -15,7 +15,7 @@ from vitreg.common.progress import OnProgress
 from vitreg.images import DepthSet, ImageSet, SegmentationSet
 from vitreg.model import VisionTransformer
 from vitreg.probes.heads.dense_head import MIN_STEPS
-from vitreg.probes.heads.position_head import PositionConfig
+from vitreg.probes.protocols import PositionConfig
 from vitreg.probes.results.score import ProbeResult
 from vitreg.probes.store.feature_store import FeatureStore
 from vitreg.probes.tasks.depth import EPOCHS as DEPTH_EPOCHS

@@ -55,10 +55,9 @@ def test_heads_train_as_with_torch():
     optimizer = torch.optim.SGD(groups, momentum=0.9, weight_decay=0)
     schedule = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, 8, eta_min=0)
     seen: list[int] = []
-    for _ in range(8):
-        rows = heads.batch()
+    for rows in heads.batches():
         seen += rows.tolist()
-        heads.step()
+        heads.step(rows)
         loss = sum(
             nn.functional.cross_entropy(layer(each[rows]), labels[rows])
             for layers, each in zip(peers, features, strict=True)

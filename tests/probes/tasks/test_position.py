@@ -17,7 +17,7 @@ from sklearn.linear_model import LogisticRegression
 from probes.small import Images, small_vit, validation
 from vitreg.images import open_image_set
 from vitreg.probes import FeaturesConfig, FeatureStore, extract
-from vitreg.probes.heads.position_head import PositionConfig
+from vitreg.probes.protocols import PositionConfig
 from vitreg.probes.tasks.patch_kinds import SUBJECTS
 from vitreg.probes.tasks.position import position
 

@@ -97,7 +97,7 @@ def test_at_least_as_good_as_logistic_regression_on_the_same_patches(tiny_vit, t
         head.linear.bias[:] = -1e4
         head.linear.weight[peer.classes_] = torch.from_numpy(weight).float()
         head.linear.bias[peer.classes_] = torch.from_numpy(peer.intercept_ - weight @ scaled.mean_).float()
-    theirs = Segmenter(head, sets[1].class_names, SHORT, {}, "cpu").evaluate([val], sets[1]).scores[0].value
+    theirs = Segmenter(head, sets[1].class_names, SHORT, {}).evaluate([val], sets[1]).scores[0].value
     ours = linear_segmentation(train, val, sets, dataclasses.replace(SHORT, steps=300)).scores[0].value
     assert theirs > 25
     assert ours > theirs - 1

@@ -1,22 +1,30 @@
-"""A linear head on patch tokens, and its training."""
+"""A linear head on patch tokens, its training, and its predictions for every pixel."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from abc import ABC, abstractmethod
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import closing
-from dataclasses import dataclass
+from typing import Any, ClassVar, Generic, TypeVar
 
 import numpy as np
 import torch
-from jaxtyping import Float, Shaped
+from jaxtyping import Float, Float64, Shaped
 from torch import Tensor, nn
 from torch.nn import functional
+from torch.optim.lr_scheduler import LRScheduler
 
 from vitreg.common.progress import OnProgress
-from vitreg.images import map_ahead
+from vitreg.images import DenseSet, image_size, map_ahead, spaced_indices
+from vitreg.probes.heads.training import descend, fit, shuffled
+from vitreg.probes.protocols import DepthConfig, SegmentationConfig
+from vitreg.probes.results.score import NUM_SHOWN
 from vitreg.probes.store.dense_features import DenseFeatures
+from vitreg.probes.store.feature_store import FeatureStore
 
-_BATCHES_AHEAD = 4
+Config = TypeVar("Config", SegmentationConfig, DepthConfig)
+
+_BATCHES_AHEAD, _TARGETS_AHEAD = 4, 8
 AT_ONCE = 2**22
 """Numbers that upsampled logits may have at a time: what stays in the cache is computed twice as fast."""
 
@@ -25,9 +33,6 @@ UPSAMPLING = 4
 
 MIN_STEPS = 2000
 """Of small sets, which a head needs to converge."""
-
-PerPixel = Callable[[Tensor, Tensor], Tensor]
-Loss = Callable[[Tensor, Tensor, int], Tensor]
 
 
 class LinearHead(nn.Module):
@@ -51,7 +56,7 @@ class Upsampling:
     Two matrix products: they, unlike the gradient of `interpolate`, are the same every time on a GPU, too.
     """
 
-    def __init__(self, grid: tuple[int, int], size: tuple[int, int], device: torch.device | str) -> None:
+    def __init__(self, grid: tuple[int, int], size: tuple[int, ...], device: torch.device | str) -> None:
         self._grid = grid
         self._rows, self._columns = (
             functional.interpolate(torch.eye(old)[None], new, mode="linear")[0].T.to(device)
@@ -65,95 +70,135 @@ class Upsampling:
         return self._columns @ tall
 
 
-@dataclass(frozen=True)
-class HeadSchedule:
-    """How long a head is trained, on what.
-
-    Attributes:
-        steps: of the optimizer.
-        batch_size: images in each.
-        seed: of their order.
-        device: that trains.
-        clip: largest norm of the gradient; None for any.
-    """
-
-    steps: int
-    batch_size: int
-    seed: int
-    device: torch.device | str
-    clip: float | None = None
+def training_size(store: FeatureStore | DenseFeatures) -> tuple[int, int]:
+    """Height and width of the maps that a head is trained on."""
+    return UPSAMPLING * store.grid[0], UPSAMPLING * store.grid[1]
 
 
-def num_steps(given: int | None, num_images: int, batch_size: int, epochs: int) -> int:
+def num_steps(config: SegmentationConfig | DepthConfig, num_images: int, epochs: int) -> int:
     """As given; by default the paper's epochs, but on small sets no fewer steps than a head needs to converge."""
-    if given is not None and given < 1:
-        raise ValueError(f"steps is {given}; it must be at least 1, or None for {epochs} epochs")
-    return given or max(MIN_STEPS, epochs * num_images // batch_size)
+    if config.steps is not None and config.steps < 1:
+        raise ValueError(f"steps is {config.steps}; it must be at least 1, or None for {epochs} epochs")
+    return config.steps or max(MIN_STEPS, epochs * num_images // config.head_batch_size)
 
 
 def train_head(
     head: LinearHead,
     features: DenseFeatures,
     targets: Shaped[np.ndarray, "N H W"],
-    per_pixel: PerPixel,
-    loss: Loss,
+    per_pixel: Callable[[Tensor, Tensor], Tensor],
+    loss: Callable[[Tensor, Tensor], Tensor],
     optimizer: torch.optim.Optimizer,
-    schedule: torch.optim.lr_scheduler.LRScheduler,
-    plan: HeadSchedule,
+    schedule: LRScheduler,
+    config: SegmentationConfig | DepthConfig,
+    steps: int,
+    *,
+    clip: float | None = None,
     on_progress: OnProgress | None = None,
 ) -> None:
     """Train it on features that are as they are: computed once, so images are not augmented.
 
     Args:
-        head: trained in place, and in evaluation mode afterwards.
+        head: trained in place, on the device it is on, and in evaluation mode afterwards.
         features: of all images.
         targets: of the same.
         per_pixel: what is made of upsampled logits `[n, H, W, K]` and targets `[n, H, W]`: one number a pixel.
-        loss: of these numbers, targets, and the step, from 0.
+        loss: of these numbers and targets.
         optimizer: of the head's parameters.
         schedule: of its learning rate, a step each.
-        plan: how long.
+        config: has the images of a step and the seed of their order.
+        steps: of the optimizer.
+        clip: largest norm of the gradient; None for any.
         on_progress: called with steps done and their total.
 
     Raises:
         ValueError: it has diverged: the largest of logits that are no numbers would be some class all the same.
     """
-    upsampling = Upsampling(features.grid, targets.shape[1:], plan.device)
+    device = head.linear.weight.device
+    upsampling = Upsampling(features.grid, targets.shape[1:], device)
 
-    def load(rows: list[int]) -> tuple[Tensor, Tensor]:
-        return features.read(rows), torch.from_numpy(targets[rows])
+    def load(rows: Tensor) -> tuple[Tensor, Tensor]:
+        return features.read(rows.tolist()), torch.from_numpy(targets[rows])
 
-    def numbers(tokens: Tensor, truth: Tensor) -> Tensor:
+    def step(batch: tuple[Tensor, Tensor]) -> None:
+        tokens, truth = (part.to(device) for part in batch)
         logits = head(tokens)
         at_once = max(1, AT_ONCE // (truth[0].numel() * logits.shape[-1]))
         parts = zip(logits.split(at_once), truth.split(at_once), strict=True)
-        return torch.cat([per_pixel(upsampling(part), of_part) for part, of_part in parts])
+        numbers = torch.cat([per_pixel(upsampling(part), of_part) for part, of_part in parts])
+        descend(loss(numbers, truth), optimizer, schedule, clip)
 
-    batches = _batches(len(features), plan)
+    rng, num_images = np.random.default_rng(config.seed), len(features)
+    order = shuffled(lambda _: torch.from_numpy(rng.permutation(num_images)), num_images, config.head_batch_size, steps)
     head.train()
-    with closing(map_ahead(load, batches, ahead=_BATCHES_AHEAD, num_threads=1)) as loaded:
-        for step, (tokens, truth) in enumerate(loaded):
-            truth = truth.to(plan.device)
-            found = loss(numbers(tokens.to(plan.device), truth), truth, step)
-            optimizer.zero_grad(set_to_none=True)
-            found.backward()
-            if plan.clip is not None:
-                nn.utils.clip_grad_norm_(head.parameters(), plan.clip)
-            optimizer.step()
-            schedule.step()
-            if on_progress is not None:
-                on_progress(step + 1, plan.steps)
+    with closing(map_ahead(load, order, ahead=_BATCHES_AHEAD, num_threads=1)) as batches:
+        fit(zip(batches), step, steps, on_progress=on_progress)
     if not all(parameter.isfinite().all() for parameter in head.parameters()):
-        raise ValueError(f"the head is not finite after {plan.steps} steps; train it with a lower lr")
+        raise ValueError(f"the head is not finite after {steps} steps; train it with a lower lr")
     head.eval()
 
 
-def _batches(num_images: int, plan: HeadSchedule) -> Iterator[list[int]]:
-    """Rows for every step: one epoch after another, each in an order of its own."""
-    rng = np.random.default_rng(plan.seed)
-    waiting: list[int] = []
-    for _ in range(plan.steps):
-        while len(waiting) < plan.batch_size:
-            waiting += rng.permutation(num_images).tolist()
-        yield waiting[: plan.batch_size]
-        waiting = waiting[plan.batch_size :]
+class DensePredictor(ABC, Generic[Config]):
+    """A trained head, with what it makes of the images of a store.
+
+    Attributes:
+        head: takes patch tokens, gives logits.
+        config: how it was trained.
+        details: what it was trained on, in JSON types.
+    """
+
+    head: LinearHead
+    config: Config
+    details: dict[str, Any]
+    with_cls: ClassVar[bool] = False
+    """Whether the class token is behind every patch token."""
+
+    @property
+    def device(self) -> torch.device:
+        """Where the head is."""
+        return self.head.linear.weight.device
+
+    def predict(
+        self, stores: FeatureStore | Sequence[FeatureStore], targets: DenseSet, rows: Iterable[int]
+    ) -> Iterator[tuple[int, Shaped[np.ndarray, "H W"]]]:
+        """The value of every pixel, class or meters, at the image's own resolution.
+
+        Args:
+            stores: of the same images, in one size or, for segmentation, several, whose probabilities are averaged.
+            targets: the set they were made of.
+            rows: among the images that have patch tokens.
+
+        Returns:
+            The image's position in the set, and its values.
+        """
+        features = self._features(stores)
+        for row in rows:
+            number = features[0].numbers[row]
+            yield number, self._map(features, row, image_size(targets.name(number)))
+
+    def _judge(
+        self,
+        stores: FeatureStore | Sequence[FeatureStore],
+        targets: DenseSet,
+        sums: Callable[[np.ndarray, np.ndarray, int], np.ndarray],
+    ) -> tuple[Float64[np.ndarray, "N ..."], dict[int, np.ndarray]]:
+        """What `sums` makes of prediction, truth and number of every image, and the predictions that reports show."""
+        features = self._features(stores)
+        to_show = set(spaced_indices(len(features[0]), NUM_SHOWN).tolist())
+        found: list[np.ndarray] = []
+        shown: dict[int, np.ndarray] = {}
+        with closing(map_ahead(targets.target, features[0].numbers, ahead=_TARGETS_AHEAD)) as truths:
+            for row, (number, truth) in enumerate(zip(features[0].numbers, truths, strict=True)):
+                predicted = self._map(features, row, truth.shape)
+                found.append(sums(predicted, truth, number))
+                if row in to_show and found[-1].any():
+                    shown[number] = predicted
+        return np.stack(found), shown
+
+    def _features(self, stores: FeatureStore | Sequence[FeatureStore]) -> list[DenseFeatures]:
+        several = [stores] if isinstance(stores, FeatureStore) else stores
+        return [DenseFeatures(store, self.config.blocks, with_cls=self.with_cls) for store in several]
+
+    @abstractmethod
+    def _map(self, features: Sequence[DenseFeatures], row: int, size: tuple[int, ...]) -> Shaped[np.ndarray, "H W"]:
+        """The prediction for one image."""

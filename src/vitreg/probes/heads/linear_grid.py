@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-import math
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 
 import torch
 from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
+from vitreg.probes.heads.training import cosine, shuffled
 from vitreg.probes.protocols import LinearConfig
 
 _ROWS = 1024
@@ -16,6 +16,8 @@ _ROWS = 1024
 
 class LinearGrid:
     """All heads of one kind of input are one matrix, so that each kind costs two matrix products an iteration.
+
+    The gradient and SGD are written out: with autograd every weight would be in memory twice more, and read twice more.
 
     Args:
         features: a row for each image.
@@ -55,19 +57,29 @@ class LinearGrid:
                 f"bias.{number}": torch.zeros(rows, 1, device=device),
                 f"bias_momentum.{number}": torch.zeros(rows, 1, device=device),
             }
-        self._order: tuple[int, Tensor] | None = None
 
-    def step(self) -> None:
+    def batches(self) -> Iterator[Int[Tensor, " B"]]:
+        """Rows of the batches that are left, from seed and iteration alone."""
+        num_rows, seed = len(self._labels), self._config.seed
+
+        def order(number: int) -> Tensor:
+            return torch.randperm(num_rows, generator=torch.Generator().manual_seed((seed << 32) + number + 1))
+
+        return shuffled(order, num_rows, self._config.head_batch_size, self._config.num_iterations, done=self.iteration)
+
+    def step(self, rows: Int[Tensor, " B"]) -> None:
         """One iteration of SGD on the mean cross-entropy of a batch."""
         config = self._config
-        rows = self.batch()
+        rows = rows.to(self._labels.device)
         labels = self._labels[rows][:, None, None].expand(-1, len(config.learning_rates), 1)
-        decay = 0.5 * (1 + math.cos(math.pi * self.iteration / config.num_iterations))
+        decay = cosine(self.iteration, config.num_iterations)
         features = self._features[rows]
         for number, columns in enumerate(self._inputs):
-            weight, bias, weight_momentum, bias_momentum = self._of(number)
+            weight, bias = self.tensors[f"weight.{number}"], self.tensors[f"bias.{number}"]
+            weight_momentum = self.tensors[f"weight_momentum.{number}"]
+            bias_momentum = self.tensors[f"bias_momentum.{number}"]
             x = features[:, columns]
-            residual = self._logits(x, weight, bias).softmax(2)
+            residual = self._logits(x, number).softmax(2)
             residual.scatter_add_(2, labels, residual.new_full(labels.shape, -1))
             gradient = residual.flatten(1).div_(len(rows))
             weight_momentum.addmm_(gradient.T, x, beta=config.momentum)
@@ -80,38 +92,12 @@ class LinearGrid:
         """Which images every head classifies correctly; learning rates run fastest."""
         found: list[Tensor] = []
         for number, columns in enumerate(self._inputs):
-            weight, bias, _, _ = self._of(number)
-            logits = (self._logits(x[:, columns].to(weight.device), weight, bias) for x in features.split(_ROWS))
+            logits = (self._logits(x[:, columns].to(self._rates.device), number) for x in features.split(_ROWS))
             # A head that has diverged answers nothing; the largest of its logits would be the first class.
             chunks = [each.argmax(2).masked_fill(each.isnan().any(2), -1) for each in logits]
             found.append(torch.cat(chunks).T.cpu() == labels)
         return torch.cat(found)
 
-    def _of(self, number: int) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-        return (
-            self.tensors[f"weight.{number}"],
-            self.tensors[f"bias.{number}"],
-            self.tensors[f"weight_momentum.{number}"],
-            self.tensors[f"bias_momentum.{number}"],
-        )
-
-    def _logits(self, x: Tensor, weight: Tensor, bias: Tensor) -> Float[Tensor, "B heads K"]:
+    def _logits(self, x: Tensor, number: int) -> Float[Tensor, "B heads K"]:
+        weight, bias = self.tensors[f"weight.{number}"], self.tensors[f"bias.{number}"]
         return torch.addmm(bias[:, 0], x, weight.T).unflatten(1, (-1, self._num_classes))
-
-    def batch(self) -> Int[Tensor, " B"]:
-        """Rows of the next batch, from seed and iteration alone: one shuffled pass over all after another."""
-        size, total = self._config.head_batch_size, len(self._labels)
-        first = self.iteration * size
-        parts: list[Tensor] = []
-        while size:
-            number, position = divmod(first, total)
-            part = self._shuffled(number)[position : position + size]
-            parts.append(part)
-            first, size = first + len(part), size - len(part)
-        return torch.cat(parts).to(self._labels.device)
-
-    def _shuffled(self, number: int) -> Tensor:
-        if self._order is None or self._order[0] != number:
-            generator = torch.Generator().manual_seed((self._config.seed << 32) + number + 1)
-            self._order = number, torch.randperm(len(self._labels), generator=generator)
-        return self._order[1]

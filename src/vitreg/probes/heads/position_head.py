@@ -4,64 +4,24 @@ from __future__ import annotations
 
 import dataclasses
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
 import torch
 import torch.nn.functional as F
 from jaxtyping import Bool, Float, Int
 from torch import Tensor
+from torch.optim.lr_scheduler import LambdaLR
 
+from vitreg.common.progress import OnProgress
 from vitreg.images import spaced_indices
+from vitreg.probes.heads.training import cosine, descend, fit
 from vitreg.probes.protocols import PositionConfig
 from vitreg.probes.store.feature_store import FeatureStore
 from vitreg.probes.tasks.patch_kinds import Group, marked_patches
 
-
-@dataclass(frozen=True)
-class TrainingSet:
-    """What one look at the training patches finds.
-
-    Attributes:
-        positions: how many patches of each group are at every position.
-        mean, std: of the tokens, channel by channel.
-        held_out: rows of the images that choose when training ends.
-    """
-
-    positions: dict[Group, Int[Tensor, " P"]]
-    mean: Float[Tensor, " D"]
-    std: Float[Tensor, " D"]
-    held_out: frozenset[int]
-
-    @classmethod
-    def of(cls, store: FeatureStore, config: PositionConfig) -> TrainingSet:
-        """That of a store.
-
-        Raises:
-            ValueError: it has too few images with patch tokens.
-        """
-        rows: list[int] = []
-        sums: list[Tensor] = []
-        squares: list[Tensor] = []
-        marks: list[Tensor] = []
-        for found, tokens, outlier in marked_patches(store, config.block):
-            rows += found.tolist()
-            marks.append(outlier)
-            flat = tokens.flatten(0, 1).double()
-            sums.append(flat.sum(0))
-            squares.append(flat.square().sum(0))
-        if len(rows) < 10:
-            raise ValueError(f"{store.path} has patch tokens of {len(rows)} images; the position probe takes 10")
-        outlier = torch.cat(marks)
-        mean = torch.stack(sums).sum(0) / outlier.numel()
-        variance = torch.stack(squares).sum(0) / outlier.numel() - mean.square()
-        held_out = spaced_indices(len(rows), min(config.held_out, len(rows) // 10))
-        return cls(
-            {group: group.members(outlier).sum(0) for group in Group},
-            mean.float(),
-            variance.clamp(min=1e-12).sqrt().float(),
-            frozenset(rows[index] for index in held_out),
-        )
+_Patches = tuple[Float[Tensor, "T D"], Int[Tensor, " T"], Bool[Tensor, " T"]]
+"""Standardized tokens, their positions, and which are outliers."""
 
 
 @dataclass(frozen=True)
@@ -86,74 +46,78 @@ class PositionHead:
 
 def train_heads(
     store: FeatureStore,
-    found: TrainingSet,
     groups: Sequence[Group],
     config: PositionConfig,
     device: torch.device | str = "cpu",
-    on_epoch: Callable[[int], None] = lambda epoch: None,
+    on_progress: OnProgress | None = None,
 ) -> dict[Group, PositionHead]:
     """One classifier for each group of patches.
 
     Files are read in their order and the patches of each shuffled: every image has every position, so batches are
     balanced whatever the order of images.
 
-    Args:
-        store: of the training images.
-        found: what was found in it.
-        groups: what the classifiers are trained on.
-        config: how.
-        device: where.
-        on_epoch: called after every epoch with its number, from 1.
+    Raises:
+        ValueError: the store has too few images with patch tokens.
     """
-    trainer = _Trainer(store, found, groups, config, device)
-    for epoch in range(1, config.epochs + 1):
-        trainer.run_epoch()
-        on_epoch(epoch)
-        if not trainer.has_improved(epoch):
-            break
+    trainer = _Trainer(store, groups, config, torch.device(device))
+    epochs = (trainer.batches() for _ in range(config.epochs))
+    fit(epochs, trainer.step, config.epochs, ends=trainer.ends, on_progress=on_progress)
     return trainer.best
 
 
 class _Trainer:
+    """Heads with what they are trained on.
+
+    Attributes:
+        best: the heads where their loss on the held out images was the smallest.
+    """
+
     def __init__(
-        self,
-        store: FeatureStore,
-        found: TrainingSet,
-        groups: Sequence[Group],
-        config: PositionConfig,
-        device: torch.device | str,
+        self, store: FeatureStore, groups: Sequence[Group], config: PositionConfig, device: torch.device
     ) -> None:
-        self._store, self._found, self._config, self._device = store, found, config, torch.device(device)
-        num_positions = len(found.positions[Group.ALL])
+        self._store, self._config, self._device = store, config, device
+        self._mean, self._std, rows = _standardization(store, config.block)
+        self._held_out = rows[spaced_indices(len(rows), min(config.held_out, len(rows) // 10))]
+        # Found in the first epoch.
+        self._held: list[_Patches] = []
+        num_positions = math.prod(store.grid)
         # Zeros, as a convex problem needs nothing random.
-        self._weights = {group: self._zeros(num_positions, len(found.mean)) for group in groups}
+        self._weights = {group: self._zeros(num_positions, len(self._mean)) for group in groups}
         self._biases = {group: self._zeros(num_positions) for group in groups}
-        parameters = [*self._weights.values(), *self._biases.values()]
-        self._optimizer = torch.optim.Adam(parameters, lr=config.learning_rate)
+        self._optimizer = torch.optim.Adam([*self._weights.values(), *self._biases.values()], lr=config.learning_rate)
+        self._seen, total = 0, config.epochs * num_positions * (len(rows) - len(self._held_out))
+        self._schedule = LambdaLR(self._optimizer, lambda _: cosine(self._seen, total))
         self._order = torch.Generator().manual_seed(config.seed)
-        per_epoch = int(found.positions[Group.ALL].sum()) - len(found.held_out) * num_positions
-        self._seen, self._total = 0, config.epochs * per_epoch
-        self._held: tuple[Tensor, Tensor, Tensor] | None = None
         self.best = {group: self._folded(group) for group in groups}
 
-    def run_epoch(self) -> None:
+    def batches(self) -> Iterator[_Patches]:
         """Every patch once."""
-        held: list[tuple[Tensor, Tensor, Tensor]] = []
+        first = not self._held
         for rows, tokens, outlier in marked_patches(self._store, self._config.block):
-            out = torch.tensor([int(row) in self._found.held_out for row in rows], dtype=torch.bool)
-            if self._held is None and out.any():
-                held.append(self._ready(tokens[out], outlier[out]))
+            out = torch.isin(rows, self._held_out)
+            if first and out.any():
+                self._held.append(self._ready(tokens[out], outlier[out]))
             if not out.all():
-                self._train_on(*self._ready(tokens[~out], outlier[~out]))
-        if self._held is None:
-            x, y, outliers = (torch.cat(parts) for parts in zip(*held, strict=True))
-            self._held = x, y, outliers
+                patches = self._ready(tokens[~out], outlier[~out])
+                order = torch.randperm(len(patches[0]), generator=self._order).to(self._device)
+                # As equal as they can be: a last batch of a few patches would be a step as large as any.
+                for batch in order.chunk(math.ceil(len(order) / self._config.head_batch_size)):
+                    x, y, outliers = (part[batch] for part in patches)
+                    yield x, y, outliers
+
+    def step(self, patches: _Patches) -> None:
+        """On the sum of the heads' losses, each on its group."""
+        x, y, outlier = patches
+        members = {group: group.members(outlier) for group in self._weights}
+        losses = [F.cross_entropy(self._logits(group, x[m]), y[m]) for group, m in members.items() if m.any()]
+        self._seen += len(y)
+        descend(torch.stack(losses).sum(), self._optimizer, self._schedule)
 
     @torch.no_grad()
-    def has_improved(self, epoch: int) -> bool:
-        """Whether any classifier did within the last epochs."""
-        assert self._held is not None
-        x, y, outlier = self._held
+    def ends(self, epoch: int) -> bool:
+        """Whether no head has improved within the last epochs."""
+        x, y, outlier = (torch.cat(parts) for parts in zip(*self._held, strict=True))
+        self._held = [(x, y, outlier)]
         for group, best in self.best.items():
             member = group.members(outlier)
             # A group without held out patches has a loss of zero, and so ends with its latest weights.
@@ -164,36 +128,39 @@ class _Trainer:
             loss = total / max(1, int(member.sum()))
             if loss <= best.loss:
                 self.best[group] = dataclasses.replace(self._folded(group), epochs=epoch, loss=loss)
-        return any(epoch - best.epochs < self._config.patience for best in self.best.values())
+        return all(epoch - best.epochs >= self._config.patience for best in self.best.values())
 
-    def _ready(self, tokens: Tensor, outlier: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        """Standardized tokens, their positions and marks, flat, where training is."""
-        x = (tokens - self._found.mean) / self._found.std
+    def _ready(self, tokens: Tensor, outlier: Tensor) -> _Patches:
+        """Flat, where training is."""
+        x = (tokens - self._mean) / self._std
         y = torch.arange(tokens.shape[1]).repeat(len(tokens))
         return x.flatten(0, 1).to(self._device), y.to(self._device), outlier.flatten().to(self._device)
-
-    def _train_on(self, x: Float[Tensor, "T D"], y: Int[Tensor, " T"], outlier: Bool[Tensor, " T"]) -> None:
-        order = torch.randperm(len(y), generator=self._order).to(self._device)
-        # As equal as they can be: a last batch of a few patches would be a step as large as any.
-        for batch in order.chunk(math.ceil(len(y) / self._config.head_batch_size)):
-            losses: list[Tensor] = []
-            for group in self._weights:
-                member = batch[group.members(outlier[batch])]
-                if len(member):
-                    losses.append(F.cross_entropy(self._logits(group, x[member]), y[member]))
-            rate = 0.5 * (1 + math.cos(math.pi * self._seen / self._total))
-            self._optimizer.param_groups[0]["lr"] = self._config.learning_rate * rate
-            self._optimizer.zero_grad()
-            torch.stack(losses).sum().backward()
-            self._optimizer.step()
-            self._seen += len(batch)
 
     def _logits(self, group: Group, x: Tensor) -> Tensor:
         return F.linear(x, self._weights[group], self._biases[group])
 
     def _folded(self, group: Group) -> PositionHead:
-        weight = self._weights[group].detach().cpu() / self._found.std
-        return PositionHead(weight, self._biases[group].detach().cpu() - weight @ self._found.mean)
+        weight = self._weights[group].detach().cpu() / self._std
+        return PositionHead(weight, self._biases[group].detach().cpu() - weight @ self._mean)
 
     def _zeros(self, *shape: int) -> Tensor:
         return torch.zeros(*shape, device=self._device, requires_grad=True)
+
+
+def _standardization(store: FeatureStore, block: int) -> tuple[Tensor, Tensor, Int[Tensor, " N"]]:
+    """Mean and deviation of every channel, and the rows of the images that have patch tokens."""
+    rows: list[Tensor] = []
+    sums: list[Tensor] = []
+    squares: list[Tensor] = []
+    num_tokens = 0
+    for found, tokens, _ in marked_patches(store, block):
+        rows.append(found)
+        flat = tokens.flatten(0, 1).double()
+        num_tokens += len(flat)
+        sums.append(flat.sum(0))
+        squares.append(flat.square().sum(0))
+    if (images := sum(map(len, rows))) < 10:
+        raise ValueError(f"{store.path} has patch tokens of {images} images; the position probe takes 10")
+    mean = torch.stack(sums).sum(0) / num_tokens
+    variance = torch.stack(squares).sum(0) / num_tokens - mean.square()
+    return mean.float(), variance.clamp(min=1e-12).sqrt().float(), torch.cat(rows)

@@ -3,9 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
-from bisect import bisect_right
 from collections.abc import Iterable, Sequence
-from itertools import accumulate
 
 import numpy as np
 import torch
@@ -21,13 +19,7 @@ _TARGETS_AHEAD = 32
 
 
 def dense_preprocess(preprocess: Preprocess, height: int, width: int) -> Preprocess:
-    """The preprocessing that keeps all of an image, squeezed to one size, so that every pixel has a patch.
-
-    Args:
-        preprocess: of the model.
-        height: in pixels, a multiple of the patch size.
-        width: likewise.
-    """
+    """The preprocessing that keeps all of an image, squeezed to one size in pixels, so that every pixel has a patch."""
     return dataclasses.replace(preprocess, size=(height, width), crop="squash", crop_pct=1.0)
 
 
@@ -58,15 +50,15 @@ class DenseFeatures:
         filled = [shard for shard in store.shards if shard.num_with_patches]
         self._patches: list[list[Tensor]] = []
         self._cls: list[Tensor] = []
+        rows = [shard.read("patch_rows") for shard in filled]
         for block in blocks:
             store.patches(block)  # refuses what is not there
             number = block % store.depth
-            self._patches.append([shard.read(f"patches.{number}") for shard in filled])
+            self._patches.append([image for shard in filled for image in shard.read(f"patches.{number}")])
             if with_cls and f"cls.{number}" in filled[0].names:
-                self._cls.append(torch.cat([shard.read(f"cls.{number}")[shard.read("patch_rows")] for shard in filled]))
-        self.numbers = torch.cat([shard.read("numbers")[shard.read("patch_rows")] for shard in filled]).tolist()
-        self._ends = list(accumulate(shard.num_with_patches for shard in filled))
-        self.channels = sum(tensors[0].shape[-1] for tensors in self._patches) + sum(cls.shape[-1] for cls in self._cls)
+                self._cls += [torch.cat([s.read(f"cls.{number}")[of] for s, of in zip(filled, rows, strict=True)])]
+        self.numbers = torch.cat([s.read("numbers")[of] for s, of in zip(filled, rows, strict=True)]).tolist()
+        self.channels = sum(tensors[0].shape[-1] for tensors in (*self._patches, *self._cls))
 
     def __len__(self) -> int:
         return len(self.numbers)
@@ -78,9 +70,7 @@ class DenseFeatures:
             ValueError: some are not finite.
         """
         rows = list(rows)
-        places = [(shard, row - self._ends[shard]) for row in rows for shard in (bisect_right(self._ends, row),)]
-        # A negative index counts from the end of its file.
-        parts = [torch.stack([tensors[shard][row] for shard, row in places]).float() for tensors in self._patches]
+        parts = [torch.stack([images[row] for row in rows]).float() for images in self._patches]
         num_patches = parts[0].shape[1]
         parts += [cls[rows].float()[:, None].expand(-1, num_patches, -1) for cls in self._cls]
         tokens = torch.cat(parts, -1)
@@ -90,12 +80,7 @@ class DenseFeatures:
 
 
 def read_targets(targets: DenseSet, numbers: Sequence[int], size: tuple[int, int]) -> Shaped[np.ndarray, "N H W"]:
-    """Targets of images in one size, by the nearest pixel.
-
-    Args:
-        targets: the set.
-        numbers: positions of the images in it.
-        size: height and width.
+    """Targets of the images at these positions of a set in one size, by the nearest pixel.
 
     Raises:
         ValueError: some cannot be used; it names the first ones.
@@ -112,17 +97,8 @@ def read_targets(targets: DenseSet, numbers: Sequence[int], size: tuple[int, int
     return np.stack([target for target in found if not isinstance(target, str)])
 
 
-def check_values(targets: DenseSet, store: FeatureStore) -> None:
-    """Read the targets that a head will be judged by, before it is trained.
-
-    Raises:
-        ValueError: some cannot be used; it names the first ones.
-    """
-    read_targets(targets, store.numbers.tolist(), (1, 1))
-
-
 def check_stores(train: FeatureStore, val: Sequence[FeatureStore], targets: tuple[DenseSet, DenseSet]) -> None:
-    """Refuse what does not go together.
+    """Refuse what does not go together, and targets that a head could not be judged by, before it is trained.
 
     Args:
         train: features to train on.
@@ -130,7 +106,7 @@ def check_stores(train: FeatureStore, val: Sequence[FeatureStore], targets: tupl
         targets: the sets that they should be of.
 
     Raises:
-        ValueError: models, preprocessing or images differ.
+        ValueError: models, preprocessing or images differ, or some targets cannot be used; it names the first ones.
     """
     train.check_same_model(val[0])
     for store, of in zip((train, *val), (targets[0], *[targets[1]] * len(val)), strict=True):
@@ -139,6 +115,7 @@ def check_stores(train: FeatureStore, val: Sequence[FeatureStore], targets: tupl
         check_same(other.path, other.origin, val[0].origin, ("model", "data"))
         if not torch.equal(other.numbers, val[0].numbers):
             raise ValueError(f"{other.path} lacks other images than {val[0].path}; run both feature passes again")
+    read_targets(targets[1], val[0].numbers.tolist(), (1, 1))
 
 
 def _check_whole(store: FeatureStore) -> None:

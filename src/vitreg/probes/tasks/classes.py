@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from jaxtyping import Float, Int
@@ -32,10 +33,11 @@ class Classes:
         return len(self.names)
 
     @property
-    def without_val(self) -> list[str]:
-        """Those whose accuracy is not known, because they have no validation images."""
+    def details(self) -> dict[str, Any]:
+        """In JSON types: how many there are, and whose accuracy is not known for want of validation images."""
         seen = set(self.val.tolist())
-        return [name for label, name in enumerate(self.names) if label not in seen]
+        without_val = [name for label, name in enumerate(self.names) if label not in seen]
+        return {"num_classes": self.num_classes, "classes_without_val": without_val}
 
 
 def check_classes(train: FeatureStore, val: FeatureStore) -> Classes:

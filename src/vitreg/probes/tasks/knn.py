@@ -72,8 +72,7 @@ def knn(
         "after_final_norm": train.config.normed,
         "num_train": len(keys),
         "num_val": len(queries),
-        "num_classes": classes.num_classes,
-        "classes_without_val": classes.without_val,
+        **classes.details,
         "temperature": config.temperature,
     }
     return ProbeResult("knn", scores, details)

@@ -18,7 +18,9 @@ from torch import Tensor
 
 from vitreg.common.disk import replacing
 from vitreg.common.progress import OnProgress
-from vitreg.probes.heads.linear_grid import LinearConfig, LinearGrid
+from vitreg.probes.heads.linear_grid import LinearGrid
+from vitreg.probes.heads.training import fit
+from vitreg.probes.protocols import LinearConfig
 from vitreg.probes.results.score import ProbeResult, Score
 from vitreg.probes.store.feature_store import FeatureStore
 from vitreg.probes.tasks.classes import check_classes, check_finite
@@ -27,12 +29,7 @@ _FORMAT = "vitreg-linear/1"
 
 
 def linear_blocks(depth: int, config: LinearConfig | None = None) -> tuple[int, ...]:
-    """The blocks that a store must have, counted from the end; all of them where the model has fewer.
-
-    Args:
-        depth: blocks of the model.
-        config: by default a `LinearConfig()`.
-    """
+    """The blocks that a store must have, counted from the end; all of them where the model has fewer."""
     return tuple(range(-min(max((config or LinearConfig()).blocks), depth), 0))
 
 
@@ -54,15 +51,8 @@ def linear(
     Inputs without class token are the mean patch token only. Where a model has fewer blocks than a head asks for, the
     head reads all there are, and heads that would be the same are trained once.
 
-    Args:
-        train: what heads are trained on.
-        val: what accuracies are of.
-        config: by default a `LinearConfig()`.
-        state: a file that the training goes on from, made where there is none. After a kill at any moment, the result
-            on the same machine is bit for bit that of a training that was not killed.
-        save_seconds: how often it is written.
-        device: on which heads are trained.
-        on_progress: called with the number of iterations done and their total.
+    `state` is a file that the training goes on from, made where there is none, and written every `save_seconds`. After
+    a kill at any moment, the result on the same machine is bit for bit that of a training that was not killed.
 
     Returns:
         Top-1 of the best head; `details["heads"]` has all.
@@ -73,25 +63,17 @@ def linear(
     config = config or LinearConfig()
     classes = check_classes(train, val)
     inputs = _inputs(train, config)
-    features, columns = _table(train, inputs)
-    training = LinearGrid(features, columns, classes.train, classes.num_classes, config, device)
-    saved = None if state is None else _State(state, train, config)
-    if saved is not None:
-        saved.read_into(training)
-    last = time.monotonic()
-    pause = save_seconds
-    while training.iteration < config.num_iterations:
-        training.step()
-        finished = training.iteration == config.num_iterations
-        now = time.monotonic()
-        if saved is not None and (finished or now - last >= pause):
-            saved.write(training)
-            last = time.monotonic()
-            # A large state on a slow disk must not be most of the work.
-            pause = max(save_seconds, 20 * (last - now))
-        if on_progress is not None:
-            on_progress(training.iteration, config.num_iterations)
-    right = training.right(_table(val, inputs)[0], classes.val)
+    grid = LinearGrid(*_table(train, inputs), classes.train, classes.num_classes, config, device)
+    saved = None if state is None else _State(state, grid, train, config, save_seconds)
+    fit(
+        zip(grid.batches()),
+        grid.step,
+        config.num_iterations,
+        done=grid.iteration,
+        ends=lambda _: saved is not None and saved.write_in_time(),
+        on_progress=on_progress,
+    )
+    right = grid.right(_table(val, inputs)[0], classes.val)
     accuracies = 100 * right.cpu().double().mean(1)
     best = int(accuracies.argmax())
     heads = [
@@ -105,8 +87,7 @@ def linear(
         "head_batch_size": config.head_batch_size,
         "num_train": train.num_images,
         "num_val": val.num_images,
-        "num_classes": classes.num_classes,
-        "classes_without_val": classes.without_val,
+        **classes.details,
     }
     return ProbeResult("linear", (Score.mean("top-1", right[best].numpy(), unit="%"),), details)
 
@@ -154,41 +135,42 @@ def _table(store: FeatureStore, inputs: tuple[_Input, ...]) -> tuple[Float[Tenso
 
 
 class _State:
-    """The file that a training goes on from.
+    """The file that a training goes on from, if there is one, and that is written every so many seconds.
 
-    Args:
-        path: of the file.
-        train: what the training is on.
-        config: of the training.
+    Raises:
+        ValueError: it is damaged, or of another training.
     """
 
-    def __init__(self, path: Path, train: FeatureStore, config: LinearConfig) -> None:
-        self._path = path.expanduser()
+    def __init__(
+        self, path: Path, grid: LinearGrid, train: FeatureStore, config: LinearConfig, save_seconds: float
+    ) -> None:
+        self._path, self._grid, self._config = path.expanduser(), grid, config
+        self._seconds, self._next = save_seconds, time.monotonic() + save_seconds
         origin = train.origin
         self._origin = {
             "features": f"{origin.model}, {origin.data}, store {origin.digest()[:8]}",
             "config": json.dumps(dataclasses.asdict(config)),
         }
+        if self._path.exists():
+            self._read()
 
-    def write(self, training: LinearGrid) -> None:
-        """Replace it.
+    def write_in_time(self) -> bool:
+        """Replace it, where it is time or training is done; `False`, because training goes on.
 
         Raises:
             ValueError: there is no room.
         """
-        note = {"format": _FORMAT, **self._origin, "iteration": training.iteration}
-        tensors = {name: tensor.cpu() for name, tensor in training.tensors.items()}
-        with replacing(self._path) as temporary:
-            temporary.write_bytes(save(tensors, {"vitreg": json.dumps(note)}))
+        start, iteration = time.monotonic(), self._grid.iteration
+        if iteration == self._config.num_iterations or start >= self._next:
+            note = {"format": _FORMAT, **self._origin, "iteration": iteration}
+            tensors = {name: tensor.cpu() for name, tensor in self._grid.tensors.items()}
+            with replacing(self._path) as temporary:
+                temporary.write_bytes(save(tensors, {"vitreg": json.dumps(note)}))
+            # A large state on a slow disk must not be most of the work.
+            self._next = (now := time.monotonic()) + max(self._seconds, 20 * (now - start))
+        return False
 
-    def read_into(self, training: LinearGrid) -> None:
-        """Go on where it is, if there is one.
-
-        Raises:
-            ValueError: it is damaged, or of another training.
-        """
-        if not self._path.exists():
-            return
+    def _read(self) -> None:
         try:
             with safe_open(self._path, framework="pt") as file:
                 note: dict[str, Any] = json.loads((file.metadata() or {})["vitreg"])
@@ -199,8 +181,8 @@ class _State:
                         raise ValueError(
                             f"{self._path} is of other {name}: {note[name]}, not {ours}; choose another file"
                         )
-                for name, tensor in training.tensors.items():
+                for name, tensor in self._grid.tensors.items():
                     tensor.copy_(file.get_tensor(name))
-            training.iteration = int(note["iteration"])
+            self._grid.iteration = int(note["iteration"])
         except (OSError, SafetensorError, KeyError, TypeError, json.JSONDecodeError) as error:
             raise ValueError(f"{self._path} is damaged or no state of a linear probe ({error}); delete it") from error

@@ -2,14 +2,18 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections import defaultdict
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from enum import StrEnum
+from typing import Any
 
+import numpy as np
 import torch
 from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
+from vitreg.probes.results.score import Score
 from vitreg.probes.store.feature_store import FeatureStore
 
 MIN_OUTLIERS = 10
@@ -73,29 +77,68 @@ def marked_patches(
 
 
 @dataclass(frozen=True)
-class Counts:
-    """How many patches there are of each group, in the images whose tokens were kept."""
+class Positions:
+    """How many patches of each group are at every position, in the images whose tokens were kept."""
 
-    train: dict[Group, int]
-    val: dict[Group, int]
+    train: dict[Group, Int[Tensor, " P"]]
+    val: dict[Group, Int[Tensor, " P"]]
+
+    @classmethod
+    def of(cls, train: FeatureStore, val: FeatureStore, block: int) -> Positions:
+        """Those of two stores of one model.
+
+        Raises:
+            ValueError: one of them has no patch tokens of the block.
+        """
+        for store in (train, val):
+            store.patches(block)
+        marks = (store.outliers().flatten(1) for store in (train, val))
+        return cls(*({group: group.members(outlier).sum(0) for group in Group} for outlier in marks))
 
     @property
     def details(self) -> dict[str, dict[str, int]]:
-        """In JSON types."""
+        """How many there are, in JSON types."""
         return {
-            name: {str(group): number for group, number in counts.items()}
-            for name, counts in (("train", self.train), ("val", self.val))
+            name: {str(group): int(number.sum()) for group, number in positions.items()}
+            for name, positions in (("train", self.train), ("val", self.val))
         }
 
     def why_missing(self, subject: Subject) -> str:
         """Why there is no figure; empty where there is one."""
         if Group.OUTLIER not in (subject.trained_on, subject.tested_on):
             return ""
-        for name, counts in (("training", self.train), ("validation", self.val)):
-            if (found := counts[Group.OUTLIER]) < MIN_OUTLIERS:
+        for name, positions in (("training", self.train), ("validation", self.val)):
+            if (found := int(positions[Group.OUTLIER].sum())) < MIN_OUTLIERS:
                 return f"the {name} images have {found} outliers; it takes {MIN_OUTLIERS}"
         return ""
 
-    def trained_on(self, subject: Subject) -> Group:
-        """What it is trained on; without outliers, all patches are the normal ones."""
-        return subject.trained_on if self.train[Group.OUTLIER] else Group.ALL
+    @property
+    def subjects(self) -> dict[Subject, Group]:
+        """Those with figures, and what they are trained on; without outliers, all patches are the normal ones."""
+        own = bool(self.train[Group.OUTLIER].any())
+        return {s: s.trained_on if own else Group.ALL for s in SUBJECTS if not self.why_missing(s)}
+
+    def scores(self, name: str, sums: Mapping[Subject, np.ndarray], column: int, **options: Any) -> list[Score]:
+        """A figure of every subject, from a column of `subject_sums`, or why there is none."""
+        return [
+            Score.mean(name, sums[subject][:, column], sums[subject][:, -1], subject=subject.name, **options)
+            if subject in sums
+            else Score.none(name, self.why_missing(subject), subject=subject.name, **options)
+            for subject in SUBJECTS
+        ]
+
+
+def subject_sums(
+    batches: Iterable[tuple[Mapping[Subject, Float[Tensor, "n P F"]], Bool[Tensor, "n P"]]],
+) -> dict[Subject, np.ndarray]:
+    """Sums over the patches of every image, and last the number of these patches, by subject.
+
+    Args:
+        batches: figures of every patch by subject, and which patches are outliers.
+    """
+    found: dict[Subject, list[Tensor]] = defaultdict(list)
+    for figures, outlier in batches:
+        for subject, of_each in figures.items():
+            member = subject.tested_on.members(outlier).unsqueeze(-1)
+            found[subject].append(torch.cat([(of_each * member).sum(1), member.sum(1).to(of_each)], 1).cpu())
+    return {subject: torch.cat(parts).numpy() for subject, parts in found.items()}

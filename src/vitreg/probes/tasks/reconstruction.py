@@ -8,26 +8,25 @@ one pass, so that nothing depends on an optimizer.
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator
 from contextlib import closing
 from dataclasses import dataclass
 from itertools import islice
 from typing import Any
 
-import numpy as np
 import torch
-from jaxtyping import Bool, Float, Float64, UInt8
+from jaxtyping import Bool, Float, UInt8
 from torch import Tensor
 
 from vitreg.common.devices import summing_device
 from vitreg.common.progress import OnProgress
 from vitreg.images import ImageSet, map_ahead
 from vitreg.model.preprocess import IMAGENET_MEAN, IMAGENET_STD
-from vitreg.probes.heads.least_squares import LinearMap, Moments, fit_linear
+from vitreg.probes.heads.least_squares import Moments, fit_linear
 from vitreg.probes.protocols import ReconstructionConfig
-from vitreg.probes.results.score import ProbeResult, Score
+from vitreg.probes.results.score import ProbeResult
 from vitreg.probes.store.feature_store import FeatureStore
-from vitreg.probes.tasks.patch_kinds import SUBJECTS, Counts, Group, marked_patches
+from vitreg.probes.tasks.patch_kinds import Group, Positions, Subject, marked_patches, subject_sums
 
 NAME = "reconstruction error"
 _BATCH = 32
@@ -52,14 +51,7 @@ def reconstruction(
     The paper does not say what its error is. In this unit a ViT-Ti with patches of 16 pixels has 21.9 on normal patches
     and 30.4 on outliers, which is 19.2 and 26.6 when scaled to patches of 14; the paper's are 18.4 and 25.2.
 
-    Args:
-        train: features of training images.
-        val: of others, by the same model.
-        train_images: the images that `train` is of; they are read again, the model does not see them again.
-        val_images: the same of `val`.
-        config: what is read; by default a `ReconstructionConfig()`.
-        device: where the sums are computed, in double precision.
-        on_progress: called with the number of images done and their total.
+    The images that the stores are of are read again, the model does not see them again. Sums are in double precision.
 
     Raises:
         ValueError: the stores are of different models, of other images than given, or lack patch tokens of the block.
@@ -69,29 +61,30 @@ def reconstruction(
     val = val.with_threshold_of(train)
     for store, images in ((train, train_images), (val, val_images)):
         store.check_images(images)
+    positions = Positions.of(train, val, config.block)
+    groups = positions.subjects
     source = _Source(config.block, summing_device(device), train.num_images + val.num_images, on_progress)
     moments = _moments(source.batches(train, train_images))
-    fits = {group: fit_linear(of_group) for group, of_group in moments.items() if of_group.count}
-    sums = _test(source.batches(val, val_images), fits, moments)
-    counts = Counts(
-        {group: of_group.count for group, of_group in moments.items()},
-        {subject.tested_on: int(sums[subject.name][:, -1].sum()) for subject in SUBJECTS if subject.name in sums},
-    )
-    scores: list[Score] = []
-    details: dict[str, Any] = {**counts.details}
-    for subject in SUBJECTS:
-        options = {"subject": subject.name, "lower_is_better": True}
-        if reason := counts.why_missing(subject):
-            scores.append(Score.none(NAME, reason, **options))
-            continue
-        error, square, of_mean, square_of_mean, count = sums[subject.name].T
-        scores.append(Score.mean(NAME, error, count, **options))
+    fits = {group: fit_linear(moments[group]) for group in dict.fromkeys(groups.values())}
+    means = {group: of_group.y / max(1, of_group.count) for group, of_group in moments.items()}
+
+    def figures() -> Iterator[tuple[dict[Subject, Tensor], Bool[Tensor, "n P"]]]:
+        for tokens, pixels, outlier in source.batches(val, val_images):
+            of_fit = {group: (fit(tokens) - pixels).norm(dim=-1) for group, fit in fits.items()}
+            of_mean = {group: (mean - pixels).norm(dim=-1) for group, mean in means.items()}
+            pairs = {subject: (of_fit[group], of_mean[subject.tested_on]) for subject, group in groups.items()}
+            yield {s: torch.stack([one, one**2, mean, mean**2], -1) for s, (one, mean) in pairs.items()}, outlier
+
+    sums = subject_sums(figures())
+    details: dict[str, Any] = {**positions.details}
+    for subject, of_subject in sums.items():
+        _, square, of_mean, square_of_mean, count = of_subject.T
         details[subject.name] = {
             "error of the mean patch": float(of_mean.sum() / count.sum()),
             "explained variance": float(1 - square.sum() / square_of_mean.sum()),
-            "penalty": fits[subject.trained_on].penalty,
+            "penalty": fits[groups[subject]].penalty,
         }
-    return ProbeResult("reconstruction", tuple(scores), details)
+    return ProbeResult("reconstruction", tuple(positions.scores(NAME, sums, 0, lower_is_better=True)), details)
 
 
 _Batch = tuple[Float[Tensor, "n P D"], Float[Tensor, "n P K"], Bool[Tensor, "n P"]]
@@ -141,26 +134,3 @@ def _moments(batches: Iterator[_Batch]) -> dict[Group, Moments]:
             part = Moments.of(tokens[member], pixels[member])
             found[group] = found[group] + part if group in found else part
     return {**found, Group.ALL: found[Group.NORMAL] + found[Group.OUTLIER]}
-
-
-def _test(
-    batches: Iterator[_Batch], fits: Mapping[Group, LinearMap], moments: Mapping[Group, Moments]
-) -> dict[str, Float64[np.ndarray, "N 5"]]:
-    """Sums over the patches of every image, by subject.
-
-    Returns:
-        L2 norms of the fit's errors and their squares, the same of the mean training patch, and the number of patches.
-    """
-    means = {group: of_group.y / max(1, of_group.count) for group, of_group in moments.items()}
-    found: dict[str, list[Tensor]] = {subject.name: [] for subject in SUBJECTS if subject.trained_on in fits}
-    for tokens, pixels, outlier in batches:
-        of_fit = {group: (fit(tokens) - pixels).norm(dim=-1) for group, fit in fits.items()}
-        of_mean = {group: (mean - pixels).norm(dim=-1) for group, mean in means.items()}
-        for subject in SUBJECTS:
-            if subject.name not in found:
-                continue
-            error, baseline = of_fit[subject.trained_on], of_mean[subject.tested_on]
-            figures = torch.stack([error, error**2, baseline, baseline**2, torch.ones_like(error)], -1)
-            member = subject.tested_on.members(outlier).unsqueeze(-1)
-            found[subject.name].append((figures * member).sum(1).cpu())
-    return {name: torch.cat(parts).numpy() for name, parts in found.items()}

@@ -2,8 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Sequence
-from contextlib import closing
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -12,25 +11,25 @@ import torch
 from jaxtyping import Float, Float64, Int64, UInt8
 from torch import Tensor
 from torch.nn import functional
+from torch.optim.lr_scheduler import LambdaLR
 
 from vitreg.common.progress import OnProgress
-from vitreg.images import IGNORED, SegmentationSet, image_size, map_ahead, spaced_indices
+from vitreg.images import IGNORED, SegmentationSet
 from vitreg.probes.heads.dense_head import (
     AT_ONCE,
-    UPSAMPLING,
-    HeadSchedule,
+    DensePredictor,
     LinearHead,
     Upsampling,
     num_steps,
     train_head,
+    training_size,
 )
 from vitreg.probes.protocols import SegmentationConfig
-from vitreg.probes.results.score import NUM_SHOWN, ProbeResult, Score
-from vitreg.probes.store.dense_features import DenseFeatures, check_stores, check_values, read_targets
+from vitreg.probes.results.score import ProbeResult, Score
+from vitreg.probes.store.dense_features import DenseFeatures, check_stores, read_targets
 from vitreg.probes.store.feature_store import FeatureStore
 
 EPOCHS = 32
-_MASKS_AHEAD = 8
 
 
 def linear_segmentation(
@@ -42,16 +41,10 @@ def linear_segmentation(
     device: torch.device | str = "cpu",
     on_progress: OnProgress | None = None,
 ) -> ProbeResult:
-    """Train a linear head on one store and judge it on another.
+    """Train a linear head on one store and judge it on another, both of `dense_preprocess` and the sets of `targets`.
 
-    Args:
-        train: features to train on, of `dense_preprocess`.
-        val: features to judge by; several stores of the same images in several sizes, whose predictions are averaged,
-            the first in the size of `train`.
-        targets: the sets that the two were made of.
-        config: the protocol.
-        device: that trains.
-        on_progress: called with steps done and their total.
+    Where the second are several, of the same images in several sizes, the first in that of `train`, their predictions
+    are averaged.
 
     Returns:
         mIoU over all pixels of all images, each at its own resolution, and pixel accuracy.
@@ -61,9 +54,9 @@ def linear_segmentation(
     """
     stores = [val] if isinstance(val, FeatureStore) else list(val)
     check_stores(train, stores, targets)
-    check_values(targets[1], stores[0])
-    segmenter = fit_segmentation(train, targets[0], config, device=device, on_progress=on_progress)
-    return segmenter.evaluate(stores, targets[1])
+    return fit_segmentation(train, targets[0], config, device=device, on_progress=on_progress).evaluate(
+        stores, targets[1]
+    )
 
 
 def fit_segmentation(
@@ -77,86 +70,51 @@ def fit_segmentation(
     """The head alone, for whoever wants its predictions, too; arguments and errors as of `linear_segmentation`."""
     config = config or SegmentationConfig()
     features = DenseFeatures(train, config.blocks)
-    rows, columns = features.grid
-    masks = read_targets(targets, features.numbers, (UPSAMPLING * rows, UPSAMPLING * columns))
+    masks = read_targets(targets, features.numbers, training_size(train))
     names = targets.class_names
     seen = np.bincount(masks.ravel(), minlength=256)[: len(names)]
     if (seen > 0).sum() < 2:
         raise ValueError(
             f"{targets.source} has pixels of {(seen > 0).sum()} class; a head needs at least 2 to train on"
         )
-    steps = num_steps(config.steps, len(features), config.head_batch_size, EPOCHS)
+    steps, warmup = num_steps(config, len(features), EPOCHS), config.warmup
     head = LinearHead(features.channels, len(names), batch_norm=True, seed=config.seed).to(device)
     optimizer = torch.optim.AdamW(head.parameters(), lr=config.lr, betas=config.betas, weight_decay=config.weight_decay)
-    schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda step: _rate(step, steps, config.warmup))
-    plan = HeadSchedule(steps, config.head_batch_size, config.seed, device)
-    train_head(head, features, masks, _per_pixel, _mean, optimizer, schedule, plan, on_progress)
+    # Linear warm-up times linear decay, as mmsegmentation's poly schedule of power 1.
+    schedule = LambdaLR(optimizer, lambda i: min(1.0, (i + 1) / max(1, round(warmup * steps))) * (1 - i / steps))
+    train_head(head, features, masks, _per_pixel, _mean, optimizer, schedule, config, steps, on_progress=on_progress)
     details = {
         "steps": steps,
         "train_images": len(features),
         "blocks": list(config.blocks),
         "classes_not_in_training": [name for name, count in zip(names, seen, strict=True) if not count],
     }
-    return Segmenter(head, names, config, details, device)
+    return Segmenter(head, names, config, details)
 
 
 @dataclass(frozen=True, eq=False)
-class Segmenter:
-    """A trained head.
-
-    Attributes:
-        head: takes patch tokens, gives logits of every class.
-        class_names: of the classes.
-        config: how it was trained.
-        details: what it was trained on, in JSON types.
-        device: where the head is.
-    """
+class Segmenter(DensePredictor[SegmentationConfig]):
+    """A trained head, with the names of its classes."""
 
     head: LinearHead
     class_names: tuple[str, ...]
     config: SegmentationConfig
     details: dict[str, Any]
-    device: torch.device | str
 
-    def predict(
-        self, stores: Sequence[FeatureStore], targets: SegmentationSet, rows: Iterable[int]
-    ) -> Iterator[tuple[int, Int64[np.ndarray, "H W"]]]:
-        """The class of every pixel, at the image's own resolution.
-
-        Args:
-            stores: of the same images, in one size or several, whose probabilities are averaged.
-            targets: the set they were made of.
-            rows: among the images that have patch tokens.
-
-        Returns:
-            The image's position in the set, and its classes.
-        """
-        features = [DenseFeatures(store, self.config.blocks) for store in stores]
-        for row in rows:
-            number = features[0].numbers[row]
-            yield number, self._classes(features, row, image_size(targets.name(number)))
-
-    def evaluate(self, stores: Sequence[FeatureStore], targets: SegmentationSet) -> ProbeResult:
+    def evaluate(self, stores: FeatureStore | Sequence[FeatureStore], targets: SegmentationSet) -> ProbeResult:
         """Its figures, arguments as of `predict`."""
-        features = [DenseFeatures(store, self.config.blocks) for store in stores]
-        sums = []
-        shown: dict[int, np.ndarray] = {}
-        to_show = set(spaced_indices(len(features[0]), NUM_SHOWN).tolist())
-        with closing(map_ahead(targets.target, features[0].numbers, ahead=_MASKS_AHEAD)) as truths:
-            for row, truth in enumerate(truths):
-                predicted = self._classes(features, row, truth.shape)
-                sums.append(_counts(predicted, truth, len(self.class_names)))
-                if row in to_show:
-                    shown[features[0].numbers[row]] = predicted.astype(np.uint8)
-        counts = np.stack(sums)
+        counts, shown = self._judge(
+            stores, targets, lambda predicted, truth, _: _counts(predicted, truth, len(self.class_names))
+        )
         if not counts.any():
             raise ValueError(f"{targets.source} has no pixel that counts; every mask is of numbers that are left out")
         right, truth, predicted = counts.sum(0)
         with np.errstate(invalid="ignore"):
             ious = right / (truth + predicted - right)
+        several = [stores] if isinstance(stores, FeatureStore) else stores
         details = self.details | {
             "val_images": len(counts),
-            "sizes": [list(store.preprocess.size) for store in stores],
+            "sizes": [list(store.preprocess.size) for store in several],
             "IoU": [
                 {"class": name, "IoU": None if np.isnan(iou) else float(iou)}
                 for name, iou in zip(self.class_names, ious, strict=True)
@@ -166,20 +124,16 @@ class Segmenter:
             Score("mIoU", counts, kind="mIoU", unit="%"),
             Score.mean("pixel accuracy", counts[:, 0].sum(1), counts[:, 1].sum(1), unit="%"),
         )
-        return ProbeResult("segmentation", scores, details, shown)
+        return ProbeResult("segmentation", scores, details, {n: each.astype(np.uint8) for n, each in shown.items()})
 
     @torch.inference_mode()
-    def _classes(self, features: Sequence[DenseFeatures], row: int, size: tuple[int, ...]) -> Int64[np.ndarray, "H W"]:
+    def _map(self, features: Sequence[DenseFeatures], row: int, size: tuple[int, ...]) -> Int64[np.ndarray, "H W"]:
         """Some rows of pixels at a time: the logits of a whole image in several sizes would be gigabytes."""
-        height, width = size
         sizes = [
-            (
-                self.head(of_one_size.read([row]).to(self.device)),
-                Upsampling(of_one_size.grid, (height, width), self.device),
-            )
-            for of_one_size in features
+            (self.head(one.read([row]).to(self.device)), Upsampling(one.grid, size, self.device)) for one in features
         ]
         found: list[Tensor] = []
+        height, width = size
         at_once = max(1, AT_ONCE // (width * len(self.class_names)))
         for rows in (slice(first, first + at_once) for first in range(0, height, at_once)):
             logits, *others = (upsampling(logits, rows) for logits, upsampling in sizes)
@@ -187,11 +141,6 @@ class Segmenter:
             scores = sum((other.softmax(-1) for other in others), logits.softmax(-1)) if others else logits
             found.append(scores.argmax(-1)[0])
         return torch.cat(found).cpu().numpy()
-
-
-def _rate(step: int, steps: int, warmup: float) -> float:
-    """Linear warm-up times linear decay, as mmsegmentation's poly schedule of power 1."""
-    return min(1.0, (step + 1) / max(1, round(warmup * steps))) * (1 - step / steps)
 
 
 def _per_pixel(logits: Float[Tensor, "n H W K"], masks: UInt8[Tensor, "n H W"]) -> Float[Tensor, "n H W"]:
@@ -202,7 +151,7 @@ def _per_pixel(logits: Float[Tensor, "n H W K"], masks: UInt8[Tensor, "n H W"]) 
     return flat.view(masks.shape)
 
 
-def _mean(entropies: Float[Tensor, "n H W"], masks: UInt8[Tensor, "n H W"], step: int) -> Float[Tensor, ""]:
+def _mean(entropies: Float[Tensor, "n H W"], masks: UInt8[Tensor, "n H W"]) -> Float[Tensor, ""]:
     # The mean of no pixel at all would be NaN.
     return entropies.sum() / (masks != IGNORED).sum().clamp(min=1)
 

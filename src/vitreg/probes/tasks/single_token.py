@@ -64,8 +64,7 @@ def single_token(
         "block": config.block,
         "threshold": train.threshold,
         "val_threshold": val.threshold,
-        "num_classes": classes.num_classes,
-        "classes_without_val": classes.without_val,
+        **classes.details,
         "tokens": {},
     }
     for name, kind in fitted.items():
