@@ -5,32 +5,39 @@ from __future__ import annotations
 import dataclasses
 from collections.abc import Callable
 from dataclasses import dataclass
-from functools import partial
 from pathlib import Path
 from typing import Any, Literal
 
 import torch
 
 from vitreg.common.progress import OnProgress
-from vitreg.images import DepthSet, ImageSet, SegmentationSet
+from vitreg.images import ImageSet
 from vitreg.model import VisionTransformer
 from vitreg.probes.heads.dense_head import MIN_STEPS
-from vitreg.probes.protocols import PositionConfig
+from vitreg.probes.protocols import (
+    DepthConfig,
+    KNNConfig,
+    LinearConfig,
+    PositionConfig,
+    ReconstructionConfig,
+    SegmentationConfig,
+    SingleTokenConfig,
+    ZeroShotConfig,
+)
 from vitreg.probes.results.score import ProbeResult
 from vitreg.probes.store.feature_store import FeatureStore
-from vitreg.probes.tasks.depth import EPOCHS as DEPTH_EPOCHS
-from vitreg.probes.tasks.depth import DepthConfig, depth_blocks, linear_depth
-from vitreg.probes.tasks.knn import KNNConfig, knn
-from vitreg.probes.tasks.linear import LinearConfig, linear, linear_blocks
+from vitreg.probes.tasks.depth import depth_blocks, linear_depth
+from vitreg.probes.tasks.knn import knn
+from vitreg.probes.tasks.linear import linear, linear_blocks
 from vitreg.probes.tasks.position import position
-from vitreg.probes.tasks.reconstruction import ReconstructionConfig, reconstruction
-from vitreg.probes.tasks.segmentation import EPOCHS as SEGMENTATION_EPOCHS
-from vitreg.probes.tasks.segmentation import SegmentationConfig, linear_segmentation
-from vitreg.probes.tasks.single_token import SingleTokenConfig, single_token
+from vitreg.probes.tasks.reconstruction import reconstruction
+from vitreg.probes.tasks.segmentation import linear_segmentation
+from vitreg.probes.tasks.single_token import single_token
 from vitreg.probes.tasks.text_encoders import load_text_encoder
-from vitreg.probes.tasks.zero_shot import ZeroShotConfig, zero_shot
+from vitreg.probes.tasks.zero_shot import zero_shot
 
 Task = Literal["classification", "segmentation", "depth"]
+Blocks = Callable[[Any, int], tuple[int, ...]]
 
 
 @dataclass(frozen=True)
@@ -67,6 +74,9 @@ class ProbeInput:
         return next(self.vit.parameters()).device
 
 
+Ask = Callable[[ProbeInput, Any, OnProgress], ProbeResult]
+
+
 @dataclass(frozen=True)
 class Probe:
     """A probe.
@@ -75,9 +85,9 @@ class Probe:
         title: for tables.
         task: the kind of data it is asked on.
         config: its settings, by default the paper's protocol.
+        ask: what makes it.
         blocks: whose tokens it needs, of a model of so many blocks.
         patches: whether it needs patch tokens of these blocks.
-        ask: what makes it.
         labels: whether it needs the classes of images.
         trains: whether it needs training images.
         enlarged: by how much the validation images are enlarged besides, for predictions that are averaged over
@@ -91,9 +101,9 @@ class Probe:
     title: str
     task: Task
     config: Any
-    blocks: Callable[[Any, int], tuple[int, ...]]
-    patches: bool
-    ask: Callable[[ProbeInput, Any, OnProgress], ProbeResult]
+    ask: Ask
+    blocks: Blocks = lambda config, depth: (depth - 1,)
+    patches: bool = False
     labels: bool = False
     trains: bool = True
     enlarged: tuple[float, ...] = ()
@@ -101,50 +111,52 @@ class Probe:
     quick: Callable[[Any, int], Any] = lambda config, num_train: config
 
 
+def _of_stores(probe: Callable[..., ProbeResult]) -> Ask:
+    """Of a probe that reads features alone."""
+    return lambda s, config, progress: probe(s.train, s.val, config, device=s.device, on_progress=progress)
+
+
+def _linear(s: ProbeInput, config: LinearConfig, on_progress: OnProgress) -> ProbeResult:
+    return linear(s.train, s.val, config, device=s.device, state=s.state, on_progress=on_progress)
+
+
+def _zero_shot(s: ProbeInput, config: ZeroShotConfig, on_progress: OnProgress) -> ProbeResult:
+    text = load_text_encoder(s.source, device=s.device)
+    return zero_shot(s.val, s.vit, text, s.class_names, config, on_progress=on_progress)
+
+
+def _reconstruction(s: ProbeInput, config: ReconstructionConfig, on_progress: OnProgress) -> ProbeResult:
+    images = s.train_images, s.val_images
+    return reconstruction(s.train, s.val, *images, config, device=s.device, on_progress=on_progress)
+
+
+def _dense(probe: Callable[..., ProbeResult], blocks: Blocks, **options: Any) -> dict[str, Any]:
+    """What probes of every pixel have in common: their heads read the blocks that they need."""
+
+    def ask(s: ProbeInput, config: Any, on_progress: OnProgress) -> ProbeResult:
+        config = dataclasses.replace(config, blocks=blocks(config, s.vit.config.depth))
+        vals = s.vals if len(s.vals) > 1 else s.val
+        return probe(s.train, vals, (s.train_images, s.val_images), config, device=s.device, on_progress=on_progress)
+
+    return {"ask": ask, "blocks": blocks, "patches": True, "quick": _quick_head, **options}
+
+
 def _own_block(config: Any, depth: int) -> tuple[int, ...]:
     return (config.block,)
 
 
-def _blocks(config: Any, depth: int) -> tuple[int, ...]:
+def _own_blocks(config: Any, depth: int) -> tuple[int, ...]:
     return config.blocks
-
-
-def _last_block(config: Any, depth: int) -> tuple[int, ...]:
-    return (depth - 1,)
 
 
 def _last_four_blocks(config: Any, depth: int) -> tuple[int, ...]:
     return tuple(range(max(0, depth - 4), depth))
 
 
-def _zero_shot(case: ProbeInput, config: ZeroShotConfig, on_progress: OnProgress) -> ProbeResult:
-    text = load_text_encoder(case.source, device=case.device)
-    return zero_shot(case.val, case.vit, text, case.class_names, config, on_progress=on_progress)
-
-
-def _segmentation(s: ProbeInput, config: SegmentationConfig, on_progress: OnProgress) -> ProbeResult:
-    train, val = s.train_images, s.val_images
-    assert isinstance(train, SegmentationSet)
-    assert isinstance(val, SegmentationSet)
-    return linear_segmentation(s.train, s.vals, (train, val), config, device=s.device, on_progress=on_progress)
-
-
-def _segmentation_ms(s: ProbeInput, config: SegmentationConfig, on_progress: OnProgress) -> ProbeResult:
-    return _segmentation(
-        s, dataclasses.replace(config, blocks=_last_four_blocks(config, s.vit.config.depth)), on_progress
-    )
-
-
-def _depth_lin4(s: ProbeInput, config: DepthConfig, on_progress: OnProgress) -> ProbeResult:
-    blocks = depth_blocks(s.vit.config.depth, "lin.4")
-    return _depth(s, dataclasses.replace(config, blocks=blocks), on_progress)
-
-
-def _depth(s: ProbeInput, config: DepthConfig, on_progress: OnProgress) -> ProbeResult:
-    train, val = s.train_images, s.val_images
-    assert isinstance(train, DepthSet)
-    assert isinstance(val, DepthSet)
-    return linear_depth(s.train, s.val, (train, val), config, device=s.device, on_progress=on_progress)
+def _quick_head(config: SegmentationConfig | DepthConfig, num_train: int) -> SegmentationConfig | DepthConfig:
+    """The protocol's epochs, but fewer steps at least."""
+    steps = max(_QUICK_STEPS, config.epochs * num_train // config.head_batch_size)
+    return config if steps >= (config.steps or MIN_STEPS) else dataclasses.replace(config, steps=steps)
 
 
 def _quick_linear(config: LinearConfig, num_train: int) -> LinearConfig:
@@ -159,70 +171,44 @@ def _quick_tokens(config: SingleTokenConfig, num_train: int) -> SingleTokenConfi
     return dataclasses.replace(config, draws=min(2, config.draws), logistic=logistic)
 
 
-def _quick_position(config: PositionConfig, num_train: int) -> PositionConfig:
-    return dataclasses.replace(config, epochs=min(5, config.epochs))
-
-
-def _quick_head(epochs: int, config: Any, num_train: int) -> Any:
-    """The protocol's epochs, but fewer steps at least."""
-    steps = max(_QUICK_STEPS, epochs * num_train // config.head_batch_size)
-    return config if steps >= (config.steps or MIN_STEPS) else dataclasses.replace(config, steps=steps)
-
-
 _QUICK_STEPS = 200
 
 QUICK = "-quick"
 """Behind the name of a probe that was asked with a protocol cut to the data."""
 
-_DENSE: dict[str, dict[str, Any]] = {
-    "segmentation": {"size": 512, "quick": partial(_quick_head, SEGMENTATION_EPOCHS)},
-    "depth": {"size": 480, "quick": partial(_quick_head, DEPTH_EPOCHS)},
-}
-
 PROBES: dict[str, Probe] = {
-    "knn": Probe(
-        "k-NN", "classification", KNNConfig(), _last_block, False,
-        lambda s, config, progress: knn(s.train, s.val, config, device=s.device, on_progress=progress),
-        labels=True,
-    ),
+    "knn": Probe("k-NN", "classification", KNNConfig(), _of_stores(knn), labels=True),
     "linear": Probe(
-        "linear", "classification", LinearConfig(), lambda config, depth: linear_blocks(depth, config), False,
-        lambda s, config, progress: linear(
-            s.train, s.val, config, device=s.device, state=s.state, on_progress=progress
-        ),
+        "linear", "classification", LinearConfig(), _linear, lambda config, depth: linear_blocks(depth, config),
         labels=True, quick=_quick_linear,
     ),
     "zero-shot": Probe(
-        "zero-shot", "classification", ZeroShotConfig(), _last_block, False, _zero_shot, labels=True, trains=False,
-        size=None, quick=lambda config, _: dataclasses.replace(config, templates="simple"),
+        "zero-shot", "classification", ZeroShotConfig(), _zero_shot, labels=True, trains=False, size=None,
+        quick=lambda config, _: dataclasses.replace(config, templates="simple"),
     ),
     "tokens": Probe(
-        "one token", "classification", SingleTokenConfig(), _own_block, True,
-        lambda s, config, progress: single_token(s.train, s.val, config, device=s.device, on_progress=progress),
+        "one token", "classification", SingleTokenConfig(), _of_stores(single_token), _own_block, patches=True,
         labels=True, quick=_quick_tokens,
     ),
     "position": Probe(
-        "position", "classification", PositionConfig(), _own_block, True,
-        lambda s, config, progress: position(s.train, s.val, config, device=s.device, on_progress=progress),
-        quick=_quick_position,
+        "position", "classification", PositionConfig(), _of_stores(position), _own_block, patches=True,
+        quick=lambda config, _: dataclasses.replace(config, epochs=min(5, config.epochs)),
     ),
     "reconstruction": Probe(
-        "reconstruction", "classification", ReconstructionConfig(), _own_block, True,
-        lambda s, config, progress: reconstruction(
-            s.train, s.val, s.train_images, s.val_images, config, device=s.device, on_progress=progress
-        ),
+        "reconstruction", "classification", ReconstructionConfig(), _reconstruction, _own_block, patches=True
     ),
     "segmentation": Probe(
-        "segmentation", "segmentation", SegmentationConfig(), _blocks, True, _segmentation, **_DENSE["segmentation"]
+        "segmentation", "segmentation", SegmentationConfig(),
+        **_dense(linear_segmentation, _own_blocks, size=512),
     ),
     "segmentation-ms": Probe(
-        "segmentation, +ms", "segmentation", SegmentationConfig(), _last_four_blocks, True, _segmentation_ms,
-        enlarged=(1.32, 1.73), **_DENSE["segmentation"],
+        "segmentation, +ms", "segmentation", SegmentationConfig(),
+        **_dense(linear_segmentation, _last_four_blocks, size=512, enlarged=(1.32, 1.73)),
     ),
-    "depth": Probe("depth, lin.1", "depth", DepthConfig(), _blocks, True, _depth, **_DENSE["depth"]),
+    "depth": Probe("depth, lin.1", "depth", DepthConfig(), **_dense(linear_depth, _own_blocks, size=480)),
     "depth-lin4": Probe(
-        "depth, lin.4", "depth", DepthConfig(), lambda _, depth: depth_blocks(depth, "lin.4"), True, _depth_lin4,
-        **_DENSE["depth"],
+        "depth, lin.4", "depth", DepthConfig(),
+        **_dense(linear_depth, lambda _, depth: depth_blocks(depth, "lin.4"), size=480),
     ),
 }  # fmt: skip
 """By the names that `vitreg evaluate` takes, in the order of a table's columns."""

@@ -6,6 +6,18 @@ The command line is built from them, so nothing here imports PyTorch.
 from __future__ import annotations
 
 from dataclasses import dataclass, field
+from typing import Any, ClassVar
+
+
+def _positive(config: Any, *names: str, must_be: str = "above 0") -> None:
+    """Refuse settings, or values of them, that are not."""
+    for name in names:
+        value = getattr(config, name)
+        several = value if isinstance(value, tuple) else (value,)
+        if not several:
+            raise ValueError(f"{name} is empty; give at least one")
+        if min(several) <= 0:
+            raise ValueError(f"{name} is {value}; {'all' if several is value else 'it'} must be {must_be}")
 
 
 @dataclass(frozen=True)
@@ -23,8 +35,7 @@ class KNNConfig:
     def __post_init__(self) -> None:
         if not self.k or min(self.k) < 1:
             raise ValueError(f"k is {self.k}; give at least one number of neighbors, all above 0")
-        if self.temperature <= 0:
-            raise ValueError(f"temperature is {self.temperature}; it must be above 0")
+        _positive(self, "temperature")
 
 
 @dataclass(frozen=True)
@@ -52,15 +63,10 @@ class LinearConfig:
     seed: int = 0
 
     def __post_init__(self) -> None:
-        for name in ("blocks", "mean_patch", "learning_rates"):
-            if not getattr(self, name):
-                raise ValueError(f"{name} is empty; give at least one")
-        for name in ("blocks", "learning_rates"):
-            if min(getattr(self, name)) <= 0:
-                raise ValueError(f"{name} is {getattr(self, name)}; all must be above 0")
-        for name in ("head_batch_size", "epochs", "epoch_length"):
-            if getattr(self, name) < 1:
-                raise ValueError(f"{name} is {getattr(self, name)}; it must be at least 1")
+        _positive(self, "blocks", "learning_rates")
+        if not self.mean_patch:
+            raise ValueError("mean_patch is empty; give at least one")
+        _positive(self, "head_batch_size", "epochs", "epoch_length", must_be="at least 1")
         if not 0 <= self.momentum < 1:
             raise ValueError(f"momentum is {self.momentum}; it must be from 0 to below 1")
 
@@ -107,11 +113,8 @@ class LogisticConfig:
             raise ValueError(f"C is {self.C}; give at least one number, all above 0")
         if not 0 < self.held_back < 1:
             raise ValueError(f"held_back is {self.held_back}; it must be a share between 0 and 1")
-        for name, least in (("max_iter", 1), ("patience", 1)):
-            if getattr(self, name) < least:
-                raise ValueError(f"{name} is {getattr(self, name)}; it must be at least {least}")
-        if self.tolerance <= 0:
-            raise ValueError(f"tolerance is {self.tolerance}; it must be above 0")
+        _positive(self, "max_iter", "patience", must_be="at least 1")
+        _positive(self, "tolerance")
 
 
 @dataclass(frozen=True)
@@ -134,9 +137,7 @@ class SingleTokenConfig:
     seed: int = 0
 
     def __post_init__(self) -> None:
-        for name in ("draws", "min_images"):
-            if getattr(self, name) < 1:
-                raise ValueError(f"{name} is {getattr(self, name)}; it must be at least 1")
+        _positive(self, "draws", "min_images", must_be="at least 1")
 
 
 @dataclass(frozen=True)
@@ -166,9 +167,7 @@ class PositionConfig:
     seed: int = 0
 
     def __post_init__(self) -> None:
-        for name in ("learning_rate", "epochs", "patience", "held_out", "head_batch_size"):
-            if getattr(self, name) <= 0:
-                raise ValueError(f"{name} is {getattr(self, name)}; it must be above 0")
+        _positive(self, "learning_rate", "epochs", "patience", "held_out", "head_batch_size")
 
 
 @dataclass(frozen=True)
@@ -201,6 +200,7 @@ class SegmentationConfig:
         seed: of the initial weights and the images' order.
     """
 
+    epochs: ClassVar[int] = 32
     blocks: tuple[int, ...] = (-1,)
     lr: float = 1e-3
     weight_decay: float = 1e-4
@@ -235,6 +235,7 @@ class DepthConfig:
         seed: of the initial weights and the images' order.
     """
 
+    epochs: ClassVar[int] = 25
     blocks: tuple[int, ...] = (-1,)
     batch_norm: bool = False
     bins: int = 256

@@ -75,11 +75,11 @@ def training_size(store: FeatureStore | DenseFeatures) -> tuple[int, int]:
     return UPSAMPLING * store.grid[0], UPSAMPLING * store.grid[1]
 
 
-def num_steps(config: SegmentationConfig | DepthConfig, num_images: int, epochs: int) -> int:
+def num_steps(config: SegmentationConfig | DepthConfig, num_images: int) -> int:
     """As given; by default the paper's epochs, but on small sets no fewer steps than a head needs to converge."""
     if config.steps is not None and config.steps < 1:
-        raise ValueError(f"steps is {config.steps}; it must be at least 1, or None for {epochs} epochs")
-    return config.steps or max(MIN_STEPS, epochs * num_images // config.head_batch_size)
+        raise ValueError(f"steps is {config.steps}; it must be at least 1, or None for {config.epochs} epochs")
+    return config.steps or max(MIN_STEPS, config.epochs * num_images // config.head_batch_size)
 
 
 def train_head(

@@ -30,7 +30,6 @@ from vitreg.probes.store.dense_features import DenseFeatures, check_stores, read
 from vitreg.probes.store.feature_store import FeatureStore
 from vitreg.probes.tasks.depth_errors import depth_errors, sig_loss
 
-EPOCHS = 25
 _WARMUP, _CLIP = 1 / 3, 35.0
 _MEAN_ONLY_STEPS = 100
 _BASE = 0.1
@@ -95,7 +94,7 @@ def fit_depth(
     measured = truth[truth > 0]
     if not len(measured):
         raise _no_depth(targets, config)
-    steps = num_steps(config, len(features), EPOCHS)
+    steps = num_steps(config, len(features))
     head = LinearHead(features.channels, config.bins, batch_norm=config.batch_norm, seed=config.seed).to(device)
     optimizer = torch.optim.AdamW(head.parameters(), lr=config.lr, weight_decay=config.weight_decay)
     schedule = OneCycleLR(optimizer, config.lr, total_steps=steps + 1, pct_start=_WARMUP, div_factor=1000)

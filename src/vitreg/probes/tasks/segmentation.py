@@ -29,8 +29,6 @@ from vitreg.probes.results.score import ProbeResult, Score
 from vitreg.probes.store.dense_features import DenseFeatures, check_stores, read_targets
 from vitreg.probes.store.feature_store import FeatureStore
 
-EPOCHS = 32
-
 
 def linear_segmentation(
     train: FeatureStore,
@@ -77,7 +75,7 @@ def fit_segmentation(
         raise ValueError(
             f"{targets.source} has pixels of {(seen > 0).sum()} class; a head needs at least 2 to train on"
         )
-    steps, warmup = num_steps(config, len(features), EPOCHS), config.warmup
+    steps, warmup = num_steps(config, len(features)), config.warmup
     head = LinearHead(features.channels, len(names), batch_norm=True, seed=config.seed).to(device)
     optimizer = torch.optim.AdamW(head.parameters(), lr=config.lr, betas=config.betas, weight_decay=config.weight_decay)
     # Linear warm-up times linear decay, as mmsegmentation's poly schedule of power 1.
