@@ -13,7 +13,8 @@ from safetensors import safe_open
 from safetensors.torch import load_file
 
 from vitreg.checkpoints.from_timm import from_timm
-from vitreg.checkpoints.from_transformers import from_transformers, preprocess_from_processor
+from vitreg.checkpoints.from_transformers import from_transformers
+from vitreg.checkpoints.processors import preprocess_from_processor
 from vitreg.checkpoints.saving import config_from_metadata, save, to_timm_state
 from vitreg.checkpoints.state import CheckpointError, build
 from vitreg.model import Preprocess, RopeConfig, VisionTransformer, ViTConfig

@@ -4,7 +4,8 @@ import pytest
 import torch
 
 from checkpoints.transformers_models import dinov2_config, hf, images, perturb, same_tokens
-from vitreg.checkpoints.from_transformers import canonical_name, from_transformers
+from vitreg.checkpoints.from_transformers import from_transformers
+from vitreg.checkpoints.weight_names import TRANSFORMERS
 
 
 # Parameters as transformers 4.5x named them (`model.safetensors` of google/vit-base-patch16-224,
@@ -102,7 +103,7 @@ from vitreg.checkpoints.from_transformers import canonical_name, from_transforme
         (
             "vision_model.head.attention.in_proj_bias",
             "head.attention.in_proj_bias",
-            "attention_pool.in_proj_bias",
+            "attention_pool.in_proj.bias",
         ),
         (
             "vision_model.head.attention.out_proj.bias",
@@ -119,8 +120,8 @@ from vitreg.checkpoints.from_transformers import canonical_name, from_transforme
     ],
 )
 def test_names_of_both_generations(transformers4, transformers5, ours):
-    assert canonical_name(transformers4) == ours
-    assert transformers5 is None or canonical_name(transformers5) == ours
+    assert TRANSFORMERS.ours(transformers4) == ours
+    assert transformers5 is None or TRANSFORMERS.ours(transformers5) == ours
 
 
 @torch.no_grad()

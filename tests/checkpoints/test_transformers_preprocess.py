@@ -7,7 +7,7 @@ import pytest
 import torch
 
 from checkpoints.transformers_models import close, hf
-from vitreg.checkpoints.from_transformers import preprocess_from_processor
+from vitreg.checkpoints.processors import preprocess_from_processor
 from vitreg.checkpoints.state import CheckpointError
 from vitreg.images import bundled_photographs, read_image
 

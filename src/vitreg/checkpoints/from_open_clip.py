@@ -8,15 +8,19 @@ import os
 from collections.abc import Mapping
 from typing import Any
 
-import torch
-from torch import Tensor, nn
+from torch import nn
 
-from vitreg.checkpoints.from_timm import from_timm
+from vitreg.checkpoints.from_timm import activation_name, from_timm
 from vitreg.checkpoints.hub import downloading, in_checkpoint_folder
 from vitreg.checkpoints.names import empty_model
-from vitreg.checkpoints.state import CheckpointError, build, reading, require
+from vitreg.checkpoints.state import CheckpointError, build, check_norms, check_supported, conversion_errors
+from vitreg.checkpoints.weight_names import OPEN_CLIP
+from vitreg.checkpoints.weights import config_fields, join
 from vitreg.model import PositionInterpolation, Preprocess, VisionTransformer, ViTConfig
 from vitreg.model.preprocess import Crop
+
+POOLS: dict[str, Any] = {"tok": "token", "avg": "mean"}
+CROPS: dict[str, Crop] = {"shortest": "center", "squash": "squash", "longest": "border"}
 
 
 def from_open_clip(model: nn.Module) -> VisionTransformer:
@@ -40,7 +44,7 @@ def from_open_clip(model: nn.Module) -> VisionTransformer:
             f"CustomTextCLIP model whose `visual` is a VisionTransformer or a timm model, or that tower, "
             f"not a {kind}"
         )
-    with reading("this open_clip model", "has a part that vitreg does not know", "give it plain open_clip layers"):
+    with conversion_errors("this open_clip model", "give it plain open_clip layers"):
         return _from_timm_tower(tower) if kind == "TimmModel" else _from_native_tower(tower)
 
 
@@ -84,8 +88,8 @@ def _from_timm_tower(tower: Any) -> VisionTransformer:
     config = dataclasses.replace(vit.config, preprocess=_preprocess(tower, vit.config.patch_size))
     state = vit.state_dict()
     if layers:
-        require(len(layers) == 1 and isinstance(layers[0], nn.Linear), f"a projection {tower.head}")
-        require(not vit.config.num_classes, "a projection after a classification head")
+        check_supported(len(layers) == 1 and isinstance(layers[0], nn.Linear), f"a projection {tower.head}")
+        check_supported(not vit.config.num_classes, "a projection after a classification head")
         linear = layers[0]
         config = dataclasses.replace(config, num_classes=linear.out_features, head_bias=linear.bias is not None)
         state |= {f"head.{key}": tensor for key, tensor in linear.state_dict().items()}
@@ -93,57 +97,38 @@ def _from_timm_tower(tower: Any) -> VisionTransformer:
 
 
 def _from_native_tower(tower: Any) -> VisionTransformer:
-    config = _config(tower)
-    return build(config, _state(tower, config), "open_clip VisionTransformer")
-
-
-def _config(tower: Any) -> ViTConfig:
-    block = tower.transformer.resblocks[0]
-    patch_size = tower.patch_size
-    require(getattr(tower, "attn_pool", None) is None, "attentional pooling")
-    require(not getattr(tower, "input_patchnorm", False), "a norm in its patch embedding")
-    pool_type = getattr(tower, "pool_type", "tok")
-    require(pool_type in ("tok", "avg"), f"pool_type={pool_type!r}")
-    require(patch_size[0] == patch_size[1], f"patches of {patch_size} pixels")
-    require(getattr(block.attn, "logit_scale", None) is None, "scaled cosine attention")
-    require(getattr(block.attn, "head_scale", None) is None, "scaled attention heads")
-    require(_is_identity(getattr(block, "ln_attn", None)), "a norm after its attention")
-    final_norm = not getattr(tower, "final_ln_after_pool", False)
-    return ViTConfig(
-        embed_dim=tower.conv1.out_channels,
-        depth=len(tower.transformer.resblocks),
+    _check_supported(tower)
+    after_pool = getattr(tower, "final_ln_after_pool", False)
+    weights = (OPEN_CLIP.norm_after_pool() if after_pool else OPEN_CLIP).translate(tower.state_dict())
+    if "head.weight" in weights:
+        weights["head.weight"] = weights["head.weight"].T
+    image_size, block = tuple(tower.image_size), tower.transformer.resblocks[0]
+    state = join(weights, image_size)
+    config = ViTConfig(
+        **config_fields(state),
         num_heads=block.attn.num_heads,
-        mlp_dim=block.mlp.c_proj.in_features,
-        patch_size=patch_size[0],
-        image_size=tuple(tower.image_size),
-        num_classes=0 if tower.proj is None else tower.proj.shape[1],
-        head_bias=False,
-        pool="token" if pool_type == "tok" else "mean",
-        final_norm=final_norm,
-        fc_norm=not final_norm,
-        norm_pre=not _is_identity(tower.ln_pre),
-        patch_bias=tower.conv1.bias is not None,
-        qkv_bias=block.attn.in_proj_bias is not None,
-        qk_norm=not _is_identity(getattr(block.attn, "ln_q", None)),
-        attention_norm=not _is_identity(getattr(block.attn, "ln_inner", None)),
-        mlp_norm=not _is_identity(getattr(block.mlp, "ln", None)),
-        activation=_activation(block.mlp.gelu),
-        layer_scale=hasattr(block.ls_1, "gamma"),
+        image_size=image_size,
+        pool=POOLS[getattr(tower, "pool_type", "tok")],
+        activation=activation_name(block.mlp.gelu),
         norm_eps=block.ln_1.eps,
         position_interpolation=PositionInterpolation("bicubic", antialias=True),
-        preprocess=_preprocess(tower, patch_size[0]),
+        preprocess=_preprocess(tower, tower.patch_size[0]),
     )
+    return build(config, state, "open_clip VisionTransformer")
 
 
-def _is_identity(module: nn.Module | None) -> bool:
-    return module is None or isinstance(module, nn.Identity)
-
-
-def _activation(act: nn.Module) -> Any:
-    if isinstance(act, nn.GELU):
-        return "gelu_tanh" if act.approximate == "tanh" else "gelu"
-    require(type(act).__name__ == "QuickGELU", f"the activation {type(act).__name__}")
-    return "quick_gelu"
+def _check_supported(tower: Any) -> None:
+    """Refuse what neither weights nor attributes would tell."""
+    block, pool_type = tower.transformer.resblocks[0], getattr(tower, "pool_type", "tok")
+    check_supported(getattr(tower, "attn_pool", None) is None, "attentional pooling")
+    check_supported(not getattr(tower, "input_patchnorm", False), "a norm in its patch embedding")
+    check_supported(pool_type in POOLS, f"pool_type={pool_type!r}")
+    check_supported(tower.patch_size[0] == tower.patch_size[1], f"patches of {tower.patch_size} pixels")
+    check_supported(getattr(block.attn, "logit_scale", None) is None, "scaled cosine attention")
+    check_supported(getattr(block.attn, "head_scale", None) is None, "scaled attention heads")
+    norm = getattr(block, "ln_attn", None)
+    check_supported(norm is None or isinstance(norm, nn.Identity), "a norm after its attention")
+    check_norms(tower)
 
 
 def _preprocess(tower: Any, patch_size: int) -> Preprocess:
@@ -151,9 +136,8 @@ def _preprocess(tower: Any, patch_size: int) -> Preprocess:
     from open_clip.constants import OPENAI_DATASET_MEAN, OPENAI_DATASET_STD
 
     cfg: Mapping[str, Any] = getattr(tower, "preprocess_cfg", None) or {}
-    modes: dict[str, Crop] = {"shortest": "center", "squash": "squash", "longest": "border"}
     mode = cfg.get("resize_mode") or "shortest"
-    require(mode in modes, f"resize_mode={mode!r} in its preprocessing")
+    check_supported(mode in CROPS, f"resize_mode={mode!r} in its preprocessing")
     size = cfg.get("size") or tower.image_size
     interpolation = cfg.get("interpolation") or "bicubic"
     return Preprocess(
@@ -162,44 +146,6 @@ def _preprocess(tower: Any, patch_size: int) -> Preprocess:
         std=tuple(cfg.get("std") or getattr(tower, "image_std", None) or OPENAI_DATASET_STD),
         interpolation="bicubic" if interpolation == "random" else interpolation,
         crop_pct=1.0,
-        crop=modes[mode],
+        crop=CROPS[mode],
         multiple_of=patch_size,
     )
-
-
-def _state(tower: Any, config: ViTConfig) -> dict[str, Tensor]:
-    # Every token that goes in has a position here; the class token's is a constant and moves into the token.
-    of_cls, positions = tower.positional_embedding.split((1, config.grid[0] * config.grid[1]))
-    state: dict[str, Tensor] = {
-        "patch_embed.weight": tower.conv1.weight,
-        "cls_token": (tower.class_embedding + of_cls).reshape(1, 1, -1),
-        "pos_embed": positions.unsqueeze(0),
-    }
-    if config.patch_bias:
-        state["patch_embed.bias"] = tower.conv1.bias
-    if tower.proj is not None:
-        state["head.weight"] = tower.proj.T
-    state |= _named("norm_pre", tower.ln_pre)
-    state |= _named("norm" if config.final_norm else "fc_norm", tower.ln_post)
-    for i, block in enumerate(tower.transformer.resblocks):
-        state |= {f"blocks.{i}.{name}": tensor for name, tensor in _block(block).items()}
-    return state
-
-
-def _named(name: str, module: nn.Module | None) -> dict[str, Tensor]:
-    return {} if module is None else {f"{name}.{key}": tensor for key, tensor in module.state_dict().items()}
-
-
-def _block(block: Any) -> dict[str, Tensor]:
-    state = {"attn.qkv.weight": block.attn.in_proj_weight}
-    if block.attn.in_proj_bias is not None:
-        state["attn.qkv.bias"] = block.attn.in_proj_bias
-    for ours, theirs in (("q_norm", "ln_q"), ("k_norm", "ln_k"), ("norm", "ln_inner"), ("proj", "out_proj")):
-        state |= _named(f"attn.{ours}", getattr(block.attn, theirs, None))
-    for ours, theirs in (("fc1", "c_fc"), ("norm", "ln"), ("fc2", "c_proj")):
-        state |= _named(f"mlp.{ours}", getattr(block.mlp, theirs, None))
-    state |= _named("norm1", block.ln_1) | _named("norm2", block.ln_2)
-    for i, scale in ((1, block.ls_1), (2, block.ls_2)):
-        if isinstance(gamma := getattr(scale, "gamma", None), torch.Tensor):
-            state[f"ls{i}"] = gamma
-    return state

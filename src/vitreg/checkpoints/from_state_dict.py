@@ -13,7 +13,7 @@ from vitreg.checkpoints import registry
 from vitreg.checkpoints.files import unwrap
 from vitreg.checkpoints.from_timm import from_timm
 from vitreg.checkpoints.names import empty_model, unknown_name
-from vitreg.checkpoints.state import CheckpointError, check_keys, reading
+from vitreg.checkpoints.state import CheckpointError, check_keys, conversion_errors
 from vitreg.model import VisionTransformer
 
 
@@ -58,7 +58,7 @@ def from_state_dict(
         weights = {k: v for k, v in weights.items() if not k.startswith("decoder_") and k != "mask_token"}
     if dialect == "DINOv3" and not base.endswith("_qkvb") and timm.is_model(f"{base}_qkvb"):
         name = base = f"{base}_qkvb"  # the architectures without suffix drop biases that the official weights have
-    with reading(source, "does not fit the architecture", "check `architecture`"):
+    with conversion_errors(source, "check `architecture`", "does not fit the architecture"):
         model = _model_of_size(name, base, weights, dict(model_kwargs or {}))
         translated = _translate(weights, model)
     check_keys(translated, model.state_dict(), source)

@@ -15,16 +15,13 @@ from vitreg.checkpoints.files import WEIGHT_FILES, is_vitreg_file, read_weights
 from vitreg.checkpoints.from_open_clip import from_open_clip, open_clip_model
 from vitreg.checkpoints.from_state_dict import from_state_dict
 from vitreg.checkpoints.from_timm import from_timm
-from vitreg.checkpoints.from_transformers import (
-    canonical_name,
-    check_class,
-    from_transformers,
-    preprocess_from_processor,
-)
+from vitreg.checkpoints.from_transformers import check_class, from_transformers
 from vitreg.checkpoints.hub import downloading, in_checkpoint_folder, quiet_transformers, timm_name
 from vitreg.checkpoints.names import empty_model, unknown_name
+from vitreg.checkpoints.processors import preprocess_from_processor
 from vitreg.checkpoints.saving import config_from_metadata
 from vitreg.checkpoints.state import CheckpointError, build
+from vitreg.checkpoints.weight_names import TRANSFORMERS
 from vitreg.common.devices import resolve_device
 from vitreg.common.renamed import current_tensors
 from vitreg.model import Preprocess, VisionTransformer
@@ -172,7 +169,7 @@ def _from_hub(repository: str, name: str) -> VisionTransformer:
         from_transformers(empty)
         model: Any
         model, report = kind.from_pretrained(repository, output_loading_info=True)
-        if missing := [key for key in report["missing_keys"] if canonical_name(key) is not None]:
+        if missing := [key for key in report["missing_keys"] if TRANSFORMERS.ours(key) is not None]:
             raise CheckpointError(
                 f"{name} has no weights for {len(missing)} parameters of its {type(model).__name__}, for example "
                 f"{min(missing)}; give a checkpoint that was saved whole"

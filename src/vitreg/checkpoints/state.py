@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import contextlib
+import hashlib
+import json
 from collections.abc import Iterable, Iterator, Mapping
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from vitreg.model import VisionTransformer, ViTConfig
 
@@ -17,24 +19,37 @@ class CheckpointError(ValueError):
     """A checkpoint that cannot be used: what was given, what was expected, what to do."""
 
 
-class _Lacking(Exception):
+class UnsupportedByFormat(CheckpointError):
+    """A format that has no place for a part of the model."""
+
+
+class _Unsupported(Exception):
     """A part that vitreg does not implement."""
 
 
-def require(condition: bool, part: str) -> None:
-    """Refuse a part unless the condition holds; only inside `reading`, which says what it is a part of."""
+def check_supported(condition: bool, part: str) -> None:
+    """Refuse a part unless the condition holds; only inside `conversion_errors`, which says what it is a part of."""
     if not condition:
-        raise _Lacking(part)
+        raise _Unsupported(part)
+
+
+def check_norms(model: nn.Module) -> None:
+    """A norm without weights leaves no trace in a state dict."""
+    for name, module in model.named_modules():
+        has_weight = getattr(module, "weight", None) is not None or any(module.children())
+        check_supported(has_weight or "norm" not in type(module).__name__.lower(), f"a norm without weights ({name})")
 
 
 @contextlib.contextmanager
-def reading(subject: str, trouble: str, advice: str) -> Iterator[None]:
+def conversion_errors(
+    subject: str, advice: str, trouble: str = "has a part that vitreg does not know"
+) -> Iterator[None]:
     """Turns whatever a foreign module or state dict trips a converter over into a sentence.
 
     Args:
         subject: what is read, the start of the sentence.
-        trouble: what else went wrong where `require` did not say it.
-        advice: what to do about that.
+        advice: what to do where `check_supported` did not say what is wrong.
+        trouble: what went wrong there.
 
     Raises:
         CheckpointError: a part is not implemented, or not where it should be.
@@ -43,7 +58,7 @@ def reading(subject: str, trouble: str, advice: str) -> Iterator[None]:
         yield
     except CheckpointError:
         raise
-    except _Lacking as part:
+    except _Unsupported as part:
         sentence = f"{subject} has {part}, which vitreg does not implement; `vitreg models` lists what it reads"
         raise CheckpointError(sentence) from None
     except (AttributeError, IndexError, KeyError, RuntimeError, TypeError, ValueError) as error:
@@ -101,3 +116,12 @@ def check_keys(given: Iterable[str], expected: Iterable[str], source: str) -> No
 
 def _some(items: list[str]) -> str:
     return ", ".join(items[:SHOWN_KEYS]) + (", ..." if len(items) > SHOWN_KEYS else "")
+
+
+def digest(config: ViTConfig, weights: Mapping[str, Tensor]) -> str:
+    """32 hexadecimal digits that change with any weight or field of the config."""
+    found = hashlib.blake2b(digest_size=16)
+    found.update(json.dumps(config.to_dict(), sort_keys=True, default=str).encode())
+    for tensor in weights.values():
+        found.update(tensor.detach().cpu().contiguous().flatten().view(torch.uint8).numpy().data)
+    return found.hexdigest()

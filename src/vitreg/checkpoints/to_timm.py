@@ -4,14 +4,14 @@ from __future__ import annotations
 
 import dataclasses
 import math
-from collections.abc import Mapping
 from typing import Any
 
-import torch
 from torch import Tensor, nn
 
-from vitreg.checkpoints.from_timm import from_timm
-from vitreg.checkpoints.split_weights import Inexpressible, piece, pieces_of, with_prefix
+from vitreg.checkpoints.from_timm import POOLS, from_timm
+from vitreg.checkpoints.state import UnsupportedByFormat
+from vitreg.checkpoints.weight_names import TIMM
+from vitreg.checkpoints.weights import split, tensor_for
 from vitreg.model import RopeConfig, VisionTransformer, ViTConfig
 
 # What a timm architecture need not match: free, or said elsewhere.
@@ -29,66 +29,23 @@ def to_timm_state(vit: VisionTransformer) -> tuple[dict[str, Tensor], dict[str, 
         CheckpointError: timm has no class for a part of the model.
     """
     architecture, kwargs, probe = timm_architecture(vit.config)
-    pieces = pieces_of(vit)
-    state = {}
-    for key, like in probe.state_dict().items():
-        if not key.startswith("blocks."):
-            state[key] = _timm_tensor(pieces, "", key, like)
-            continue
-        for i in range(vit.config.depth):
-            rest = key.removeprefix("blocks.0.")
-            state[f"blocks.{i}.{rest}"] = _timm_tensor(pieces, f"blocks.{i}.", rest, like)
+    weights, state = split(vit), {}
+    for key, like in probe.state_dict().items():  # the probe has one block
+        blocks = range(vit.config.depth) if key.startswith("blocks.") else (0,)
+        for name in (key.replace("blocks.0.", f"blocks.{i}.", 1) for i in blocks):
+            ours = TIMM.ours(name)
+            assert ours is not None, name
+            state[name] = tensor_for(weights, ours, like)
     return state, {"architecture": architecture, "kwargs": kwargs}
-
-
-_TIMM_NAMES = {
-    "reg_token": "registers",
-    "patch_embed.proj": "patch_embed",
-    "ls1.gamma": "ls1",
-    "ls2.gamma": "ls2",
-    "ls.gamma": "ls1",
-    "gamma_1": "ls1",
-    "gamma_2": "ls2",
-    "attn.q_proj": "attn.q",
-    "attn.k_proj": "attn.k",
-    "attn.v_proj": "attn.v",
-    "attn.q_bias": "attn.q.bias",
-    "attn.v_bias": "attn.v.bias",
-    "mlp.fc1_g": "mlp.gate",
-    "mlp.fc1_x": "mlp.up",
-    "in_norm": "norm1",
-    "q_norm": "attn.q_norm",
-    "k_norm": "attn.k_norm",
-    "attn_out_proj": "attn.proj",
-    "mlp_out_proj": "mlp.fc2",
-    "mlp_bias": "mlp.fc1.bias",
-    "sub_norm": "attn.sub_norm",
-    **{vector: f"attn.{vector}" for vector in ("lambda_q1", "lambda_k1", "lambda_q2", "lambda_k2")},
-}
-
-
-def _timm_tensor(pieces: Mapping[str, Tensor], block: str, key: str, like: Tensor) -> Tensor:
-    if key == "pos_embed":
-        return with_prefix(pieces["pos_embed"], like.shape[1])
-    name, _, kind = key.rpartition(".")
-    if name == "in_proj":  # the parallel block's first layer: MLP and attention together
-        return torch.cat((pieces[f"{block}mlp.fc1.{kind}"], pieces[f"{block}attn.qkv.{kind}"]))
-    if name == "out_proj":  # and its last, in timm's parallel block with differential attention
-        if kind == "bias":
-            return piece(pieces, f"{block}attn.proj.bias", like) + piece(pieces, f"{block}mlp.fc2.bias", like)
-        return torch.cat((pieces[f"{block}attn.proj.weight"], pieces[f"{block}mlp.fc2.weight"]), dim=1)
-    if not block and key.startswith("attn_pool."):
-        return pieces["attention_pool." + key.removeprefix("attn_pool.")]
-    return piece(pieces, block + _TIMM_NAMES.get(key, f"{_TIMM_NAMES.get(name, name)}.{kind}" if name else key), like)
 
 
 def timm_architecture(config: ViTConfig) -> tuple[str, dict[str, Any], nn.Module]:
     """The first architecture that reads back as this config, its keyword arguments, one block of it."""
     import timm
 
-    pools = {"token": "token", "mean": "avg", "attention": "map"}
+    pools = {ours: theirs for theirs, ours in POOLS.items()}
     if config.pool not in pools:
-        raise _inexpressible(f"pool={config.pool!r}")
+        raise _unsupported(f"pool={config.pool!r}")
     generic = (
         "vit_base_patch16_224",
         "vit_base_patch16_clip_224",  # epsilon 1e-5
@@ -116,7 +73,7 @@ def timm_architecture(config: ViTConfig) -> tuple[str, dict[str, Any], nn.Module
         if not different:
             return name, kwargs, probe
         differences.append(different)
-    raise _inexpressible(", ".join(min(differences, key=len)))
+    raise _unsupported(", ".join(min(differences, key=len)))
 
 
 def _differences(ours: ViTConfig, theirs: ViTConfig) -> list[str]:
@@ -151,16 +108,10 @@ def _ratio(config: ViTConfig) -> float:
 
 
 def _shared_kwargs(config: ViTConfig, global_pool: str) -> dict[str, Any]:
-    kwargs = {
+    same = ("patch_size", "embed_dim", "depth", "num_heads", "num_classes", "class_token", "qkv_bias")
+    kwargs = {name: getattr(config, name) for name in same} | {
         "img_size": list(config.image_size),
-        "patch_size": config.patch_size,
-        "embed_dim": config.embed_dim,
-        "depth": config.depth,
-        "num_heads": config.num_heads,
-        "num_classes": config.num_classes,
         "global_pool": global_pool,
-        "class_token": config.class_token,
-        "qkv_bias": config.qkv_bias,
         "init_values": 1e-5 if config.layer_scale else None,
         "no_embed_class": False,
         "dynamic_img_size": True,
@@ -219,5 +170,5 @@ def theta_of(rope: RopeConfig) -> float:
     return round((rope.frequencies[0] / rope.frequencies[1]) ** num, 3) if num > 1 else 100.0
 
 
-def _inexpressible(what: str) -> Inexpressible:
-    return Inexpressible(f"format 'timm' cannot express {what}; save with format='vitreg'")
+def _unsupported(what: str) -> UnsupportedByFormat:
+    return UnsupportedByFormat(f"format 'timm' cannot express {what}; save with format='vitreg'")

@@ -10,7 +10,7 @@ from typing import Any, get_args
 
 import torch
 
-from vitreg.checkpoints.digest import digest
+from vitreg.checkpoints.state import digest
 from vitreg.common.disk import replace_text, writing
 from vitreg.common.progress import OnProgress
 from vitreg.discovery.discover import check_size, find_regions, native_stream

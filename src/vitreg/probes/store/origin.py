@@ -9,7 +9,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal, get_args
 
-from vitreg.checkpoints.digest import digest
+from vitreg.checkpoints.state import digest
 from vitreg.images import ImageSet
 from vitreg.model import Preprocess, VisionTransformer
 
