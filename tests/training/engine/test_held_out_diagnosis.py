@@ -24,7 +24,7 @@ def test_a_diagnosis_is_that_of_diagnose(class_folders):
     config = dataclasses.replace(small_config(), num_diagnosed=7)
     method = perturb(config.method.build(config.model))
     watch = HeldOutDiagnosis(config, images, CPU)
-    watch.read(config.model.preprocess)
+    watch.read()
     seen = watch.look(method, method.vit, {}, final=True)
     chosen = [images.image(i) for i in spaced_indices(12, 7).tolist()]
     batch = torch.stack([method.vit.preprocess(image) for image in chosen])

@@ -30,12 +30,12 @@ class SampleStream(Dataset[Fetched]):
 
     Args:
         images: the set.
-        views: what is made of each image.
+        augmentation: what is made of each image.
         seed: of the order and the augmentation.
     """
 
-    def __init__(self, images: ImageSet, views: Augmentation, seed: int) -> None:
-        self.images, self.augmentation, self.seed = images, views, seed
+    def __init__(self, images: ImageSet, augmentation: Augmentation, seed: int) -> None:
+        self.images, self.augmentation, self.seed = images, augmentation, seed
         self._epochs: dict[int, np.ndarray] = {}
 
     def __getitem__(self, positions: range) -> Fetched:
@@ -46,9 +46,8 @@ class SampleStream(Dataset[Fetched]):
         """
         skipped: list[str] = []
         pairs = [self._pair(first, skipped) for first in positions[::2]]
-        return self.augmentation.collate(
-            {name: torch.cat([pair[name] for pair in pairs]) for name in pairs[0]}
-        ), skipped
+        batch = {name: torch.cat([pair[name] for pair in pairs]) for name in pairs[0]}
+        return self.augmentation.collate(batch), skipped
 
     def _pair(self, first: int, skipped: list[str]) -> Batch:
         """Two consecutive positions, the first of them even."""

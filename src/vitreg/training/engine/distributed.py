@@ -23,13 +23,7 @@ from vitreg.training.engine.method import Method
 
 @dataclass(frozen=True)
 class Distributed:
-    """Who takes part, and where this one computes.
-
-    Attributes:
-        rank: number of this process.
-        world: how many there are.
-        device: where this process computes.
-    """
+    """This process's number, how many there are, and where this one computes."""
 
     rank: int
     world: int
@@ -111,16 +105,13 @@ class Distributed:
 
 
 def distribute(method: Method, processes: Distributed, sharding: Literal["ddp", "fsdp"], half: bool) -> nn.Module:
-    """The method, ready to be trained by all processes together.
-
-    With ddp every process holds everything and gradients are averaged. With fsdp parameters, gradients and optimizer
-    state are spread over the processes (`torch.distributed.fsdp.fully_shard`), gathered block by block.
-    A process that is alone does neither.
+    """The method, on its device, ready to be trained by all processes together; one that is alone leaves it.
 
     Args:
-        method: built, on its device.
+        method: with a frozen teacher in it or without.
         processes: who takes part.
-        sharding: as said.
+        sharding: with ddp every process holds everything and gradients are averaged. With fsdp (`fully_shard`)
+            parameters, gradients and optimizer state are spread over the processes, and gathered block by block.
         half: gather blocks in bfloat16, in which they compute.
     """
     if processes.world == 1:
@@ -137,8 +128,7 @@ def distribute(method: Method, processes: Distributed, sharding: Literal["ddp", 
         fully_shard(method)
         return method
     device_ids = [processes.device.index] if processes.device.type == "cuda" else None
-    with warnings.catch_warnings():  # PyTorch 2.6 does not know what took its place
-        warnings.filterwarnings("ignore", "`broadcast_buffers` is deprecated")
+    with warnings.catch_warnings(action="ignore", category=FutureWarning):  # what took its place is not in PyTorch 2.6
         return DistributedDataParallel(method, device_ids=device_ids, broadcast_buffers=False)
 
 

@@ -9,7 +9,7 @@ from torch import Tensor
 
 from vitreg.artifacts import diagnose
 from vitreg.images import ImageSet, Subset, spaced_indices
-from vitreg.model import Preprocess, VisionTransformer
+from vitreg.model import VisionTransformer
 from vitreg.training.data.held_out import stream_images
 from vitreg.training.engine.config import TrainingConfig
 from vitreg.training.engine.method import ExtraModules, Method
@@ -21,11 +21,11 @@ LEFT_OUT = ("skipped", "position_frequency", "interrupted", "version")
 
 
 class HeldOutDiagnosis:
-    """Records when artifacts appear.
+    """Records when artifacts appear; all diagnoses look at the same images.
 
     Args:
         config: of the run.
-        images: held out; all diagnoses look at the same of them.
+        images: held out.
         device: where models are looked at.
     """
 
@@ -34,13 +34,13 @@ class HeldOutDiagnosis:
         self._some = Subset(images, spaced_indices(len(images), NUM_EVALUATED))
         self._kept: list[Tensor] = []
 
-    def read(self, preprocess: Preprocess) -> None:
+    def read(self) -> None:
         """Read the images that are diagnosed, before any work is done.
 
         Raises:
             ValueError: none of them can be read.
         """
-        limit = self._config.num_diagnosed
+        preprocess, limit = self._config.model.preprocess, self._config.num_diagnosed
         batches = stream_images(self._images, preprocess, batch_size=BATCH_SIZE, device=self._device, limit=limit)
         self._kept = [batch for batch, _ in batches]
         if not self._kept:
@@ -53,11 +53,13 @@ class HeldOutDiagnosis:
 
         Args:
             method: of the run.
-            vit: the model as it would be saved.
+            vit: the model as it would be saved; it is on the CPU afterwards.
             extra_modules: and what goes with it.
             final: evaluate on all images, instead of `NUM_EVALUATED` of them.
         """
+        vit.to(self._device)
         diagnosis = diagnose(vit, iter(self._kept), max_examples=1).to_dict()
         found = {key: value for key, value in diagnosis.items() if key not in LEFT_OUT}
-        images = self._images if final else self._some
-        return {"metrics": method.evaluate(vit, extra_modules, images, BATCH_SIZE), **found}
+        metrics = method.evaluate(vit, extra_modules, self._images if final else self._some, BATCH_SIZE)
+        vit.cpu()
+        return {"metrics": metrics, **found}

@@ -22,13 +22,7 @@ ExtraModules = Mapping[str, dict[str, Tensor]]
 
 @dataclass(frozen=True)
 class Sample:
-    """An image and what is known of it.
-
-    Attributes:
-        image: RGB, upright.
-        label: class number, None where there is none.
-        captions: sentences about it, maybe none.
-    """
+    """An image, RGB and upright, and what is known of it: its class and sentences about it."""
 
     image: Image.Image
     label: int | None = None

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import math
 import re
-from collections.abc import Iterator
 
 import torch
 from torch import nn
@@ -25,13 +24,18 @@ def parameter_groups(method: nn.Module, config: OptimizerConfig) -> list[dict]:
     i + 1, and what follows the blocks the full rate (BEiT, arXiv 2106.08254).
 
     Args:
-        method: its parameters; layers are counted in every `VisionTransformer` inside it.
+        method: with any number of `VisionTransformer`s inside it, in each of which layers are counted.
         config: weight decay and layer decay.
     """
+    vits = {name: module for name, module in method.named_modules() if isinstance(module, VisionTransformer)}
     groups: dict[tuple[bool, float], dict] = {}
-    for name, parameter, factor in _scaled(method, config.layer_decay):
+    for name, parameter in method.named_parameters():
         if not parameter.requires_grad:
             continue
+        factor = 1.0
+        for prefix, vit in vits.items():
+            if name.startswith(f"{prefix}." if prefix else ""):
+                factor = config.layer_decay ** _layers_after(name.removeprefix(f"{prefix}."), vit.config.depth)
         decays = parameter.ndim > 1 and not name.endswith(NEVER_DECAYED)
         group = groups.setdefault((decays, factor), {"params": [], "names": [], "lr_scale": factor, "decays": decays})
         group["params"].append(parameter)
@@ -39,24 +43,12 @@ def parameter_groups(method: nn.Module, config: OptimizerConfig) -> list[dict]:
     return list(groups.values())
 
 
-def _scaled(method: nn.Module, layer_decay: float) -> Iterator[tuple[str, nn.Parameter, float]]:
-    """Every parameter with its name and learning-rate factor."""
-    vits = {name: module for name, module in method.named_modules() if isinstance(module, VisionTransformer)}
-    for name, parameter in method.named_parameters():
-        owner = next((prefix for prefix in vits if name.startswith(f"{prefix}." if prefix else "")), None)
-        factor = 1.0
-        if owner is not None and layer_decay < 1:
-            inside = name.removeprefix(f"{owner}.")
-            depth = vits[owner].config.depth
-            factor = layer_decay ** (depth + 1 - _layer(inside, depth))
-        yield name, parameter, factor
-
-
-def _layer(name: str, depth: int) -> int:
-    """0 for the embedding, i + 1 for block i, depth + 1 for the rest."""
+def _layers_after(name: str, depth: int) -> int:
+    """Of a Vision Transformer's parameter: `depth - i` for block i, one more for the embedding, 0 for the rest."""
     if block := re.match(r"blocks\.(\d+)\.", name):
-        return int(block.group(1)) + 1
-    return 0 if name.startswith(("patch_embed", "cls_token", "registers", "pos_embed", "norm_pre")) else depth + 1
+        return depth - int(block[1])
+    embedding = ("patch_embed", "cls_token", "registers", "pos_embed", "norm_pre")
+    return depth + 1 if name.startswith(embedding) else 0
 
 
 def build_optimizer(method: nn.Module, config: OptimizerConfig) -> torch.optim.Optimizer:

@@ -52,13 +52,10 @@ class RunLogger:
     def open(self, step: int) -> Iterator[None]:
         """Around the steps after `step`; TensorBoard hides what it was given of them before the run was resumed."""
         if self._processes.is_rank_zero:
-            try:
+            with contextlib.suppress(ImportError), writing(self._folder.path):
                 from torch.utils.tensorboard import SummaryWriter
-            except ImportError:
-                pass
-            else:
-                with writing(self._folder.path):
-                    self._board = SummaryWriter(str(self._folder.tensorboard), purge_step=step + 1 if step else None)
+
+                self._board = SummaryWriter(str(self._folder.tensorboard), purge_step=step + 1 if step else None)
         self._clock = time.perf_counter()
         try:
             yield
@@ -84,12 +81,9 @@ class RunLogger:
             ValueError: a loss, or the norm of the gradients, is not a number.
         """
         names = [name for name, value in self._noted[0][1].items() if isinstance(value, Tensor)]
-        device = self._processes.device
-        rows = [
-            torch.stack([torch.as_tensor(values[n]).float().reshape(()) for n in names]) for _, values in self._noted
-        ]
-        table = self._processes.mean(torch.stack(rows)).tolist()
-        counts = torch.tensor([float(stopped), float(len(self._skipped))], device=device)
+        scalars = [torch.as_tensor(values[name]).float().reshape(()) for _, values in self._noted for name in names]
+        table = self._processes.mean(torch.stack(scalars)).view(-1, len(names)).tolist()
+        counts = torch.tensor([float(stopped), float(len(self._skipped))], device=self._processes.device)
         stops, skipped = (self._processes.mean(counts) * self._processes.world).tolist()
         speed = len(self._noted) * self._config.batch_size / (time.perf_counter() - self._clock)
         entries = [
@@ -100,8 +94,8 @@ class RunLogger:
         bad = next((entry for entry in entries if not all(map(math.isfinite, entry.values()))), None)
         entries = entries if bad is None else entries[: entries.index(bad)]
         if entries and self._processes.is_rank_zero:
-            share = speed / self._processes.world * self._floor
-            entries[-1] |= {"images_per_second": speed, "mfu": share, "skipped": round(skipped)}
+            mfu = speed / self._processes.world * self._floor
+            entries[-1] |= {"images_per_second": speed, "mfu": mfu, "skipped": round(skipped)}
             self._write(self._folder.log, entries)
         if bad is not None:
             name = next(name for name in ("loss", *bad) if not math.isfinite(bad[name]))

@@ -2,10 +2,8 @@
 
 from __future__ import annotations
 
-import contextlib
 import shutil
 import warnings
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -41,12 +39,12 @@ def save_snapshot(folder: Path, train_state: TrainState) -> None:
     def finish() -> None:
         with writing(folder):
             put_in_place(temporary, final)
-        for old in _snapshots(folder)[:-1]:
+        for old in sorted(folder.glob("step-*"))[:-1]:
             shutil.rmtree(old, ignore_errors=True)
 
     processes.on_rank_zero(prepare)
     try:
-        with _quiet():
+        with warnings.catch_warnings(action="ignore", category=UserWarning):  # that there is a single process
             save(state, checkpoint_id=temporary)
     except (OSError, RuntimeError, CheckpointException) as error:
         if processes.is_rank_zero:
@@ -56,18 +54,24 @@ def save_snapshot(folder: Path, train_state: TrainState) -> None:
 
 
 def load_snapshot(path: Path, train_state: TrainState) -> None:
-    """Put a snapshot's state into a new train_state, on any number of processes.
+    """Put a snapshot's state into a new one, on any number of processes.
 
     Raises:
         ValueError: it is damaged, or of a model of another size.
     """
     state = _state(train_state)
-    stored = _stored_names(path)
+    try:
+        stored = list(FileSystemReader(path).read_metadata().state_dict_metadata)
+    except Exception as error:  # a pickle, damaged, raises whatever it trips over
+        raise ValueError(f"{path} is damaged: its list of tensors cannot be read ({error})") from error
     old = has_old_names(stored)
     state = with_old_names(state) if old else state
-    _check_names(path, state, stored)
+    # What would be loaded in part is refused: a model of fewer blocks or registers than the snapshot's.
+    wanted = {f"{part}.{name}" for part in ("model", "average") for name in state[part]}
+    if more := sorted(name for name in stored if name.startswith(("model.", "average.")) and name not in wanted):
+        raise ValueError(f"{path} does not fit this run's model, which has no {more[0]}; restore the run's config.json")
     try:
-        with _quiet():
+        with warnings.catch_warnings(action="ignore", category=UserWarning):
             load(state, checkpoint_id=path)
     except (OSError, RuntimeError, ValueError, KeyError, CheckpointException) as error:
         raise ValueError(f"{path} does not fit this run's model, or is damaged ({_reason(error)})") from error
@@ -77,23 +81,9 @@ def load_snapshot(path: Path, train_state: TrainState) -> None:
     train_state.step = int(path.name.removeprefix("step-"))
 
 
-def _stored_names(path: Path) -> list[str]:
-    try:
-        return list(FileSystemReader(path).read_metadata().state_dict_metadata)
-    except Exception as error:  # a pickle, damaged, raises whatever it trips over
-        raise ValueError(f"{path} is damaged: its list of tensors cannot be read ({error})") from error
-
-
-def _check_names(path: Path, state: dict[str, Any], stored: list[str]) -> None:
-    """Refuses what would be loaded in part: a model of fewer blocks or registers than the snapshot's."""
-    wanted = {f"{part}.{name}" for part in ("model", "average") for name in state[part]}
-    if more := sorted(name for name in stored if name.startswith(("model.", "average.")) and name not in wanted):
-        raise ValueError(f"{path} does not fit this run's model, which has no {more[0]}; restore the run's config.json")
-
-
 def latest_snapshot(folder: Path) -> Path | None:
     """The newest whole one."""
-    return next(reversed(_snapshots(folder)), None)
+    return max(folder.glob("step-*"), default=None)
 
 
 def last_good(folder: Path) -> str:
@@ -114,18 +104,6 @@ def _reason(error: BaseException) -> str:
     return " ".join(str(error).split())[:300]
 
 
-def _snapshots(folder: Path) -> list[Path]:
-    return sorted(folder.glob("step-*"))
-
-
 def _state(train_state: TrainState) -> dict[str, Any]:
     model, optimizer = get_state_dict(train_state.method, train_state.optimizer)
     return {"model": model, "optimizer": optimizer, "average": train_state.average}
-
-
-@contextlib.contextmanager
-def _quiet() -> Iterator[None]:
-    """Without the remark that there is a single process."""
-    with warnings.catch_warnings():
-        warnings.filterwarnings("ignore", message="torch.distributed is disabled")
-        yield

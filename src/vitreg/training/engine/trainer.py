@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import itertools
 import signal
 from collections.abc import Callable, Iterator
 from typing import Any
@@ -62,7 +63,7 @@ class Trainer:
         self.logger = RunLogger(config, folder, processes, on_log)
         self.state = TrainState(config, processes)
         self.held_out_diagnosis = HeldOutDiagnosis(config, held_out, processes.device)
-        processes.on_rank_zero(lambda: self.held_out_diagnosis.read(config.model.preprocess))
+        processes.on_rank_zero(self.held_out_diagnosis.read)
         self._stopped = False
 
     def restore(self) -> None:
@@ -93,8 +94,7 @@ class Trainer:
         with self._interruptible(), contextlib.closing(fetched), self.logger.open(state.step):
             while state.step < config.num_steps:
                 batches = []
-                for _ in range(config.accumulation):
-                    batch, skipped = next(fetched)
+                for batch, skipped in itertools.islice(fetched, config.accumulation):
                     self.logger.skip(skipped)
                     batches.append(batch)
                 logged = state.advance(batches)
@@ -110,60 +110,33 @@ class Trainer:
         saved = done or step % config.checkpoint_every == 0
         watched = done or (config.diagnose_every > 0 and step % config.diagnose_every == 0)
         stop = False
-        # Distributed have to agree on stopping, so several of them do it where they meet anyway.
+        # Processes have to agree on stopping, so several of them do it where they meet anyway.
         if saved or watched or step % config.log_every == 0 or (self._stopped and self.processes.world == 1):
             stop = self.logger.flush(self._stopped)
         if watched or saved or stop:
             if not self.state.is_finite():
                 raise not_finite(f"weights are not finite after step {step}", self.folder)
             product = self.state.export_model()
-            if watched:
-                self.diagnose(product)
+            self.processes.on_rank_zero(lambda: self._write(product, watched, saved or stop))
             if saved or stop:
-                self.checkpoint(product)
+                # After the model, so that a run that is killed in between goes on from the checkpoint before: after the
+                # last one nothing would write the model.
+                save_snapshot(self.folder.checkpoints, self.state)
         return stop and not done
 
-    def checkpoint(self, product: Product | None) -> None:
-        """Write the model as it is, and what resuming needs.
-
-        In this order, so that a run that is killed in between goes on from before: after the last checkpoint nothing
-        would write the model.
-
-        Raises:
-            ValueError: they cannot be written.
-        """
-
-        def save() -> None:
-            assert product is not None
-            self.logger.save(self.state.method, *product)
-
-        self.processes.on_rank_zero(save)
-        save_snapshot(self.folder.checkpoints, self.state)
-
-    def diagnose(self, product: Product | None) -> None:
-        """Look at held-out images and note what is seen.
-
-        Raises:
-            ValueError: the model's tokens are not finite, or what is seen cannot be written.
-        """
-        step = self.state.step
-
-        def look() -> None:
-            assert product is not None
-            vit, extra_modules = product
-            vit.to(self.processes.device)
+    def _write(self, product: Product | None, watched: bool, saved: bool) -> None:
+        """Look at held-out images and note what is seen; save the model as it is."""
+        assert product is not None
+        step, method = self.state.step, self.state.method
+        if watched:
             try:
-                found = self.held_out_diagnosis.look(
-                    self.state.method, vit, extra_modules, final=step == self.config.num_steps
-                )
+                found = self.held_out_diagnosis.look(method, *product, final=step == self.config.num_steps)
             except ValueError as error:
-                raise ValueError(
-                    f"cannot diagnose step {step}: {error}; {last_good(self.folder.checkpoints)}"
-                ) from error
-            vit.cpu()
+                kept = last_good(self.folder.checkpoints)
+                raise ValueError(f"cannot diagnose step {step}: {error}; {kept}") from error
             self.logger.diagnosed(step, found)
-
-        self.processes.on_rank_zero(look)
+        if saved:
+            self.logger.save(method, *product)
 
     @contextlib.contextmanager
     def _interruptible(self) -> Iterator[None]:
