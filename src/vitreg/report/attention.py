@@ -5,18 +5,15 @@ from __future__ import annotations
 import math
 import re
 from pathlib import Path
-from typing import TYPE_CHECKING
 
 import numpy as np
 from jaxtyping import Float, UInt8
 from PIL import Image, ImageDraw
 
 from vitreg.common.disk import replacing
-from vitreg.common.words import counted
-from vitreg.report.sheet import GAP, MARGIN, TITLE, Sheet, root_scale
-
-if TYPE_CHECKING:
-    from matplotlib.axes import Axes
+from vitreg.common.words import counted, safe_name
+from vitreg.report.colors import attention_scale
+from vitreg.report.sheet import GAP, MARGIN, TITLE, Sheet, outline
 
 
 def overlay(
@@ -95,10 +92,10 @@ def attention_figure(
         drawn.append(sheet.image(overlay(photo, head, highest=highest), x, y, small, small * aspect, f"head {i}"))
     if patch is not None:
         for axes in drawn:
-            _mark(axes, _place(patch, attention, photo))
-    ticks = [highest * t**2 for t in (0, 0.5, 0.75, 1)]
-    bar = left + columns * step_x, top + label, rows * step_y - label
-    sheet.color_bar(*bar, root_scale(highest), "magma", ticks, "attention a patch receives", percent=True)
+            for color, line in (("black", 2.6), ("white", 1.2)):  # white on black shows on any image
+                outline(axes, _place(patch, attention, photo), edgecolor=color, linewidth=line)
+    scale = attention_scale(highest, "attention a patch receives")
+    sheet.color_bar(left + columns * step_x, top + label, rows * step_y - label, scale)
     return sheet.write(path)
 
 
@@ -107,17 +104,6 @@ def _place(patch: tuple[int, int], attention: np.ndarray, photo: np.ndarray) -> 
     height, width = (side / count for side, count in zip(photo.shape[:2], attention.shape[-2:], strict=True))
     row, column = patch
     return column * width, row * height, (column + 1) * width, (row + 1) * height
-
-
-def _mark(axes: Axes, box: tuple[float, float, float, float]) -> None:
-    """White on black, which shows on any image."""
-    from matplotlib.patches import Rectangle
-
-    x0, y0, x1, y1 = box
-    for color, line in (("black", 2.6), ("white", 1.2)):
-        # Pixels are centered on whole numbers.
-        place = (x0 - 0.5, y0 - 0.5), x1 - x0, y1 - y0
-        axes.add_patch(Rectangle(*place, fill=False, edgecolor=color, linewidth=line, clip_on=False))
 
 
 def write_attention(
@@ -142,8 +128,7 @@ def write_attention(
     Returns:
         The paths, under `array`, `heads` and `overlay`.
     """
-    label = "".join(c if c.isalnum() else "-" for c in query).strip("-")
-    stem = f"{name}_block{block}_{label}"
+    stem = f"{name}_block{block}_{safe_name(query)}"
     paths = {
         "array": folder / f"{stem}.npy",
         "heads": folder / f"{stem}.png",

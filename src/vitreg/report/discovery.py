@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping, Sequence
-from functools import cache
 from pathlib import Path
 from typing import Any
 
@@ -14,6 +13,7 @@ from PIL import Image, ImageDraw, ImageFont
 
 from vitreg.common.disk import replacing
 from vitreg.common.words import counted, shorten
+from vitreg.report.colors import color_table
 
 BOX = (255, 90, 60)
 MASK = np.array((60, 160, 255))
@@ -53,7 +53,7 @@ def discovery_overlay(
     found[inside] = (found[inside] // 2 + MASK // 2).astype(np.uint8)
     spread = max(int(degree.max() - degree.min()), 1)
     levels = ((degree.max() - degree) * 255 // spread).astype(np.uint8)
-    degrees = _colors()[levels][rows[:, None], columns]
+    degrees = color_table("magma")[levels][rows[:, None], columns]
     # Beside each other, or below where they are wide.
     across, down = (0, len(rows) + _GAP) if width > 2 * height else (len(columns) + _GAP, 0)
     texts = [
@@ -86,13 +86,6 @@ def discovery_overlay(
     for text, y, grey in ((shorten(title, most), 4, 0), (texts[1], below + 4, 90), (texts[2], below + _STRIP, 90)):
         draw.text((_MARGIN, y), text, fill=(grey,) * 3, font=font)
     return sheet
-
-
-@cache
-def _colors() -> UInt8[np.ndarray, "256 3"]:
-    import matplotlib
-
-    return matplotlib.colormaps["magma"](range(256), bytes=True)[:, :3]
 
 
 def sweep_figure(summary: Mapping[str, Any], path: Path, *, most: int = 48) -> Path:

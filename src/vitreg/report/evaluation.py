@@ -2,19 +2,17 @@
 
 from __future__ import annotations
 
-import base64
-import io
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import numpy as np
-from jaxtyping import Float, Integer, Shaped, UInt8
-from PIL import Image
+from jaxtyping import Float, Shaped, UInt8
 
 from vitreg.common.words import number
-from vitreg.report.packing import photo_url
+from vitreg.report.colors import color_table, css_gradient
+from vitreg.report.data_urls import jpeg_url, png_url
 from vitreg.report.page import write_still_page
 
 _SIDE = 360
@@ -93,7 +91,7 @@ def write_evaluation(
         masks=[_mask_card(image, colors) for image in masks],
         classes=[(class_names[c] if c < len(class_names) else str(c), _css(colors[c])) for c in present],
         depths=[_depth_card(image) for image in depths],
-        depth_colors=_ramp(),
+        depth_colors=css_gradient(_DEPTH_COLORS),
     )
 
 
@@ -111,61 +109,35 @@ def class_colors(count: int) -> UInt8[np.ndarray, "count 3"]:
     return (255 * np.array([*few, *more][:count])).round().astype(np.uint8)
 
 
-def _mask_card(image: DenseImage, colors: UInt8[np.ndarray, "C 3"]) -> dict[str, Any]:
+def _card(image: DenseImage, paint: Callable[[np.ndarray], UInt8[np.ndarray, "h w 3"]]) -> dict[str, Any]:
+    """A photograph, the truth and the predictions as the page shows them."""
     return {
         "name": image.name,
-        "photo": photo_url(image.photo, _SIDE, 80),
-        "truth": _url(_painted(image.truth, colors)),
-        "predictions": {name: _url(_painted(prediction, colors)) for name, prediction in image.predictions.items()},
+        "photo": jpeg_url(image.photo, _SIDE, 80),
+        "truth": png_url(paint(image.truth), _SIDE),
+        "predictions": {name: png_url(paint(prediction), _SIDE) for name, prediction in image.predictions.items()},
     }
 
 
-def _painted(mask: Integer[np.ndarray, "H W"], colors: UInt8[np.ndarray, "C 3"]) -> UInt8[np.ndarray, "H W 3"]:
+def _mask_card(image: DenseImage, colors: UInt8[np.ndarray, "C 3"]) -> dict[str, Any]:
     """Classes in their colors; what does not count is black."""
     table = np.zeros((256, 3), np.uint8)
     table[: len(colors)] = colors
-    return table[mask]
+    return _card(image, lambda mask: table[mask])
 
 
 def _depth_card(image: DenseImage) -> dict[str, Any]:
-    valid = image.truth[image.truth > 0]
-    maps = [valid, *(prediction.ravel() for prediction in image.predictions.values())]
+    """Meters in colors, the same for the truth and all predictions; holes are black."""
+    maps = [image.truth[image.truth > 0], *(prediction.ravel() for prediction in image.predictions.values())]
     low = min(float(m.min()) for m in maps if m.size)
     high = max(float(np.quantile(m, 0.99)) for m in maps if m.size)
-    return {
-        "name": image.name,
-        "photo": photo_url(image.photo, _SIDE, 80),
-        "truth": _url(_depth_painted(image.truth, low, high)),
-        "predictions": {
-            name: _url(_depth_painted(prediction, low, high)) for name, prediction in image.predictions.items()
-        },
-        "ticks": [f"{number(low + (high - low) * share)} m" for share in (0, 0.5, 1)],
-    }
 
+    def paint(depth: Float[np.ndarray, "h w"]) -> UInt8[np.ndarray, "h w 3"]:
+        levels = 256 * np.clip((depth - low) / max(high - low, 1e-9), 0, 1)
+        return color_table(_DEPTH_COLORS)[levels.astype(int).clip(max=255)] * (depth > 0)[..., None]
 
-def _depth_painted(depth: Float[np.ndarray, "H W"], low: float, high: float) -> UInt8[np.ndarray, "H W 3"]:
-    """Meters in colors; holes are black."""
-    import matplotlib
-
-    shares = np.clip((depth - low) / max(high - low, 1e-9), 0, 1)
-    painted = matplotlib.colormaps[_DEPTH_COLORS](shares, bytes=True)[..., :3]
-    return np.where((depth > 0)[..., None], painted, 0).astype(np.uint8)
-
-
-def _ramp() -> str:
-    import matplotlib
-
-    stops = matplotlib.colormaps[_DEPTH_COLORS](np.linspace(0, 1, 17), bytes=True)
-    return ", ".join(f"rgb({r} {g} {b})" for r, g, b, _ in stops)
-
-
-def _url(pixels: UInt8[np.ndarray, "H W 3"]) -> str:
-    """An image without loss, as a data URL; shrunk without mixing colors."""
-    image = Image.fromarray(pixels)
-    image.thumbnail((_SIDE, _SIDE), Image.Resampling.NEAREST)
-    buffer = io.BytesIO()
-    image.convert("P", palette=Image.Palette.ADAPTIVE).save(buffer, "PNG", optimize=True)
-    return "data:image/png;base64," + base64.b64encode(buffer.getvalue()).decode()
+    ticks = [f"{number(low + (high - low) * share)} m" for share in (0, 0.5, 1)]
+    return {**_card(image, paint), "ticks": ticks}
 
 
 def _css(color: UInt8[np.ndarray, " 3"]) -> str:

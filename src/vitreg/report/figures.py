@@ -2,24 +2,19 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import numpy as np
 from jaxtyping import Bool, Float
 
 from vitreg.common.words import number, percent
+from vitreg.report.colors import ColorScale, attention_scale, norm_scale
 from vitreg.report.examples import ExampleMaps, check_examples, check_pairs
-from vitreg.report.sheet import GAP, MARGIN, QUIET, TITLE, Sheet, root_scale
+from vitreg.report.sheet import GAP, MARGIN, QUIET, TITLE, Sheet, outline_patches
 
-if TYPE_CHECKING:
-    from matplotlib.axes import Axes
-    from matplotlib.colors import Normalize
-
-OUTLIER = "#ff5a3c"
 LABEL = 0.95
 """Inches of the longest name of a row, which stands upright."""
 
@@ -43,15 +38,10 @@ def diagnosis_figure(summary: dict, examples: Sequence[ExampleMaps], path: Path,
         raise ValueError("diagnosis_figure needs at least one example, got none.")
     check_examples(summary, examples)
     shown, block, threshold = examples[:max_examples], summary["block"], summary["threshold"]
-    norms = np.stack([example.norms[block] for example in shown])
-    outliers = norms >= (np.inf if threshold is None else threshold)
-    groups = [_norm_group([_Row("patch norm", norms, outliers)], threshold)]
     query = next(iter(shown[0].attention), None)
-    if query is not None:
-        row = _Row(f"attention of\n{query}", _attention(shown, query, block), outliers)
-        groups.append(_attention_group([row], "attention received"))
+    rows = [("patch norm", f"attention of\n{query}", shown)]
     title, detail = _headline(summary)
-    return _draw(title, [detail], shown, groups, path)
+    return _draw(title, [detail], _groups(rows, block, threshold, query, "attention received"), shown, path)
 
 
 def comparison_figure(
@@ -84,20 +74,14 @@ def comparison_figure(
     check_pairs(summary, before, after)
     block = summary["block"]
     threshold = summary["blocks"][block]["threshold"]
-    models = {"before": before[:max_examples], "after": after[:max_examples]}
-    norms, attention = [], []
     query = next((query for query in before[0].attention if query in after[0].attention), None)
-    for when, shown in models.items():
-        maps = np.stack([example.norms[block] for example in shown])
-        outliers = maps >= (np.inf if threshold is None else threshold)
-        norms.append(_Row(f"patch norm,\n{when}", maps, outliers))
-        if query is not None:
-            attention.append(_Row(f"attention,\n{when}", _attention(shown, query, block), outliers))
-    groups = [_norm_group(norms, threshold)]
-    if query is not None:
-        groups.append(_attention_group(attention, f"attention received from {query}"))
+    rows = [
+        (f"patch norm,\n{when}", f"attention,\n{when}", examples[:max_examples])
+        for when, examples in (("before", before), ("after", after))
+    ]
+    groups = _groups(rows, block, threshold, query, f"attention received from {query}")
     title, details = _comparison_headline(summary)
-    return _draw(title, details, models["before"], groups, path)
+    return _draw(title, details, groups, before[:max_examples], path)
 
 
 @dataclass(frozen=True)
@@ -109,43 +93,41 @@ class _Row:
     outliers: Bool[np.ndarray, "N h w"]
 
 
-@dataclass(frozen=True)
-class _Group:
-    """Rows on one color scale, with a color bar beside them; `mark` is drawn across it."""
-
-    rows: Sequence[_Row]
-    scale: Normalize
-    colors: str
-    ticks: Sequence[float]
-    label: str
-    percent: bool = False
-    mark: float | None = None
+_Group = tuple[ColorScale, list[_Row]]
 
 
-def _norm_group(rows: Sequence[_Row], threshold: float | None) -> _Group:
-    from matplotlib.colors import LogNorm
+def _groups(
+    models: Sequence[tuple[str, str, Sequence[ExampleMaps]]],
+    block: int,
+    threshold: float | None,
+    query: str | None,
+    attention_label: str,
+) -> list[_Group]:
+    """The norms of all models on one color scale, and what their patches receive from a query on another.
 
-    norms = np.stack([row.maps for row in rows])
-    # The scale reaches the threshold even where the images shown do not.
-    high = max(float(norms.max()), threshold or 0.0)
-    low = max(float(norms.min()), high * 1e-4, 1e-12)
-    high = max(high, low * 1.01)
-    ticks = sorted({low, math.sqrt(low * high) if threshold is None else threshold, high})
-    return _Group(rows, LogNorm(low, high), "viridis", ticks, "norm (log scale)", mark=threshold)
-
-
-def _attention_group(rows: Sequence[_Row], label: str) -> _Group:
-    most = max(float(row.maps.max()) for row in rows)
-    ticks = [most * t**2 for t in (0, 0.5, 0.75, 1)]
-    return _Group(rows, root_scale(most), "magma", ticks, label, percent=True)
-
-
-def _attention(examples: Sequence[ExampleMaps], query: str, block: int) -> Float[np.ndarray, "N h w"]:
-    return np.stack([example.attention[query][block] for example in examples])
+    Args:
+        models: of each the labels of both rows, and its examples.
+        block: the one that is shown.
+        threshold: of outliers.
+        query: who attends; None where there is no attention.
+        attention_label: of the color bar.
+    """
+    norms, attention = [], []
+    for norm_label, label, examples in models:
+        maps = np.stack([example.norms[block] for example in examples])
+        norms.append(_Row(norm_label, maps, maps >= (np.inf if threshold is None else threshold)))
+        if query is not None:
+            received = np.stack([example.attention[query][block] for example in examples])
+            attention.append(_Row(label, received, norms[-1].outliers))
+    groups = [(norm_scale(np.stack([row.maps for row in norms]), threshold), norms)]
+    if attention:
+        highest = max(float(row.maps.max()) for row in attention)
+        groups.append((attention_scale(highest, attention_label), attention))
+    return groups
 
 
 def _draw(
-    title: str, details: Sequence[str], shown: Sequence[ExampleMaps], groups: Sequence[_Group], path: Path
+    title: str, details: Sequence[str], groups: Sequence[_Group], shown: Sequence[ExampleMaps], path: Path
 ) -> Path:
     """Photographs in the first row, then the groups."""
     line = 0.21
@@ -155,7 +137,7 @@ def _draw(
     height = width * aspect
     left, top, step = 0.5, 0.88 + line * (len(details) - 1), max(height, LABEL) + GAP
     right = left + len(shown) * (width + GAP)
-    labels = ["photograph", *(row.label for group in groups for row in group.rows)]
+    labels = ["photograph", *(row.label for _, rows in groups for row in rows)]
     # One narrow column must still hold the headline.
     sheet = Sheet(max(right + 0.95, 6.4), top + len(labels) * step + MARGIN - GAP)
     sheet.text(title, MARGIN, 0.12, **TITLE)
@@ -168,15 +150,11 @@ def _draw(
     for example, x in zip(shown, columns, strict=True):
         sheet.image(example.photo, x, top, width, height, example.name)
     y = top + step
-    for group in groups:
-        place = right, y, height + (len(group.rows) - 1) * step
-        bar = sheet.color_bar(*place, group.scale, group.colors, group.ticks, group.label, percent=group.percent)
-        if group.mark is not None:
-            bar.axhline(group.mark, color=OUTLIER, linewidth=2)
-        for row in group.rows:
+    for scale, rows in groups:
+        sheet.color_bar(right, y, height + (len(rows) - 1) * step, scale)
+        for row in rows:
             for x, values, outliers in zip(columns, row.maps, row.outliers, strict=True):
-                axes = sheet.image(values, x, y, width, height, scale=group.scale, colors=group.colors)
-                outline(axes, outliers)
+                outline_patches(sheet.image(values, x, y, width, height, scale=scale), outliers)
             y += step
     return sheet.write(path)
 
@@ -210,12 +188,3 @@ def _comparison_headline(summary: dict) -> tuple[str, list[str]]:
     if at["threshold"] is not None:
         norms += f" Outlined: {number(at['threshold'])} or more."
     return title, [*(f"{when.capitalize()}: {summary[when]['model']['name']}" for when in ("before", "after")), norms]
-
-
-def outline(axes: Axes, outliers: Bool[np.ndarray, "h w"]) -> None:
-    """A rectangle around every outlier of a map."""
-    from matplotlib.collections import PatchCollection
-    from matplotlib.patches import Rectangle
-
-    boxes = [Rectangle((column - 0.5, row - 0.5), 1, 1) for row, column in np.argwhere(outliers)]
-    axes.add_collection(PatchCollection(boxes, facecolor="none", edgecolor=OUTLIER, linewidth=1.3, clip_on=False))

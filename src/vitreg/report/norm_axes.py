@@ -8,13 +8,13 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from vitreg.common.words import percent
+from vitreg.report.colors import OUTLIER, ColorScale
 from vitreg.report.sheet import QUIET
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
-    from matplotlib.colors import Colormap, Normalize
+    from matplotlib.colors import Colormap
 
-OUTLIER = "#ff5a3c"
 REGISTER = "#0b7a3b"
 MEDIAN = "#ffffff"
 DASHES = (0, (3, 2))
@@ -31,13 +31,14 @@ def colors(outliers: bool = False) -> Colormap:
     return ListedColormap(matplotlib.colormaps["Oranges" if outliers else "Blues"](np.linspace(0.2, 0.95, 256)))
 
 
-def share_scale(blocks: Sequence[Block]) -> Normalize:
+def share_scale(blocks: Sequence[Block]) -> ColorScale:
     """Logarithmic, from a single patch to the fullest bin: outliers are few."""
     from matplotlib.colors import LogNorm
 
     shares = np.concatenate([_shares(block) for block in blocks])
     low, high = float(shares[shares > 0].min()), float(shares.max())
-    return LogNorm(low, max(high, 1.01 * low))
+    high = max(high, 1.01 * low)
+    return ColorScale(LogNorm(low, high), colors(), log_ticks(low, high), "share of patches in a bin", percent=True)
 
 
 def norm_limits(blocks: Sequence[Block]) -> tuple[float, float]:
@@ -53,7 +54,7 @@ def norm_limits(blocks: Sequence[Block]) -> tuple[float, float]:
     return low / room**0.04, high * room**0.16
 
 
-def draw_column(axes: Axes, left: float, right: float, block: Block, scale: Normalize, median: int) -> None:
+def draw_column(axes: Axes, left: float, right: float, block: Block, scale: ColorScale, median: int) -> None:
     """The distribution of the patch norms after one block, its median, and outliers in their own color."""
     edges, shares = np.array(block["histogram"]["edges"]), _shares(block)
     # A threshold lies on an edge, but both are rounded.
@@ -65,7 +66,7 @@ def draw_column(axes: Axes, left: float, right: float, block: Block, scale: Norm
         if shares[part].any():
             cells = np.ma.masked_equal(shares[part], 0)[:, None]
             corners = edges[part.start : part.stop + 1]
-            axes.pcolormesh([left, right], corners, cells, norm=scale, cmap=colors(outliers), zorder=0.5)
+            axes.pcolormesh([left, right], corners, cells, norm=scale.norm, cmap=colors(outliers), zorder=0.5)
     axes.plot([left, right], [block["quantiles"][median]] * 2, color=MEDIAN, linewidth=1.2, solid_capstyle="butt")
 
 

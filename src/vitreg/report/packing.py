@@ -1,13 +1,12 @@
 """Fits images and maps into a page small enough to send: JPEG, one byte a value, zlib, base64."""
 
 import base64
-import io
 import zlib
 from collections.abc import Iterable, Sequence
 
 import numpy as np
-from PIL import Image
 
+from vitreg.report.data_urls import jpeg_url
 from vitreg.report.examples import ExampleMaps
 
 # Small enough for any mail server and for a chat.
@@ -47,7 +46,7 @@ def pack_examples(
     blocks = list(range(depth))
     maps = _pack_maps(summary, models, blocks)
     for side, quality in PHOTO_STEPS:
-        photos = [photo_url(example.photo, side, quality) for example in models[0]]
+        photos = [jpeg_url(example.photo, side, quality) for example in models[0]]
         if _size(photos + maps["maps"]) <= max_bytes:
             break
     must = {depth - 1, summary["block"], *(k for k in keep if k is not None)}
@@ -96,15 +95,6 @@ def _quantize(maps: list[np.ndarray]) -> tuple[list[np.ndarray], list[list[float
     levels = np.log(values.clip(low[:, None], high[:, None]) / low[:, None]) / span[:, None]
     ranges = [[float(f"{a:.6g}"), float(f"{b:.6g}")] for a, b in zip(low, high, strict=True)]
     return list((levels * 255).round().astype(np.uint8)), ranges
-
-
-def photo_url(photo: np.ndarray, side: int, quality: int) -> str:
-    """A photograph, of at most `side` pixels, as a data URL."""
-    image = Image.fromarray(photo)
-    image.thumbnail((side, side), Image.Resampling.LANCZOS)
-    buffer = io.BytesIO()
-    image.save(buffer, "JPEG", quality=quality, optimize=True)
-    return "data:image/jpeg;base64," + base64.b64encode(buffer.getvalue()).decode()
 
 
 def _size(texts: list[str]) -> int:

@@ -6,6 +6,7 @@ from typing import Any
 
 from vitreg.common.disk import replace_text
 from vitreg.common.words import counted, number, percent
+from vitreg.report.colors import color_table
 
 TEMPLATES = Path(__file__).parent / "templates"
 
@@ -24,10 +25,7 @@ def write_page(name: str, path: Path, *, summary: dict, maps: dict, onset: int |
     Raises:
         ValueError: A value is NaN or infinite.
     """
-    import matplotlib
-
-    tables = {name: matplotlib.colormaps[name](range(256), bytes=True) for name in ("viridis", "magma")}
-    colors = {name: table[:, :3].tobytes().hex() for name, table in tables.items()}
+    colors = {name: color_table(name).tobytes().hex() for name in ("viridis", "magma")}
     return write_still_page(
         name,
         path,

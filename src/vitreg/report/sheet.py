@@ -3,19 +3,18 @@
 from __future__ import annotations
 
 import warnings
-from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
+from jaxtyping import Bool
 
 from vitreg.common.disk import replacing
-from vitreg.common.words import number, shorten
-from vitreg.common.words import percent as in_percent
+from vitreg.common.words import shorten
+from vitreg.report.colors import OUTLIER, ColorScale
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
-    from matplotlib.colors import Colormap, Normalize
     from matplotlib.text import Text
 
 QUIET = "#59616b"
@@ -76,37 +75,30 @@ class Sheet:
         width: float,
         height: float,
         label: str = "",
-        scale: Normalize | None = None,
-        colors: str | None = None,
+        scale: ColorScale | None = None,
     ) -> Axes:
+        """A photograph, or a map where there is a scale."""
         axes = self._axes(x, y, width, height)
-        axes.imshow(image, norm=scale, cmap=colors, interpolation="nearest", aspect="auto")
+        colors = {} if scale is None else {"norm": scale.norm, "cmap": scale.colors}
+        axes.imshow(image, interpolation="nearest", aspect="auto", **colors)
         self._fit(axes.set_title(label, fontsize=8.5, color=QUIET, pad=3, parse_math=False), width)
         axes.set(xticks=[], yticks=[])
         return axes
 
-    def color_bar(
-        self,
-        x: float,
-        y: float,
-        height: float,
-        scale: Normalize,
-        colors: str | Colormap,
-        ticks: Sequence[float],
-        label: str,
-        percent: bool,
-    ) -> Axes:
+    def color_bar(self, x: float, y: float, height: float, scale: ColorScale) -> None:
+        """The bar of a scale, beside what is of this height."""
         from matplotlib.cm import ScalarMappable
 
         # Shorter than what it stands beside, so that the numbers at its ends keep off its neighbor's.
         axes = self._axes(x, y + 0.06, 0.11, height - 0.12)
-        bar = self.figure.colorbar(ScalarMappable(scale, colors), cax=axes)
-        bar.set_ticks(ticks, labels=[in_percent(t) if percent else number(t) for t in ticks], minor=False)
+        bar = self.figure.colorbar(ScalarMappable(scale.norm, scale.colors), cax=axes)
+        bar.set_ticks(scale.ticks, labels=scale.tick_labels, minor=False)
         bar.minorticks_off()
         bar.ax.tick_params(labelsize=8, labelcolor=QUIET, color=QUIET, length=2)
-        bar.set_label(label, fontsize=8.5, color=QUIET)
+        bar.set_label(scale.label, fontsize=8.5, color=QUIET)
         bar.outline.set_visible(False)
-        return axes
+        if scale.mark is not None:
+            axes.axhline(scale.mark, color=OUTLIER, linewidth=2)
 
     def write(self, path: Path) -> Path:
         with warnings.catch_warnings(), replacing(path) as temporary:
@@ -116,8 +108,18 @@ class Sheet:
         return path
 
 
-def root_scale(highest: float) -> Normalize:
-    """Colors that go with the square root, from zero to `highest`."""
-    from matplotlib.colors import PowerNorm
+def outline(axes: Axes, box: tuple[float, float, float, float], **style: Any) -> None:
+    """A rectangle in an image: x0, y0, x1, y1 in its pixels, which are centered on whole numbers."""
+    from matplotlib.patches import Rectangle
 
-    return PowerNorm(0.5, 0, highest or 1.0)
+    x0, y0, x1, y1 = box
+    axes.add_patch(Rectangle((x0 - 0.5, y0 - 0.5), x1 - x0, y1 - y0, fill=False, clip_on=False, **style))
+
+
+def outline_patches(axes: Axes, outliers: Bool[np.ndarray, "h w"]) -> None:
+    """A rectangle around every outlier of a map."""
+    from matplotlib.collections import PatchCollection
+    from matplotlib.patches import Rectangle
+
+    boxes = [Rectangle((column - 0.5, row - 0.5), 1, 1) for row, column in np.argwhere(outliers)]
+    axes.add_collection(PatchCollection(boxes, facecolor="none", edgecolor=OUTLIER, linewidth=1.3, clip_on=False))

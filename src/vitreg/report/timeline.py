@@ -10,16 +10,15 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from vitreg.common.words import shorten
+from vitreg.report.colors import OUTLIER, ColorScale
 from vitreg.report.norm_axes import (
     DASHES,
     MEDIAN,
-    OUTLIER,
     REGISTER,
     Block,
     colors,
     draw_column,
     draw_registers,
-    log_ticks,
     mark,
     norm_axis,
     norm_limits,
@@ -30,7 +29,6 @@ from vitreg.report.sheet import MARGIN, QUIET, TITLE, Sheet
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
-    from matplotlib.colors import Normalize
 
 Run = Mapping[str, Any]
 
@@ -187,7 +185,7 @@ def _registers(run: Run) -> str:
     return f"{count or 'no'} register{'' if count == 1 else 's'}"
 
 
-def _draw_blocks(axes: Axes, run: Run, blocks: Sequence[Block], scale: Normalize, median: int) -> None:
+def _draw_blocks(axes: Axes, run: Run, blocks: Sequence[Block], scale: ColorScale, median: int) -> None:
     from matplotlib.ticker import MaxNLocator
 
     for place, block in enumerate(blocks):
@@ -201,7 +199,7 @@ def _draw_blocks(axes: Axes, run: Run, blocks: Sequence[Block], scale: Normalize
 
 
 def _draw_steps(
-    axes: Axes, strip: Axes, run: Run, blocks: Sequence[Block], end: int, scale: Normalize, median: int
+    axes: Axes, strip: Axes, run: Run, blocks: Sequence[Block], end: int, scale: ColorScale, median: int
 ) -> None:
     """Norms by training step, and below them the share of the patches that are outliers."""
     from matplotlib.ticker import FuncFormatter, MaxNLocator
@@ -259,7 +257,7 @@ def _sorted_by_model(runs: Sequence[Run]) -> tuple[str, list[int], list[str]]:
 
 
 def _draw_models(
-    axes: Axes, blocks: Sequence[Block], labels: Sequence[str], width: float, scale: Normalize, median: int
+    axes: Axes, blocks: Sequence[Block], labels: Sequence[str], width: float, scale: ColorScale, median: int
 ) -> None:
     for place, block in enumerate(blocks):
         draw_column(axes, place - 0.4, place + 0.4, block, scale, median)
@@ -271,12 +269,11 @@ def _draw_models(
     axes.set_xticks(range(len(blocks)), labels, rotation=0 if fits else 90)
 
 
-def _draw_legend(sheet: Sheet, x: float, y: float, scale: Normalize, registers: bool, outliers: bool) -> None:
+def _draw_legend(sheet: Sheet, x: float, y: float, scale: ColorScale, registers: bool, outliers: bool) -> None:
     from matplotlib.lines import Line2D
     from matplotlib.patches import Patch
 
-    low, high = float(scale.vmin or 0), float(scale.vmax or 0)  # both are set; their type allows None
-    sheet.color_bar(x, y, HEIGHT, scale, colors(), log_ticks(low, high), "share of patches in a bin", percent=True)
+    sheet.color_bar(x, y, HEIGHT, scale)
     patches = Patch(color=colors()(0.75))
     entries: dict[str, Any] = {"patches": patches, "their median": (patches, Line2D([], [], color=MEDIAN))}
     if outliers:
