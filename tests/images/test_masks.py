@@ -54,7 +54,7 @@ def test_without_names_classes_are_those_of_the_training_masks(folder):
     assert train.target(2)[0, :4].tolist() == [0, 4, IGNORED, IGNORED]
     with pytest.raises(ImageError, match=r"val/masks/f\.png has the class number 5, but the 5 classes are 0 to 4"):
         val.target(1)
-    assert val.with_classes(train._meaning).class_names == train.class_names
+    assert val.with_classes(dict(enumerate(train.class_names))).class_names == train.class_names
     assert len(open_segmentation(str(folder), num_classes=30)[1].class_names) == 30
 
 

@@ -2,19 +2,24 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
-from typing import Any, NoReturn
+from typing import Any
+from xml.etree import ElementTree
 
 import numpy as np
 from jaxtyping import Float64
 
-from vitreg.images.listed import read_text
+from vitreg.images.listed import read_list, read_text
 from vitreg.images.reading import find_images, image_size
 
 COCO20K_LISTS = ("coco_20k_filenames.txt", "coco20k.txt")
+
+_VOC_SIDES = (("xmin", 1), ("ymin", 1), ("xmax", 0), ("ymax", 0))
 
 
 @dataclass(frozen=True, eq=False)
@@ -68,47 +73,34 @@ def open_box_set(source: str) -> BoxSet:
     return BoxSet(present, missing)
 
 
-def _voc(year: str) -> Callable[[Path], list[BoxedImage]]:
-    def read(folder: Path) -> list[BoxedImage]:
-        from xml.etree import ElementTree
-
-        from torchvision.datasets import VOCDetection
-
-        expected = folder / "VOCdevkit" / f"VOC{year}" / "ImageSets" / "Main" / "trainval.txt"
-        if not expected.is_file():
-            raise ValueError(f"{expected} does not exist; give the folder that holds VOCdevkit")
-        data = VOCDetection(str(folder), year=year, image_set="trainval")
-        images = []
-        for path, annotation in zip(data.images, data.annotations, strict=True):
-            try:
-                parsed = data.parse_voc_xml(ElementTree.parse(annotation).getroot())["annotation"]
-                corners = [_voc_box(entry["bndbox"]) for entry in parsed.get("object", [])]
-            except (OSError, ElementTree.ParseError, KeyError, TypeError, ValueError) as error:
-                _refuse(annotation, error)
-            images.append(BoxedImage(Path(path), _boxes(corners, annotation)))
-        return images
-
-    return read
-
-
-def _voc_box(box: dict[str, str]) -> list[float]:
-    # Some VOC2012 boxes have fractions; the reference's int() would refuse those.
-    x0, y0, x1, y1 = (float(box[side]) for side in ("xmin", "ymin", "xmax", "ymax"))
-    return [x0 - 1, y0 - 1, x1, y1]
+def _voc(year: str, folder: Path) -> list[BoxedImage]:
+    root = folder / "VOCdevkit" / f"VOC{year}"
+    images = []
+    for name in read_list(root / "ImageSets" / "Main" / "trainval.txt", "VOCdevkit"):
+        annotation = root / "Annotations" / f"{name}.xml"
+        with _reading(annotation):
+            # Not `iter`: parts of objects have boxes too. Some of VOC2012 have fractions, which the reference's int()
+            # would refuse.
+            corners = [
+                [float(entry.findtext(f"bndbox/{side}", "")) - first for side, first in _VOC_SIDES]
+                for entry in ElementTree.parse(annotation).getroot().findall("object")
+            ]
+            images.append(BoxedImage(root / "JPEGImages" / f"{name}.jpg", _boxes(corners)))
+    return images
 
 
 def _coco20k(folder: Path) -> list[BoxedImage]:
-    annotations = _read_json(folder / "annotations" / "instances_train2014.json")
-    try:
-        names = {entry["id"]: entry["file_name"] for entry in annotations["images"]}
-        corners: dict[int, list[list[float]]] = {}
-        for entry in annotations["annotations"]:
+    annotations = folder / "annotations" / "instances_train2014.json"
+    with _reading(annotations):
+        found = json.loads(read_text(annotations))
+        names = {entry["id"]: entry["file_name"] for entry in found["images"]}
+        corners: dict[int, list[list[int]]] = {}
+        for entry in found["annotations"]:
             x, y, width, height = entry["bbox"]
             if not entry.get("iscrowd"):
-                box = [float(round(side)) for side in (x, y, x + width, y + height)]
-                corners.setdefault(entry["image_id"], []).append(box)
-    except (KeyError, TypeError, ValueError, OverflowError) as error:
-        _refuse(folder / "annotations" / "instances_train2014.json", error)
+                corners.setdefault(entry["image_id"], []).append(
+                    [round(side) for side in (x, y, x + width, y + height)]
+                )
     chosen = next((folder / name for name in COCO20K_LISTS if (folder / name).is_file()), None)
     if chosen is None:
         raise ValueError(f"{folder / COCO20K_LISTS[0]} does not exist; it comes with the code of LOST (valeoai/LOST)")
@@ -116,9 +108,10 @@ def _coco20k(folder: Path) -> list[BoxedImage]:
     for line in read_text(chosen).split():
         number = Path(line).stem.rpartition("_")[2]
         if not number.isdecimal() or int(number) not in names:
-            raise ValueError(f"{chosen} lists {line!r}, which instances_train2014.json does not know")
-        path = folder / "train2014" / names[int(number)]
-        images.append(BoxedImage(path, _boxes(corners.get(int(number), []), chosen)))
+            raise ValueError(f"{chosen} lists {line!r}, which {annotations.name} does not know")
+        with _reading(annotations):
+            boxes = _boxes(corners.get(int(number), []))
+        images.append(BoxedImage(folder / "train2014" / names[int(number)], boxes))
     return images
 
 
@@ -131,72 +124,69 @@ def _yolo(folder: Path) -> list[BoxedImage]:
     images = []
     for path in find_images(photos):
         label = labels / path.relative_to(photos).with_suffix(".txt")
-        rows = read_text(label).splitlines() if label in unused else []
+        rows = [row for row in read_text(label).splitlines() if row.strip()] if label in unused else []
         unused.discard(label)
         images.append(BoxedImage(path, _yolo_boxes(rows, path, label)))
     # Labels of images that are not there: `open_box_set` sorts them out.
     for label in sorted(unused):
-        images.append(BoxedImage(photos / label.relative_to(labels).with_suffix(".jpg"), _boxes([], label)))
+        images.append(BoxedImage(photos / label.relative_to(labels).with_suffix(".jpg"), _boxes([])))
     return images
 
 
 def _yolo_boxes(rows: list[str], path: Path, label: Path) -> Float64[np.ndarray, "n 4"]:
-    rows = [row for row in rows if row.strip()]
-    if not rows:
-        return _boxes([], label)
-    height, width = image_size(path)
+    height, width = image_size(path) if rows else (0, 0)
     corners = []
-    for row in rows:
-        try:
-            x, y, w, h = (float(value) for value in row.split()[1:])
-        except ValueError as error:
-            _refuse(label, f"row {row!r} is not `class cx cy w h`", error)
-        corners.append([(x - w / 2) * width, (y - h / 2) * height, (x + w / 2) * width, (y + h / 2) * height])
-    return _boxes(corners, label)
+    with _reading(label):
+        for row in rows:
+            try:
+                x, y, w, h = (float(value) for value in row.split()[1:])
+            except ValueError:
+                raise ValueError(f"row {row!r} is not `class cx cy w h`") from None
+            corners.append([(x - w / 2) * width, (y - h / 2) * height, (x + w / 2) * width, (y + h / 2) * height])
+        return _boxes(corners)
 
 
 def _plain_json(path: Path) -> list[BoxedImage]:
-    entries = _read_json(path)
-    if not isinstance(entries, list):
-        _refuse(path, 'expected a list of {"image": ..., "boxes": [[x0, y0, x1, y1], ...]}')
+    with _reading(path):
+        entries = json.loads(read_text(path))
+        if not isinstance(entries, list):
+            raise ValueError('expected a list of {"image": ..., "boxes": [[x0, y0, x1, y1], ...]}')
     images = []
     for number, entry in enumerate(entries):
         if not isinstance(entry, dict) or not isinstance(entry.get("image"), str):
-            _refuse(path, f'entry {number} has no "image"')
-        boxes = _boxes(entry.get("boxes") or [], f"{path}, entry {number}")
-        images.append(BoxedImage(path.parent / entry["image"], boxes))
+            raise ValueError(f'{path} is malformed: entry {number} has no "image"')
+        with _reading(f"{path}, entry {number}"):
+            images.append(BoxedImage(path.parent / entry["image"], _boxes(entry.get("boxes") or [])))
     return images
 
 
-def _boxes(corners: Any, where: Path | str) -> Float64[np.ndarray, "n 4"]:
+def _boxes(corners: Any) -> Float64[np.ndarray, "n 4"]:
     try:
         boxes = np.array(corners, dtype=np.float64) if len(corners) else np.empty((0, 4))
     except (TypeError, ValueError):
         boxes = np.empty(0)
     if boxes.shape[1:] != (4,) or not np.isfinite(boxes).all():
-        _refuse(where, "boxes must be rows of four finite numbers")
+        raise ValueError("boxes must be rows of four finite numbers")
     if (boxes[:, 2:] < boxes[:, :2]).any():
-        _refuse(where, "a box ends before it begins")
+        raise ValueError("a box ends before it begins")
     return boxes
 
 
-def _read_json(path: Path) -> Any:
+@contextlib.contextmanager
+def _reading(what: Path | str) -> Iterator[None]:
+    """Says of all that can be wrong with an annotation where it is."""
     try:
-        return json.loads(read_text(path))
+        yield
     except FileNotFoundError:
-        raise ValueError(f"{path} does not exist") from None
-    except (OSError, ValueError, RecursionError) as error:
-        _refuse(path, error)
-
-
-def _refuse(where: Path | str, what: object, cause: BaseException | None = None) -> NoReturn:
-    what = f"{type(what).__name__} {what}" if isinstance(what, Exception) else what
-    raise ValueError(f"{where} is malformed: {what}") from cause
+        raise ValueError(f"{what} does not exist") from None
+    except (OSError, SyntaxError, LookupError, TypeError, ValueError, ArithmeticError, RecursionError) as error:
+        told = error if type(error) is ValueError else f"{type(error).__name__} {error}"
+        raise ValueError(f"{what} is malformed: {told}") from error
 
 
 _READERS: dict[str, Callable[[Path], list[BoxedImage]]] = {
-    "voc2007": _voc("2007"),
-    "voc2012": _voc("2012"),
+    "voc2007": partial(_voc, "2007"),
+    "voc2012": partial(_voc, "2012"),
     "coco20k": _coco20k,
     "yolo": _yolo,
     "json": _plain_json,

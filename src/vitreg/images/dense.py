@@ -5,7 +5,7 @@ from __future__ import annotations
 import copy
 import hashlib
 from abc import abstractmethod
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
 from typing import TypeVar
 
@@ -15,12 +15,14 @@ from PIL import Image
 
 from vitreg.images.ahead import map_ahead
 from vitreg.images.files import ImageFiles
-from vitreg.images.listed import read_text
+from vitreg.images.listed import read_list
 from vitreg.images.packed import PackedStrings
 from vitreg.images.reading import ImageError, image_size, walk_images
 
 _NAMED = 3
 _HEADERS_AHEAD = 256
+
+PARTS = ("train", "val")
 
 Pair = tuple[str, str]
 Targets = TypeVar("Targets", bound="DenseSet")
@@ -33,11 +35,13 @@ class DenseSet(ImageFiles):
         kind: what a target is called in messages: `"mask"`.
         modes: Pillow's modes that a target may have.
         wanted: these in words.
+        meaning: all that a target follows from besides its file.
     """
 
     kind: str
     modes: frozenset[str]
     wanted: str
+    meaning: tuple[object, ...]
 
     def __init__(self, source: str, pairs: Sequence[Pair]) -> None:
         """Takes pairs of paths, of the image and of its target, and compares their headers.
@@ -63,11 +67,6 @@ class DenseSet(ImageFiles):
     def target_name(self, index: int) -> str:
         """What to call a target in messages: its path."""
         return self._targets[index]
-
-    @property
-    @abstractmethod
-    def meaning(self) -> tuple[object, ...]:
-        """All that a target follows from besides its file."""
 
     def targets_digest(self) -> str:
         """32 hexadecimal digits that change with any byte of the targets' files, their order, and what they mean.
@@ -157,26 +156,39 @@ def folder_pairs(images: Path, targets: Path) -> list[Pair]:
     return [(ours[name], theirs[name]) for name in ours]
 
 
-def existing_pairs(listed: Path, pairs: Sequence[Pair]) -> Sequence[Pair]:
-    """The pairs that a list names.
-
-    Raises:
-        ValueError: files do not exist.
-    """
-    refuse(f"files of {listed} do not exist", [file for pair in pairs for file in pair if not Path(file).is_file()])
-    return pairs
-
-
-def read_list(path: Path, folder: str) -> list[str]:
-    """The lines of a file that lists a part of a set.
+def listed_pairs(listed: Path, of: str, pair: Callable[[str], tuple[Path, Path]]) -> list[Pair]:
+    """The pairs that a list names, one a line.
 
     Args:
-        path: of the file.
-        folder: which one to give, for the message.
+        listed: the file.
+        of: what lies beside it, for the message.
+        pair: the paths that a line stands for.
 
     Raises:
-        ValueError: there is no such file.
+        ValueError: there is no such file, or files that it names do not exist.
     """
-    if not path.is_file():
-        raise ValueError(f"{path} does not exist; give the folder that holds {folder}")
-    return [line for line in read_text(path).splitlines() if line.strip()]
+    pairs = [pair(line) for line in read_list(listed, of)]
+    refuse(f"files of {listed} do not exist", [str(file) for each in pairs for file in each if not file.is_file()])
+    return [(str(image), str(target)) for image, target in pairs]
+
+
+def open_folders(
+    folder: Path, targets: str, released: str, make: Callable[[str, list[Pair]], Targets]
+) -> tuple[Targets, Targets]:
+    """The sets `train` and `val` of a folder, each of them a folder of `images` and one of `targets`.
+
+    Args:
+        folder: which.
+        targets: what the folders of targets are called.
+        released: other ways to name a set, for the message.
+        make: a set, of its source and pairs.
+
+    Raises:
+        ValueError: a folder does not exist, or files are in one of two only.
+    """
+    if not folder.is_dir():
+        raise ValueError(f"{folder} is not a folder; give one with train/ and val/, or {released}")
+    train, val = (
+        make(str(folder / part), folder_pairs(folder / part / "images", folder / part / targets)) for part in PARTS
+    )
+    return train, val

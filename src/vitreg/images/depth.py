@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from functools import partial
 from pathlib import Path
 
 import numpy as np
 from jaxtyping import Float32
 
-from vitreg.images.dense import DenseSet, Pair, existing_pairs, folder_pairs, read_list
+from vitreg.images.dense import DenseSet, Pair, listed_pairs, open_folders
 from vitreg.images.reading import ImageError
 
 MILLIMETERS = 1 / 1000
@@ -25,21 +26,12 @@ class DepthSet(DenseSet):
     def __init__(
         self, source: str, pairs: Sequence[Pair], scale: float = MILLIMETERS, *, eigen_crop: bool = False
     ) -> None:
-        """As of `DenseSet`.
+        """As of `DenseSet`, with meters in one step of a file's numbers.
 
-        Args:
-            source: of the set.
-            pairs: images and their depth maps.
-            scale: meters in one step of a file's numbers.
-            eigen_crop: whether it is the custom to judge by the middle of the images (Eigen et al. 2014).
+        It may be the custom to judge by the middle of the images (`eigen_crop`; Eigen et al. 2014).
         """
         super().__init__(source, pairs)
-        self.scale, self.eigen_crop = scale, eigen_crop
-
-    @property
-    def meaning(self) -> tuple[object, ...]:
-        """The unit, and which part counts."""
-        return self.scale, self.eigen_crop
+        self.scale, self.eigen_crop = self.meaning = scale, eigen_crop
 
     def target(self, index: int) -> Float32[np.ndarray, "H W"]:
         """Meters; 0 where nothing was measured.
@@ -73,25 +65,20 @@ def open_depth(source: str, *, scale: float = MILLIMETERS) -> tuple[DepthSet, De
         raise ValueError(f"scale is {scale}; it must be the meters in one step, such as 0.001 for millimeters")
     kind, _, path = source.partition(":")
     if kind == "nyu":
-        train, val = (_listed(Path(path).expanduser(), part, scale) for part in ("train", "test"))
+        train, val = (_nyu(Path(path).expanduser(), part, scale) for part in ("train", "test"))
         return train, val
-    folder = Path(source).expanduser()
-    if not folder.is_dir():
-        raise ValueError(f"{folder} is not a folder; give one with train/ and val/, or nyu:PATH")
-    train, val = (
-        DepthSet(str(folder / part), folder_pairs(folder / part / "images", folder / part / "depth"), scale)
-        for part in ("train", "val")
-    )
-    return train, val
+    return open_folders(Path(source).expanduser(), "depth", "nyu:PATH", partial(DepthSet, scale=scale))
 
 
-def _listed(folder: Path, part: str, scale: float) -> DepthSet:
+def _nyu(folder: Path, part: str, scale: float) -> DepthSet:
     listed = folder / f"nyu_{part}.txt"
-    pairs = []
-    for line in read_list(listed, "the scenes of NYUv2 and this list"):
-        image, *rest = line.split()
+
+    def pair(line: str) -> tuple[Path, Path]:
+        # Paths begin with a slash there, and are of the folder all the same.
+        image, *rest = (folder / name.lstrip("/") for name in line.split())
         if not rest:
             raise ValueError(f"{listed} is malformed: {line!r} is not an image and its depth")
-        # Paths begin with a slash there, and are of the folder all the same.
-        pairs.append((str(folder / image.lstrip("/")), str(folder / rest[0].lstrip("/"))))
-    return DepthSet(str(listed), existing_pairs(listed, pairs), scale, eigen_crop=True)
+        return image, rest[0]
+
+    pairs = listed_pairs(listed, "the scenes of NYUv2 and this list", pair)
+    return DepthSet(str(listed), pairs, scale, eigen_crop=True)

@@ -19,6 +19,21 @@ def read_text(path: Path) -> str:
         raise _not_utf8(path, error) from error
 
 
+def read_list(path: Path, of: str) -> list[str]:
+    """The lines of a file that lists a part of a data set, without those that are empty.
+
+    Args:
+        path: of the file.
+        of: what lies beside it, for the message.
+
+    Raises:
+        ValueError: there is no such file, or it is not in UTF-8.
+    """
+    if not path.is_file():
+        raise ValueError(f"{path} does not exist; give the folder that holds {of}")
+    return [line.strip() for line in read_text(path).splitlines() if line.strip()]
+
+
 def read_rows(path: Path, *columns: str) -> Iterator[list[str]]:
     """The fields of a CSV file in these columns, row by row, without the spaces around them.
 

@@ -3,15 +3,14 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Callable, Iterable, Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
 
 import numpy as np
-from jaxtyping import Bool, UInt8
+from jaxtyping import UInt8
 
 from vitreg.images.ahead import map_ahead
-from vitreg.images.dense import DenseSet, Pair, existing_pairs, folder_pairs, read_list, refuse
+from vitreg.images.dense import DenseSet, folder_pairs, listed_pairs, open_folders, refuse
 from vitreg.images.listed import read_numbered_names, read_text
 from vitreg.images.reading import ImageError
 
@@ -20,41 +19,10 @@ IGNORED = 255
 
 _UNCOUNTED = frozenset({"ignore", "unlabeled", "void"})
 _MASKS_AHEAD = 32
-_PARTS = ("train", "val")
 _VOC = (
     "background aeroplane bicycle bird boat bottle bus car cat chair cow diningtable dog horse motorbike person "
     "pottedplant sheep sofa train tvmonitor"
 )
-
-
-@dataclass(frozen=True, eq=False)
-class PixelClasses:
-    """What the numbers in masks mean.
-
-    Attributes:
-        names: of the classes.
-        table: the class of every number, from 0; `IGNORED` where pixels do not count.
-        known: which numbers may be in a mask.
-    """
-
-    names: tuple[str, ...]
-    table: UInt8[np.ndarray, " 256"]
-    known: Bool[np.ndarray, " 256"]
-
-    @classmethod
-    def of(cls, names: Mapping[int, str], ignored: Iterable[int] = ()) -> PixelClasses:
-        """Classes in the order of their numbers.
-
-        Args:
-            names: of the numbers in masks.
-            ignored: numbers of pixels that do not count; 255 is always one.
-        """
-        ignored = {IGNORED, *ignored}
-        counted = [number for number in sorted(names) if number not in ignored]
-        table, known = np.full(256, IGNORED, np.uint8), np.zeros(256, dtype=bool)
-        table[counted] = np.arange(len(counted))
-        known[[*counted, *ignored]] = True
-        return cls(tuple(names[number] for number in counted), table, known)
 
 
 class SegmentationSet(DenseSet):
@@ -64,26 +32,28 @@ class SegmentationSet(DenseSet):
     modes = frozenset({"1", "L", "P", "I;16", "I"})
     wanted = "one channel of class numbers (L or P)"
 
-    def __init__(self, source: str, pairs: Sequence[Pair], classes: PixelClasses) -> None:
-        """As of `DenseSet`, with what the numbers in the masks mean."""
-        super().__init__(source, pairs)
-        self._meaning = classes
+    class_names: tuple[str, ...] = ("",) * 256
+    """Of the classes that a target holds, from 0."""
+    meaning = ()
+    # The class of every number in a file, -1 where it may not be there; at first these are the same.
+    _classes = np.arange(256, dtype=np.int16)
 
-    def with_classes(self, classes: PixelClasses) -> SegmentationSet:
-        """The same masks, their numbers meaning something else."""
-        other = copy.copy(self)
-        other._meaning = classes
+    def with_classes(self, names: Mapping[int, str], ignored: Iterable[int] = ()) -> SegmentationSet:
+        """The same masks with these classes, in the order of their numbers.
+
+        Args:
+            names: of the numbers in the files.
+            ignored: numbers of pixels that do not count; 255 is always one.
+        """
+        other, ignored = copy.copy(self), [IGNORED, *ignored]
+        counted = [number for number in sorted(names) if number not in ignored]
+        other.class_names = tuple(names[number] for number in counted)
+        other._classes = np.full(256, -1, np.int16)
+        other._classes[ignored] = IGNORED
+        other._classes[counted] = np.arange(len(counted))
+        known = other._classes >= 0
+        other.meaning = other.class_names, np.where(known, other._classes, IGNORED).tolist(), known.tolist()
         return other
-
-    @property
-    def class_names(self) -> tuple[str, ...]:
-        """Of the classes that a target holds, from 0."""
-        return self._meaning.names
-
-    @property
-    def meaning(self) -> tuple[object, ...]:
-        """The class of every number."""
-        return self._meaning.names, self._meaning.table.tolist(), self._meaning.known.tolist()
 
     def target(self, index: int) -> UInt8[np.ndarray, "H W"]:
         """The class of every pixel, `IGNORED` (255) where it does not count.
@@ -93,19 +63,21 @@ class SegmentationSet(DenseSet):
         """
         mask = self._read(index)
         present = np.unique(mask) if mask.dtype.itemsize > 1 else np.flatnonzero(np.bincount(mask.ravel()))
-        unknown = [number for number in present.tolist() if not 0 <= number < 256 or not self._meaning.known[number]]
+        unknown = [number for number in present.tolist() if not 0 <= number < 256 or self._classes[number] < 0]
         if unknown:
-            classes = np.flatnonzero(self._meaning.table != IGNORED)
+            numbers = np.flatnonzero((self._classes >= 0) & (self._classes != IGNORED))
             raise ImageError(
                 f"{self.target_name(index)} has the class number{'s' * (len(unknown) > 1)} "
-                f"{', '.join(map(str, unknown[:5]))}, but the {len(classes)} classes are {classes[0]} to {classes[-1]}"
+                f"{', '.join(map(str, unknown[:5]))}, but the {len(numbers)} classes are {numbers[0]} to {numbers[-1]}"
             )
-        return self._meaning.table[mask.astype(np.uint8, copy=False)]
+        return self._classes.astype(np.uint8)[mask.astype(np.uint8, copy=False)]
 
 
-def open_segmentation(
-    source: str, *, num_classes: int | None = None, ignore: int | None = None
-) -> tuple[SegmentationSet, SegmentationSet]:
+Parts = tuple[SegmentationSet, SegmentationSet]
+"""To train on, and to judge by."""
+
+
+def open_segmentation(source: str, *, num_classes: int | None = None, ignore: int | None = None) -> Parts:
     """The images with masks that `source` names: those to train on, and those to judge by.
 
     - `ade20k:PATH`: PATH holds `ADEChallengeData2016` as released; 150 classes, 0 in a mask does not count.
@@ -133,9 +105,7 @@ def open_segmentation(
     return _RELEASED[kind](Path(path).expanduser())
 
 
-def _open_folder(folder: Path, num_classes: int | None, ignored: tuple[int, ...]) -> tuple:
-    if not folder.is_dir():
-        raise ValueError(f"{folder} is not a folder; give one with train/ and val/, or {', '.join(_RELEASED)}:PATH")
+def _open_folder(folder: Path, num_classes: int | None, ignored: tuple[int, ...]) -> Parts:
     names = _read_names(folder)
     if num_classes is not None and not 2 <= num_classes <= IGNORED:
         raise ValueError(f"num_classes is {num_classes}; it must be 2 to {IGNORED}")
@@ -143,20 +113,15 @@ def _open_folder(folder: Path, num_classes: int | None, ignored: tuple[int, ...]
         raise ValueError(f"{folder} names its classes; leave out num_classes")
     if strange := [number for number in ignored if not 0 <= number <= IGNORED]:
         raise ValueError(f"ignore is {strange[0]}; numbers in masks are 0 to {IGNORED}")
-    # Numbers as they are, so that the largest of them is one.
-    anything = PixelClasses(("",) * 256, np.arange(256, dtype=np.uint8), np.ones(256, dtype=bool))
-    train, val = (
-        SegmentationSet(str(folder / part), folder_pairs(folder / part / "images", folder / part / "masks"), anything)
-        for part in _PARTS
-    )
+    train, val = open_folders(folder, "masks", f"{', '.join(_RELEASED)}:PATH", SegmentationSet)
     if not names:
         largest = _largest(train, ignored) if num_classes is None else num_classes - 1
         names = {number: str(number) for number in range(largest + 1)}
     ignored += tuple(number for number, name in names.items() if name.lower() in _UNCOUNTED)
-    classes = PixelClasses.of(names, ignored)
-    if len(classes.names) < 2:
-        raise ValueError(f"{folder} has {len(classes.names)} class; segmentation needs at least 2")
-    return train.with_classes(classes), val.with_classes(classes)
+    train, val = train.with_classes(names, ignored), val.with_classes(names, ignored)
+    if len(train.class_names) < 2:
+        raise ValueError(f"{folder} has {len(train.class_names)} class; segmentation needs at least 2")
+    return train, val
 
 
 def _largest(masks: SegmentationSet, ignored: tuple[int, ...]) -> int:
@@ -189,40 +154,34 @@ def _read_names(folder: Path) -> dict[int, str]:
     return names
 
 
-def _ade20k(folder: Path) -> tuple[SegmentationSet, SegmentationSet]:
+def _ade20k(folder: Path) -> Parts:
     root = folder / "ADEChallengeData2016"
     if not root.is_dir():
         raise ValueError(f"{root} does not exist; give the folder that holds ADEChallengeData2016")
     listed = root / "objectInfo150.txt"
     rows = [row.split("\t") for row in read_text(listed).splitlines()[1:]] if listed.is_file() else []
     names = {number: str(number) for number in range(1, 151)} | {int(row[0]): row[-1].strip() for row in rows}
-    classes = PixelClasses.of(names, ignored=[0])
-    train, val = (
-        SegmentationSet(
-            str(root / "images" / part), folder_pairs(root / "images" / part, root / "annotations" / part), classes
-        )
-        for part in ("training", "validation")
-    )
-    return train, val
+
+    def part(name: str) -> SegmentationSet:
+        pairs = folder_pairs(root / "images" / name, root / "annotations" / name)
+        return SegmentationSet(str(root / "images" / name), pairs).with_classes(names, ignored=[0])
+
+    return part("training"), part("validation")
 
 
-def _voc2012(folder: Path) -> tuple[SegmentationSet, SegmentationSet]:
+def _voc2012(folder: Path) -> Parts:
     root = folder / "VOCdevkit" / "VOC2012"
-    classes = PixelClasses.of(dict(enumerate(_VOC.split())))
-    parts = []
-    for part in _PARTS:
-        listed = root / "ImageSets" / "Segmentation" / f"{part}.txt"
-        names = map(str.strip, read_list(listed, "VOCdevkit"))
-        pairs = [
-            (str(root / "JPEGImages" / f"{name}.jpg"), str(root / "SegmentationClass" / f"{name}.png"))
-            for name in names
-        ]
-        parts.append(SegmentationSet(str(listed), existing_pairs(listed, pairs), classes))
-    train, val = parts
-    return train, val
+
+    def part(name: str) -> SegmentationSet:
+        listed = root / "ImageSets" / "Segmentation" / f"{name}.txt"
+        pairs = listed_pairs(
+            listed,
+            "VOCdevkit",
+            lambda line: (root / "JPEGImages" / f"{line}.jpg", root / "SegmentationClass" / f"{line}.png"),
+        )
+        return SegmentationSet(str(listed), pairs).with_classes(dict(enumerate(_VOC.split())))
+
+    return part("train"), part("val")
 
 
-_RELEASED: dict[str, Callable[[Path], tuple[SegmentationSet, SegmentationSet]]] = {
-    "ade20k": _ade20k,
-    "voc2012": _voc2012,
-}
+_RELEASED: dict[str, Callable[[Path], Parts]] = {"ade20k": _ade20k, "voc2012": _voc2012}
