@@ -9,7 +9,7 @@ import pytest
 
 from peers import timm_model
 from vitreg import ViTConfig, from_timm
-from vitreg.model import PositionInterpolation, RopeConfig
+from vitreg.model import PositionInterpolation, Preprocess, RopeConfig
 
 SMALL = dict(embed_dim=24, depth=2, num_heads=2, mlp_dim=48, patch_size=8, image_size=(32, 40))
 
@@ -66,3 +66,15 @@ def test_a_config_of_an_older_vitreg_gets_defaults():
     values = ViTConfig(**SMALL).to_dict()
     del values["attention_norm"]
     assert ViTConfig.from_dict(values) == ViTConfig(**SMALL)
+
+
+def test_names_of_0_1_are_taken_for_one_version():
+    with pytest.warns(DeprecationWarning, match="pre_norm is called norm_pre now"):
+        old = ViTConfig(**SMALL, pre_norm=True)
+    assert old == ViTConfig(**SMALL, norm_pre=True)
+    with pytest.warns(DeprecationWarning, match="pool_norm is called fc_norm now"):
+        assert dataclasses.replace(old, pool_norm=True).fc_norm
+    with pytest.warns(DeprecationWarning, match="crop_fraction is called crop_pct now"):
+        assert Preprocess(crop_fraction=0.9) == Preprocess(crop_pct=0.9)
+    with pytest.raises(TypeError, match="colour_jitter"):
+        Preprocess(colour_jitter=0.4)

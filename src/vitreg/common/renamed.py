@@ -1,10 +1,15 @@
-"""Names that files of version 0.1 have for what is called otherwise now, so that they load as before."""
+"""Names that version 0.1 had for what is called otherwise now: its files load, and its keyword arguments are taken."""
 
 from __future__ import annotations
 
+import dataclasses
+import functools
 import re
+import warnings
 from collections.abc import Mapping
-from typing import Any
+from typing import Any, TypeVar
+
+Config = TypeVar("Config", bound=type)
 
 _FIELDS = {"pre_norm": "norm_pre", "pool_norm": "fc_norm", "crop_fraction": "crop_pct", "colour_jitter": "color_jitter"}
 _TENSORS = {"pre_norm": "norm_pre", "pool_norm": "fc_norm", "scale1": "ls1", "scale2": "ls2", "positions": "pos_embed"}
@@ -13,6 +18,23 @@ _TENSORS = {"pre_norm": "norm_pre", "pool_norm": "fc_norm", "scale1": "ls1", "sc
 def current_fields(values: Mapping[str, Any]) -> dict[str, Any]:
     """The fields of a config under their names of today."""
     return {_FIELDS.get(name, name): value for name, value in values.items()}
+
+
+def accepts_old_names(config: Config) -> Config:
+    """A dataclass that takes its fields under their old names too, for one version and with a `DeprecationWarning`."""
+    init = config.__init__
+    fields = {field.name for field in dataclasses.fields(config)}
+
+    @functools.wraps(init)
+    def __init__(self: Any, *args: Any, **kwargs: Any) -> None:
+        for old in kwargs.keys() & _FIELDS.keys():
+            if (new := _FIELDS[old]) in fields:
+                warnings.warn(f"{old} is called {new} now", DeprecationWarning, stacklevel=2)
+                kwargs[new] = kwargs.pop(old)
+        init(self, *args, **kwargs)
+
+    config.__init__ = __init__
+    return config
 
 
 def current_tensors(state: Mapping[str, Any]) -> dict[str, Any]:

@@ -6,7 +6,7 @@ import dataclasses
 from dataclasses import dataclass, field
 from typing import Any, Literal
 
-from vitreg.common.renamed import current_fields
+from vitreg.common.renamed import accepts_old_names, current_fields
 from vitreg.model.preprocess import Preprocess
 
 
@@ -53,6 +53,7 @@ class RopeConfig:
     swap_axes: bool = False
 
 
+@accepts_old_names
 @dataclass(frozen=True)
 class ViTConfig:
     """Everything needed to build a `VisionTransformer`; what a converter reads off a checkpoint.

@@ -12,6 +12,8 @@ from PIL import Image
 from torch import Tensor
 from torch.nn import functional
 
+from vitreg.common.renamed import accepts_old_names
+
 IMAGENET_MEAN = (0.485, 0.456, 0.406)
 IMAGENET_STD = (0.229, 0.224, 0.225)
 MAX_ASPECT = 16
@@ -32,6 +34,7 @@ class _Geometry(NamedTuple):
     columns: int
 
 
+@accepts_old_names
 @dataclass(frozen=True)
 class Preprocess:
     """The evaluation transform of a checkpoint, equal to timm's (`timm.data.create_transform`).

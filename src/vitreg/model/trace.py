@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 import operator
-from collections.abc import Iterable, Sequence
-from dataclasses import dataclass, field
-from typing import Literal, SupportsIndex
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Literal, SupportsIndex, get_args
 
 import torch
 from jaxtyping import Float
@@ -79,56 +79,48 @@ class Trace:
     largest: Float[Tensor, "depth B K D"] | None = None
 
 
-@dataclass
 class Recorder:
-    """Collects one trace while the blocks run; made by `VisionTransformer.trace`, one per forward pass."""
+    """Collects one trace while the blocks run; one per forward pass.
 
-    config: ViTConfig
-    grid: tuple[int, int]
-    blocks: tuple[int, ...]
-    rows: list[int]
-    row_names: list[str]
-    facets: tuple[str, ...]
-    patches: bool
-    activations: bool
-    hidden: bool
-    num_largest: int
-    embeddings: Tensor | None = None
-    norms: list[Tensor] = field(default_factory=list)
-    attention: list[Tensor] = field(default_factory=list)
-    largest: list[Tensor] = field(default_factory=list)
-    kept: dict[str, list[Tensor]] = field(default_factory=dict)
-    _queries: Tensor | None = None
-    _lambda: Tensor | None = None
+    Args:
+        config: of the model.
+        grid: of the images.
+        blocks, attention_from, facets, largest: as for `VisionTransformer.trace`.
+        also: whether to keep `"activations"`, `"patches"` and `"hidden"` of these blocks.
 
-    @classmethod
-    def plan(
-        cls,
+    Raises:
+        ValueError: a block, query or facet that the model or the image does not have.
+    """
+
+    def __init__(
+        self,
         config: ViTConfig,
         grid: tuple[int, int],
         *,
         blocks: Iterable[int] | None,
         attention_from: Query | Sequence[Query] | None,
         facets: Sequence[Facet],
-        patches: bool,
-        activations: bool,
-        hidden: bool,
+        also: Mapping[str, bool],
         largest: int,
-    ) -> Recorder:
-        """Check what is asked for before anything runs.
-
-        Raises:
-            ValueError: a block, query or facet that the model or the image does not have.
-        """
-        chosen = tuple(_block(b, config.depth) for b in (range(config.depth) if blocks is None else blocks))
-        if unknown := [f for f in facets if f not in ("queries", "keys", "values")]:
-            raise ValueError(f"facets {unknown} are unknown; choose from queries, keys, values")
-        rows, names = _rows(config, grid, attention_from)
-        return cls(config, grid, chosen, rows, names, tuple(facets), patches, activations, hidden, largest)
+    ) -> None:
+        self.config, self.grid, self.num_largest = config, grid, largest
+        depth = config.depth
+        self.blocks = tuple(_block(b, depth) for b in (range(depth) if blocks is None else blocks))
+        if unknown := [f for f in facets if f not in get_args(Facet)]:
+            raise ValueError(f"facets {unknown} are unknown; choose from {', '.join(get_args(Facet))}")
+        self.keep = {*facets, *(name for name, wanted in also.items() if wanted)}
+        self.rows = _rows(config, grid, attention_from)
+        self.embeddings: Tensor | None = None
+        self.norms: list[Tensor] = []
+        self.attention: list[Tensor] = []
+        self.largest: list[Tensor] = []
+        self.kept: dict[str, list[Tensor]] = {}
+        self._queries: Tensor | None = None
+        self._lambda: Tensor | None = None
 
     def wants(self, block: int) -> bool:
         """Whether anything inside this block is recorded (norms are taken from outside)."""
-        return block in self.blocks and bool(self.rows or self.facets or self.activations)
+        return block in self.blocks and bool(self.rows or self.keep - {"patches", "hidden"})
 
     def record(self, name: str, value: Tensor) -> None:
         """Take what a block hands out while it runs."""
@@ -141,16 +133,15 @@ class Recorder:
             self.attention.append(self._attention_rows(self._queries, value))
             # Not later: a view of q holds the memory of q, k and v, which the MLP is about to reuse.
             self._queries = None
-        if name in self.facets:
-            tokens = value[:, :, self.config.num_attention_copies :]
-            self.kept.setdefault(name, []).append(tokens.transpose(1, 2).flatten(2))
-        elif name == "activations" and self.activations:
+        if name in self.keep:
+            if name != "activations":
+                value = value[:, :, self.config.num_attention_copies :].transpose(1, 2).flatten(2)
             self.kept.setdefault(name, []).append(value)
 
     def _attention_rows(self, queries: Tensor, keys: Tensor) -> Tensor:
         """The rows asked for, `[B, H, Q, T]`; a register's share is that of all its copies."""
         copies = self.config.num_attention_copies
-        chosen = torch.tensor(self.rows, device=keys.device) + copies
+        chosen = torch.tensor([row for row, _ in self.rows], device=keys.device) + copies
         if self._lambda is None:
             rows = attention_rows(queries, keys, chosen)
         else:
@@ -168,9 +159,9 @@ class Recorder:
             patches, norms = self._split(x).patches, self._split(self.norms[-1].unsqueeze(-1)).patches
             top = norms.topk(min(self.num_largest, patches.shape[1]), dim=1).indices
             self.largest.append(patches.take_along_dim(top, dim=1))
-        if self.patches and block in self.blocks:
+        if "patches" in self.keep and block in self.blocks:
             self.kept.setdefault("patches", []).append(self._split(x).patches)
-        if self.hidden and block in self.blocks:
+        if "hidden" in self.keep and block in self.blocks:
             self.kept.setdefault("hidden", []).append(x)
 
     def finish(self, tokens: Tokens) -> Trace:
@@ -194,7 +185,7 @@ class Recorder:
     def _named_rows(self) -> AttentionRows:
         parts = self._split(self._in_order(self.attention).unsqueeze(-1))
         return AttentionRows(
-            queries=tuple(self.row_names),
+            queries=tuple(name for _, name in self.rows),
             to_patches=parts.patches.squeeze(-1).unflatten(-1, self.grid),
             to_registers=parts.registers.squeeze(-1),
             to_cls=None if parts.cls is None else parts.cls.squeeze(-1),
@@ -219,27 +210,22 @@ def _block(block: int, depth: int) -> int:
 
 def _rows(
     config: ViTConfig, grid: tuple[int, int], attention_from: Query | Sequence[Query] | None
-) -> tuple[list[int], list[str]]:
-    """Positions in the sequence, and names, of the queries that were asked for."""
-    if attention_from is None:
-        return [], []
-    rows, names = [], []
-    for query in _listed(attention_from):
+) -> list[tuple[int, str]]:
+    """Position in the sequence and name of every query that was asked for."""
+    rows: list[tuple[int, str]] = []
+    for query in [] if attention_from is None else _listed(attention_from):
         if query == "cls":
             if not config.class_token:
                 raise ValueError("the model has no class token to ask attention from; use patches or registers")
-            rows.append(0)
-            names.append("class token")
+            rows.append((0, "class token"))
         elif query == "registers":
             if not config.num_registers:
                 raise ValueError("the model has no registers to ask attention from; use 'cls' or patches")
-            rows.extend(range(int(config.class_token), config.num_prefix_tokens))
-            names.extend(f"register {r + 1}" for r in range(config.num_registers))
+            rows.extend((int(config.class_token) + r, f"register {r + 1}") for r in range(config.num_registers))
         else:
             row, column = _patch(query, grid)
-            rows.append(config.num_prefix_tokens + row * grid[1] + column)
-            names.append(f"patch ({row}, {column})")
-    return rows, names
+            rows.append((config.num_prefix_tokens + row * grid[1] + column, f"patch ({row}, {column})"))
+    return rows
 
 
 def _listed(attention_from: Query | Sequence[Query]) -> list[Query]:

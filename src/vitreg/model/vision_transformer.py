@@ -162,15 +162,13 @@ class VisionTransformer(nn.Module):
         Raises:
             ValueError: the images do not fit, or something is asked for that the model does not have.
         """
-        recorder = Recorder.plan(
+        recorder = Recorder(
             self.config,
             self._grid(images),
             blocks=blocks,
             attention_from=attention_from,
             facets=facets,
-            patches=patches,
-            activations=activations,
-            hidden=hidden,
+            also={"patches": patches, "activations": activations, "hidden": hidden},
             largest=largest,
         )
         return recorder.finish(self._run(images, recorder, keep_embeddings=embeddings))
