@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import os
 import signal
 from collections.abc import Generator, Iterator
@@ -36,7 +37,6 @@ class SampleStream(Dataset[Fetched]):
 
     def __init__(self, images: ImageSet, augmentation: Augmentation, seed: int) -> None:
         self.images, self.augmentation, self.seed = images, augmentation, seed
-        self._epochs: dict[int, np.ndarray] = {}
 
     def __getitem__(self, positions: range) -> Fetched:
         """The batch of consecutive positions, an even number of them from an even one.
@@ -60,7 +60,8 @@ class SampleStream(Dataset[Fetched]):
             return self.augmentation.mix({name: torch.stack([row[name] for row in rows]) for name in rows[0]})
 
     def _sample(self, position: int, skipped: list[str]) -> Sample:
-        index = self._index(position)
+        epoch, place = divmod(position, len(self.images))
+        index = int(_epoch_order(self.seed, epoch, len(self.images))[place])
         for attempt in range(MAX_ATTEMPTS):
             try:
                 label = None if self.images.labels is None else int(self.images.labels[index])
@@ -70,13 +71,10 @@ class SampleStream(Dataset[Fetched]):
                 index = int(np.random.default_rng((self.seed, position, attempt)).integers(len(self.images)))
         raise ValueError(f"{MAX_ATTEMPTS} images in a row cannot be read, the last: {skipped[-1]}")
 
-    def _index(self, position: int) -> int:
-        epoch, place = divmod(position, len(self.images))
-        if epoch not in self._epochs:
-            order = np.random.default_rng((self.seed, epoch)).permutation(len(self.images))
-            # A batch spans two epochs at most.
-            self._epochs = {e: o for e, o in self._epochs.items() if e == epoch - 1} | {epoch: order}
-        return int(self._epochs[epoch][place])
+
+@functools.lru_cache(maxsize=2)  # a batch spans two epochs at most
+def _epoch_order(seed: int, epoch: int, num_images: int) -> np.ndarray:
+    return np.random.default_rng((seed, epoch)).permutation(num_images)
 
 
 def fetch(
@@ -90,7 +88,7 @@ def fetch(
         stream: the images.
         processes: who shares a batch.
         batch_size: images a step, over all processes.
-        accumulation: micro-batches a step.
+        accumulation: micro-batches a step and process.
         steps: which steps are wanted.
         num_workers: processes that decode, beside this one; 0 decodes in this one.
     """

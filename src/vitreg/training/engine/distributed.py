@@ -105,14 +105,10 @@ class Distributed:
 
 
 def distribute(method: Method, processes: Distributed, sharding: Literal["ddp", "fsdp"], half: bool) -> nn.Module:
-    """The method, on its device, ready to be trained by all processes together; one that is alone leaves it.
+    """The method, on its device, ready to be trained by all processes together; one that is alone leaves it as it is.
 
-    Args:
-        method: with a frozen teacher in it or without.
-        processes: who takes part.
-        sharding: with ddp every process holds everything and gradients are averaged. With fsdp (`fully_shard`)
-            parameters, gradients and optimizer state are spread over the processes, and gathered block by block.
-        half: gather blocks in bfloat16, in which they compute.
+    With ddp every process holds everything and gradients are averaged. With fsdp (`fully_shard`) parameters, gradients
+    and optimizer state are spread over the processes, and gathered block by block; `half` gathers in bfloat16.
     """
     if processes.world == 1:
         return method

@@ -21,13 +21,7 @@ LEFT_OUT = ("skipped", "position_frequency", "interrupted", "version")
 
 
 class HeldOutDiagnosis:
-    """Records when artifacts appear; all diagnoses look at the same images.
-
-    Args:
-        config: of the run.
-        images: held out.
-        device: where models are looked at.
-    """
+    """Records when artifacts appear; all diagnoses look at the same of the images."""
 
     def __init__(self, config: TrainingConfig, images: ImageSet, device: torch.device) -> None:
         self._config, self._images, self._device = config, images, device
@@ -53,7 +47,7 @@ class HeldOutDiagnosis:
 
         Args:
             method: of the run.
-            vit: the model as it would be saved; it is on the CPU afterwards.
+            vit: the model as it would be saved, on the CPU before and after.
             extra_modules: and what goes with it.
             final: evaluate on all images, instead of `NUM_EVALUATED` of them.
         """

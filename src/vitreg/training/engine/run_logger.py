@@ -26,12 +26,7 @@ from vitreg.training.engine.throughput import matrix_rate
 
 
 class RunLogger:
-    """Collects numbers without waiting for the device, and writes them every `log_every` steps.
-
-    Args:
-        config, folder, processes: of the run.
-        on_log: called with every entry, on the first process.
-    """
+    """Collects numbers without waiting for the device, and writes them every `log_every` steps."""
 
     def __init__(
         self,
@@ -96,36 +91,35 @@ class RunLogger:
         if entries and self._processes.is_rank_zero:
             mfu = speed / self._processes.world * self._floor
             entries[-1] |= {"images_per_second": speed, "mfu": mfu, "skipped": round(skipped)}
-            self._write(self._folder.log, entries)
+            self._write(self._folder.log, entries, {})
         if bad is not None:
             name = next(name for name in ("loss", *bad) if not math.isfinite(bad[name]))
             raise not_finite(f"the {name.replace('_', ' ')} is {bad[name]} at step {bad['step']}", self._folder)
         self._clock = time.perf_counter()
         return stops > 0
 
-    def _write(self, path: Path, entries: list[dict[str, Any]]) -> None:
+    def diagnosed(self, step: int, found: dict[str, Any]) -> None:
+        """Write down a diagnosis; the time it took does not count as training."""
+        entry = {"step": step, "images": step * self._config.batch_size, **found}
+        curves = {f"held_out/{name}": value for name, value in found["metrics"].items()}
+        for block in found["blocks"]:
+            for name in ("median", "p99", "max", "outlier_fraction"):
+                curves[f"norms/block{block['block']:02d}/{name}"] = block[name]
+        self._write(self._folder.diagnoses, [entry], curves)
+        self._clock = time.perf_counter()
+
+    def _write(self, path: Path, entries: list[dict[str, Any]], curves: dict[str, Any]) -> None:
+        """Append lines to a file; TensorBoard gets the numbers in them, and what else are `curves`."""
         with writing(self._folder.path):
             with path.open("a", encoding="utf-8") as file:
                 file.write("".join(json.dumps(entry) + "\n" for entry in entries))
             if self._board is not None:
                 for entry in entries:
-                    for name, value in entry.items():
+                    for name, value in (entry | curves).items():
                         if isinstance(value, int | float) and name not in ("step", "images"):
                             self._board.add_scalar(name, value, entry["step"])
         if self._on_log is not None:
             self._on_log(entries[-1])
-
-    def diagnosed(self, step: int, found: dict[str, Any]) -> None:
-        """Write down a diagnosis; the time it took does not count as training."""
-        entry = {"step": step, "images": step * self._config.batch_size, **found}
-        self._write(self._folder.diagnoses, [entry])
-        if self._board is not None:
-            for block in found["blocks"]:
-                for name in ("median", "p99", "max", "outlier_fraction"):
-                    self._board.add_scalar(f"norms/block{block['block']:02d}/{name}", block[name], step)
-            for name, value in found["metrics"].items():
-                self._board.add_scalar(f"held_out/{name}", value, step)
-        self._clock = time.perf_counter()
 
     def save(self, method: Method, vit: VisionTransformer, extra_modules: ExtraModules) -> None:
         """Write the model, and what is trained beside it, each whole or not at all."""

@@ -23,16 +23,7 @@ OnLog = Callable[[dict[str, Any]], None]
 
 
 class Trainer:
-    """A run in progress.
-
-    Args:
-        config: what to do.
-        folder: where the run is kept; it has been created.
-        images: to train on.
-        held_out: to diagnose and evaluate on.
-        processes: who takes part.
-        num_workers: decoding processes beside each.
-        on_log: what to tell.
+    """A run in progress, in a folder that has been created; `held_out` images are diagnosed and evaluated on.
 
     Raises:
         ValueError: the images do not suit the recipe, or the batch cannot be shared out.

@@ -13,6 +13,7 @@ import torch.distributed as dist
 import torch.nn.functional as F
 from jaxtyping import Float
 from torch import Tensor, nn
+from torch.distributed.nn.functional import all_gather
 
 CENTER_MOMENTUM = 0.9
 SINKHORN_ITERATIONS = 3
@@ -99,18 +100,10 @@ def ibot_loss(
 
 
 def gather_features(features: Float[Tensor, "B D"]) -> Float[Tensor, "G D"]:
-    """The features of all processes, of which only this one's pass on a gradient.
-
-    It is multiplied by the number of processes: what all of them compute from the whole is then, after gradients have
-    been averaged over the processes, as if one process had computed it.
+    """The features of all processes. Gradients go back and are summed, so that, averaged over the processes, what all
+    of them compute from the whole is as if one had computed it.
     """
-    if not dist.is_initialized():
-        return features
-    own = features.detach().contiguous()
-    parts = [torch.empty_like(own) for _ in range(dist.get_world_size())]
-    dist.all_gather(parts, own)
-    parts[dist.get_rank()] = own + len(parts) * (features - own)
-    return torch.cat(parts)
+    return torch.cat(all_gather(features.contiguous())) if dist.is_initialized() else features
 
 
 def entropies(targets: Float[Tensor, "M K"]) -> tuple[Float[Tensor, ""], Float[Tensor, ""]]:

@@ -4,12 +4,12 @@ from __future__ import annotations
 
 import random
 
-import numpy as np
 import torch
 from jaxtyping import Bool
 from PIL import Image
 from torch import Tensor
 from torchvision import transforms
+from torchvision.transforms.v2.functional import pil_to_tensor
 
 from vitreg.model import ViTConfig
 from vitreg.training.engine.method import Augmentation, Batch, Sample
@@ -79,8 +79,7 @@ class MultiCrop(Augmentation):
         return random_block_mask_image((rows, columns), hidden, min_num_masks_per_block=min(4, hidden)).flatten()
 
     def _normalize(self, crops: list[Image.Image]) -> Tensor:
-        pixels = np.stack([np.asarray(crop) for crop in crops]).transpose(0, 3, 1, 2)
-        return self.model.preprocess.normalize(torch.from_numpy(np.ascontiguousarray(pixels)))
+        return self.model.preprocess.normalize(torch.stack([pil_to_tensor(crop) for crop in crops]))
 
 
 def locate_hidden(mask: Bool[Tensor, "B 2 N"]) -> Batch:
