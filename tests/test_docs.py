@@ -55,7 +55,7 @@ def test_shown_commands_parse():
     for line in lines:
         _, *rest = shlex.split(line)
         name = " ".join(rest[:2]) if " ".join(rest[:2]) in cli.COMMANDS else rest[0]
-        known = {flag.name for flag in flags(cli.command(name))}
+        known = {flag.name for flag in flags(cli.command(name, rest))}
         assert {part for part in rest if part.startswith("--")} <= known, line
 
 

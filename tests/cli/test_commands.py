@@ -251,7 +251,8 @@ def test_help_and_a_wrong_flag_do_not_import_torch(flag):
     code = (
         "import contextlib, io, sys\n"
         "from vitreg import cli\n"
-        f"for line in ['--version', '--help', 'evaluate --help', *(f'{{name}} {flag}' for name in cli.COMMANDS)]:\n"
+        "names = [*cli.COMMANDS, 'train dinov2']\n"
+        f"for line in ['--version', '--help', 'evaluate --help', *(f'{{name}} {flag}' for name in names)]:\n"
         "    with contextlib.redirect_stdout(io.StringIO()), contextlib.redirect_stderr(io.StringIO()):\n"
         "        with contextlib.suppress(SystemExit):\n"
         "            cli.main(line.split())\n"
@@ -286,6 +287,12 @@ READING = "--limit --strict --batch-size"
 EVALUATION = (
     "--models --out --limit --strict --train-images --val-images --size --quick --patch-images --device --dtype "
     "--batch-size --json"
+)
+TRAIN = (
+    "RECIPE --data --val --registers --arch --out --resume --smoke --size --patch-size --batch-size --epochs "
+    "--steps --lr --weight-decay --warmup-steps --drop-path --ema-decay --seed --accumulation --dtype --sharding "
+    "--compile --gradient-checkpointing --log-every --checkpoint-every --diagnose-every --workers --device --json "
+    "--optimizer --final-lr --final-weight-decay --layer-decay --clip-norm --beta2 --eps --layer-scale --num-diagnosed"
 )
 FLAGS = {
     "attention": f"IMAGES {MODEL} --size --block --queries --out --crop --limit --strict --json",
@@ -326,11 +333,16 @@ FLAGS = {
     "fix": f"IMAGES {MODEL} --size --out --method --registers --report {READING} --json",
     "models": "--filter --json",
     "timeline": "RUN --out --json",
-    "train": (
-        "RECIPE --data --val --registers --arch --out --resume --smoke --size --patch-size --batch-size --epochs "
-        "--steps --lr --weight-decay --warmup-steps --drop-path --ema-decay --seed --accumulation --dtype --sharding "
-        "--compile --gradient-checkpointing --log-every --checkpoint-every --diagnose-every --workers --device --json"
+    "train": TRAIN,
+}
+SETTINGS = {
+    "deit3": "--loss --smoothing --mixup --cutmix --three-augment --color-jitter --min-crop",
+    "dinov2": (
+        "--num-local --local-size --global-scale --local-scale --mask-probability --mask-ratio --num-prototypes "
+        "--hidden-dim --bottleneck-dim --separate-heads --centering --student-temperature --teacher-temperature "
+        "--temperature-warmup --teacher-momentum --frozen-prototypes --ibot-weight --koleo-weight"
     ),
+    "clip": "--text-width --text-layers --text-heads --context-length --min-scale --flip",
 }
 
 
@@ -340,9 +352,18 @@ def test_the_command_line_is_frozen(name):
     assert sorted(flag.name for flag in flags(cli.command(name))) == sorted(FLAGS[name].split())
 
 
-@pytest.mark.parametrize("name", cli.COMMANDS)
+@pytest.mark.parametrize("recipe", SETTINGS)
+def test_the_settings_of_recipes_are_frozen(recipe):
+    for words in ([recipe], ["--smoke", "--out", "clip", recipe]):
+        found = [flag.name for flag in flags(cli.command("train", words))]
+        assert sorted(found) == sorted(f"{TRAIN} {SETTINGS[recipe]}".split())
+
+
+@pytest.mark.parametrize("name", [*cli.COMMANDS, *(f"train {recipe}" for recipe in SETTINGS)])
 def test_help_explains_every_flag_in_80_columns(name, capsys):
-    assert all(flag.explained for flag in flags(cli.command(name)))
+    first, *rest = name.split()
+    command = cli.command(name) if name in cli.COMMANDS else cli.command(first, rest)
+    assert all(flag.explained for flag in flags(command))
     assert run(*name.split(), "--help") == 0
     said = capsys.readouterr().out
     assert max(map(len, said.splitlines())) <= 80

@@ -8,7 +8,7 @@ import io
 import os
 import sys
 import traceback
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 
 import vitreg
 from vitreg.cli.output import INTERRUPTED, first_line, remember
@@ -40,10 +40,14 @@ GROUPS = {"evaluate": "Ask what the features of models are worth, and what their
 """Commands of two words, by the first."""
 
 
-def command(name: str) -> Callable[..., int]:
-    """The function of a command, from its module: `evaluate zero-shot` is `zero_shot` of `evaluate/zero_shot.py`."""
+def command(name: str, args: Sequence[str] = ()) -> Callable[..., int]:
+    """The function of a command, from its module: `evaluate zero-shot` is `zero_shot` of `evaluate/zero_shot.py`.
+
+    What `train` takes depends on the recipe among its arguments.
+    """
     path = name.replace("-", "_").replace(" ", ".")
-    return getattr(importlib.import_module(f"{__name__}.{path}"), path.rpartition(".")[2])
+    module = importlib.import_module(f"{__name__}.{path}")
+    return module.with_settings_of(args) if name == "train" else getattr(module, path.rpartition(".")[2])
 
 
 def main(argv: list[str] | None = None) -> None:
@@ -97,11 +101,11 @@ def _call(name: str, args: list[str]) -> int:
     from vitreg.cli.parsing import parse
 
     if {"--help", "-h"} & set(args):
-        print(command_help(name, command(name)))
+        print(command_help(name, command(name, args)))
         return 0
     # Pillow's, about images that are read all the same.
     warnings.filterwarnings("ignore", "Image size .* exceeds limit")
-    return parse(name, command(name), args)()
+    return parse(name, command(name, args), args)()
 
 
 def _help(group: str) -> str:

@@ -48,7 +48,7 @@ def flags(takes: Any, default: Any = MISSING, group: str = "") -> Iterator[Flag]
     hints, explained = get_type_hints(takes, include_extras=True), explanations(takes)
     for name, value in _defaults(takes, default).items():
         kind, *extras = get_args(hints[name]) if get_origin(hints[name]) is Annotated else [hints[name]]
-        own = next((extra for extra in extras if hasattr(extra, "metavar")), arg())
+        own: Any = next((extra for extra in extras if hasattr(extra, "metavar")), arg())
         text = own.help or explained.get(name, "")
         if dataclasses.is_dataclass(kind) or is_typeddict(kind):
             yield from flags(kind, value, text)

@@ -38,12 +38,11 @@ def parse(name: str, command: Callable[..., int], args: list[str]) -> Callable[[
         return functools.partial(command, *values, **named)
 
     told = io.StringIO()
-    config: Any = (tyro.conf.OmitArgPrefixes, tyro.conf.FlagCreatePairsOff)
     args = _renamed(name, args)
     try:
         # Where neither is a terminal, nothing is drawn or colored.
         with contextlib.redirect_stderr(told), contextlib.redirect_stdout(io.StringIO()):
-            return tyro.cli(bound, prog=f"vitreg {name}", args=args, config=config)
+            return tyro.cli(bound, prog=f"vitreg {name}", args=args, config=(tyro.conf.OmitArgPrefixes,))
     except SystemExit:
         raise ValueError(_refusal(name, told.getvalue(), found, args)) from None
 

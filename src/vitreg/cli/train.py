@@ -3,60 +3,97 @@
 from __future__ import annotations
 
 import dataclasses
+import functools
 import os
 import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
+from dataclasses import dataclass
+from itertools import pairwise
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 from tyro.conf import Positional, arg
 
 from vitreg.cli.output import INTERRUPTED, print_json, progress
+from vitreg.cli.overrides import changed, flags_of, overrides
+from vitreg.training.engine.config import LoopConfig, OptimizerConfig, TrainingConfig
+from vitreg.training.recipes.configs import CLIPConfig, DeiT3Config, DINOv2Config
+from vitreg.training.recipes.sizes import Size
 
 if TYPE_CHECKING:
-    from vitreg.training import TrainingConfig
     from vitreg.training.engine.run_folder import RunFolder
 
+METHODS = {"deit3": DeiT3Config, "dinov2": DINOv2Config, "clip": CLIPConfig}
+Recipe = Annotated[Positional[Literal["deit3", "dinov2", "clip"] | None], arg(metavar="RECIPE")]
 
-Recipe = Annotated[
-    Positional[Literal["deit3", "dinov2", "clip"] | None],
-    arg(metavar="RECIPE"),
-]
+
+@dataclass(frozen=True)
+class RunOptions:
+    """The run.
+
+    Attributes:
+        data: class folders, Parquet files, WebDataset tars or captions.csv; or a folder with train and val parts.
+        val: held-out images; by default those in --data, or a twentieth of it, at most 1000.
+        out: the run's folder, a new one.
+        resume: folder of a run to go on with.
+        smoke: a small form of the recipe that takes two minutes on two CPU cores.
+        epochs: passes over the images, instead of --steps.
+        workers: processes that decode images, for each training process.
+        device: cpu, cuda, mps; auto takes a GPU where there is one.
+        json: print the result as JSON.
+    """
+
+    data: str | None = None
+    val: str | None = None
+    out: Path = Path("vitreg-out/train")
+    resume: Path | None = None
+    smoke: bool = False
+    epochs: float | None = None
+    workers: int | None = None
+    device: str = "auto"
+    json: bool = False
+
+
+@dataclass(frozen=True)
+class ModelShape:
+    """The model; what is left out is the recipe's.
+
+    Attributes:
+        registers: 4 by default, as in the paper.
+        arch: size of the model; deit3 takes small by default, clip base, dinov2 large.
+        size: side of what the model sees in pixels.
+        patch_size: in pixels.
+    """
+
+    registers: int | None = None
+    arch: Size | None = None
+    size: int | None = None
+    patch_size: int | None = None
+
+
+def with_settings_of(args: Sequence[str]) -> Callable[..., int]:
+    """`train`, which takes every setting of the recipe that is among the arguments."""
+
+    @functools.wraps(train)
+    def command(*values: Any, **named: Any) -> int:
+        return train(*values, **named)
+
+    # Folders may be called like a recipe.
+    words = [word for before, word in pairwise(["", *args]) if before not in ("--data", "--val", "--out", "--resume")]
+    nested = {"optimizer": OptimizerConfig}
+    if recipe := next((word for word in words if word in METHODS), None):
+        nested["method"] = METHODS[recipe]
+    command.__annotations__ |= {"given": overrides(TrainingConfig, LoopConfig, **nested)}
+    return command
 
 
 def train(
     recipe: Recipe = None,
     *,
-    data: str | None = None,
-    val: str | None = None,
-    registers: int | None = None,
-    arch: Literal["micro", "tiny", "small", "base", "large", "huge", "giant"] | None = None,
-    out: Path = Path("vitreg-out/train"),
-    resume: Path | None = None,
-    smoke: bool = False,
-    size: int | None = None,
-    patch_size: int | None = None,
-    batch_size: int | None = None,
-    epochs: float | None = None,
-    steps: int | None = None,
-    lr: float | None = None,
-    weight_decay: float | None = None,
-    warmup_steps: int | None = None,
-    drop_path: float | None = None,
-    ema_decay: float | None = None,
-    seed: int | None = None,
-    accumulation: int | None = None,
-    dtype: Literal["float32", "bfloat16"] | None = None,
-    sharding: Literal["ddp", "fsdp"] | None = None,
-    compile: bool = False,
-    gradient_checkpointing: bool = False,
-    log_every: int | None = None,
-    checkpoint_every: int | None = None,
-    diagnose_every: int | None = None,
-    workers: int | None = None,
-    device: str = "auto",
-    json: bool = False,
+    run: RunOptions = RunOptions(),
+    shape: ModelShape = ModelShape(),
+    given: dict[str, Any],
 ) -> int:
     """Train a Vision Transformer with registers, and record when artifacts appear.
 
@@ -66,104 +103,74 @@ def train(
 
     Example: vitreg train deit3 --data imagenet/ --arch small --registers 4 --out runs/small-4
 
-    Example: vitreg train deit3 --smoke --data tiny-imagenet-100/ --out runs/smoke
+    Example: vitreg train dinov2 --smoke --num-prototypes 512 --data tiny-imagenet-100/ --out runs/smoke
 
     Example: vitreg train --resume runs/small-4
 
     Args:
-        recipe: deit3 (from labels), dinov2 (from images alone) or clip (from captions); left out with --resume.
-        data: class folders, Parquet files, WebDataset tars or captions.csv; or a folder with train and val parts.
-        val: held-out images; by default those in --data, or a twentieth of it, at most 1000.
-        registers: 4 by default, as in the paper.
-        arch: size of the model; deit3 takes small by default, clip base, dinov2 large.
-        out: the run's folder, a new one.
-        resume: folder of a run to go on with.
-        smoke: a small form of the recipe that takes two minutes on two CPU cores.
-        size: side of what the model sees in pixels; the recipe's by default, as all that follows.
-        patch_size: in pixels.
-        batch_size: images at a time: a step's, over all processes.
-        epochs: passes over the images.
-        steps: optimizer steps, instead of epochs.
-        lr: peak learning rate.
-        weight_decay: of matrices; tokens, norms and biases have none.
-        warmup_steps: until the peak.
-        drop_path: rate of stochastic depth.
-        ema_decay: save a moving average of the weights.
-        seed: of everything random.
-        accumulation: split each process's part of a batch into so many passes, to save memory.
-        dtype: of activations; bfloat16 computes in half precision and keeps the weights in float32.
-        sharding: ddp copies the model to every process, fsdp spreads it over them.
-        compile: torch.compile the blocks.
-        gradient_checkpointing: recompute blocks in the backward pass, to save memory.
-        log_every: steps between progress reports; every step is in log.jsonl.
-        checkpoint_every: steps between checkpoints.
-        diagnose_every: steps between diagnoses on held-out images; 0 for the end only.
-        workers: processes that decode images, for each training process.
-        device: cpu, cuda, mps; auto takes a GPU where there is one.
-        json: print the result as JSON.
+        recipe: deit3 (from labels), dinov2 (from images alone) or clip (from captions), each with settings of its own:
+            vitreg train RECIPE --help; left out with --resume.
+        run: the run.
+        shape: the model; the recipe's by default.
+        given: the recipe's by default.
     """
     from vitreg import training
     from vitreg.training.engine.run_folder import RunFolder
 
-    shape = {"image_size": size, "patch_size": patch_size, "batch_size": batch_size, "epochs": epochs}
-    optimizer = {"lr": lr, "weight_decay": weight_decay, "warmup_steps": warmup_steps}
-    rest = {
-        "num_steps": steps,
-        "drop_path": drop_path,
-        "ema_decay": ema_decay,
-        "seed": seed,
-        "accumulation": accumulation,
-        "dtype": dtype,
-        "sharding": sharding,
-        "compile": compile or None,
-        "gradient_checkpointing": gradient_checkpointing or None,
-        "log_every": log_every,
-        "checkpoint_every": checkpoint_every,
-        "diagnose_every": diagnose_every,
-    }
-    if resume is not None:
-        changed = {"registers": registers, "arch": arch, "smoke": smoke or None, **shape, **optimizer, **rest}
-        _check_resumed(RunFolder(resume), recipe, [name for name, value in changed.items() if value is not None])
-        with _telling(RunFolder(resume), quiet=json) as tell:
-            done = training.resume(resume, data=data, val=val, device=device, num_workers=workers, on_log=tell)
-        return _conclude(RunFolder(resume), done, as_json=json)
-    if recipe is None or data is None:
+    options: dict[str, Any] = {"device": run.device, "num_workers": run.workers}
+    if run.resume is not None:
+        folder = RunFolder(run.resume)
+        _check_resumed(folder, recipe, run, shape, given)
+        with _telling(folder, quiet=run.json) as tell:
+            done = training.resume(run.resume, data=run.data, val=run.val, on_log=tell, **options)
+        return _conclude(folder, done, as_json=run.json)
+    if recipe is None or run.data is None:
         raise ValueError("give a recipe and --data, as in: vitreg train deit3 --data imagenet/; or --resume RUN")
-    opened = training.open_data(data, val, seed=seed or 0, device=device)
-    config = training.RECIPES[recipe](
-        num_images=len(opened.images),
-        num_classes=len(opened.images.classes),
-        num_registers=4 if registers is None else registers,
-        size=arch,
-        smoke=smoke,
-        **shape,
+    opened = training.open_data(run.data, run.val, seed=given.get("seed", 0), device=run.device)
+    images = opened.images
+    config = configured(recipe, run, shape, given, num_images=len(images), num_classes=len(images.classes))
+    with _telling(RunFolder(run.out), quiet=run.json) as tell:
+        done = training.train(config, opened, run.out, on_log=tell, **options)
+    return _conclude(RunFolder(run.out), done, as_json=run.json)
+
+
+def configured(
+    recipe: str, run: RunOptions, shape: ModelShape, given: dict[str, Any], *, num_images: int, num_classes: int
+) -> TrainingConfig:
+    """The recipe's config with what was given instead; shorter runs warm up for a shorter time."""
+    from vitreg.training import RECIPES
+
+    config = RECIPES[recipe](
+        num_images=num_images,
+        num_classes=num_classes,
+        num_registers=4 if shape.registers is None else shape.registers,
+        size=shape.arch,
+        image_size=shape.size,
+        patch_size=shape.patch_size,
+        batch_size=given.get("batch_size"),
+        epochs=run.epochs,
+        smoke=run.smoke,
     )
-    config = _changed(config, optimizer, rest)
-    with _telling(RunFolder(out), quiet=json) as tell:
-        done = training.train(config, opened, out, device=device, num_workers=workers, on_log=tell)
-    return _conclude(RunFolder(out), done, as_json=json)
+    if (steps := given.get("num_steps")) is not None:
+        follows = {"diagnose_every": max(1, steps // 20), "optimizer": {}}
+        if steps < config.num_steps:
+            follows["optimizer"] = {"warmup_steps": config.optimizer.warmup_steps * steps // config.num_steps}
+        config = changed(config, follows)
+    return changed(config, given)
 
 
-def _changed(config: TrainingConfig, optimizer: dict[str, Any], rest: dict[str, Any]) -> TrainingConfig:
-    """The recipe's config with what was asked for on the command line; shorter runs warm up for a shorter time."""
-    given = {name: value for name, value in optimizer.items() if value is not None}
-    steps = rest["num_steps"]
-    if steps is not None and steps < config.num_steps and "warmup_steps" not in given:
-        given["warmup_steps"] = config.optimizer.warmup_steps * steps // config.num_steps
-    changes = {name: value for name, value in rest.items() if value is not None}
-    if steps is not None and "diagnose_every" not in changes:
-        changes["diagnose_every"] = max(1, steps // 20)
-    return dataclasses.replace(config, optimizer=dataclasses.replace(config.optimizer, **given), **changes)
-
-
-def _check_resumed(folder: RunFolder, recipe: str | None, changed: list[str]) -> None:
+def _check_resumed(
+    folder: RunFolder, recipe: str | None, run: RunOptions, shape: ModelShape, given: dict[str, Any]
+) -> None:
     stored = folder.describe()["recipe"]
     if recipe not in (None, stored):
         raise ValueError(f"{folder.path} is a run of {stored}, not of {recipe}; leave the recipe out, or start anew")
-    if changed:
-        renamed = {"num_steps": "steps", "image_size": "size"}
-        flags = ", ".join(f"--{renamed.get(name, name).replace('_', '-')}" for name in changed)
-        raise ValueError(f"a resumed run keeps its settings; leave out {flags}, or start anew with another --out")
+    chosen = dataclasses.asdict(shape) | {"smoke": run.smoke or None, "epochs": run.epochs}
+    flags = [*flags_of({name: value for name, value in chosen.items() if value is not None}), *flags_of(given)]
+    if flags:
+        raise ValueError(
+            f"a resumed run keeps its settings; leave out {', '.join(flags)}, or start anew with another --out"
+        )
 
 
 @contextmanager

@@ -69,9 +69,9 @@ class OptimizerConfig:
         final_lr: at the end of the cosine.
         warmup_steps: linear from 1e-6 to the peak.
         weight_decay: of matrices; nothing else decays.
-        final_weight_decay: the weight decay follows a cosine to this value; None keeps it.
+        final_weight_decay: what the weight decay follows a cosine to; by default it stays.
         layer_decay: factor of the learning rate from one block to the one before it.
-        clip_norm: gradients are scaled down to this global norm; None leaves them.
+        clip_norm: global norm that gradients are scaled down to; by default they are not.
         beta2: of the second moment; DINOv2 and DeiT-III 0.999, CLIP 0.98.
         eps: added to the root of the second moment.
     """
