@@ -24,10 +24,9 @@ import torch
 
 import vitreg
 from vitreg.artifacts import plant_artifacts
-from vitreg.images import open_split
+from vitreg.images import ImageStream, open_split
 from vitreg.model import Preprocess, ViTConfig
 from vitreg.training import resume, train
-from vitreg.training.data.held_out import stream_images
 from vitreg.training.engine.config import OptimizerConfig, TrainingConfig
 from vitreg.training.recipes.deit3 import DeiT3Config
 
@@ -160,9 +159,9 @@ def table(args: argparse.Namespace) -> None:
 @torch.inference_mode()
 def top1(vit: vitreg.VisionTransformer, held_out) -> float:
     right = 0
-    for batch, indices in stream_images(held_out, vit.preprocess, batch_size=100, device=CPU):
-        labels = torch.tensor([held_out.labels[i] for i in indices])
-        right += int((vit.classify(batch).argmax(-1) == labels).sum())
+    for batch in ImageStream(held_out, vit.preprocess, batch_size=100):
+        labels = torch.tensor([held_out.labels[i] for i in batch.numbers])
+        right += int((vit.classify(batch.images).argmax(-1) == labels).sum())
     return 100 * right / len(held_out)
 
 
@@ -189,7 +188,7 @@ def evaluate(args: argparse.Namespace) -> None:
     found = []
     for source in args.models:
         vit = vitreg.load(source)
-        images = torch.cat([b for b, _ in stream_images(held_out, vit.preprocess, batch_size=100, device=CPU)])
+        images = torch.cat([batch.images for batch in ImageStream(held_out, vit.preprocess, batch_size=100)])
         models = {source: vit}
         if args.plant:
             vit = plant_artifacts(vit, images[:: len(images) // 100])

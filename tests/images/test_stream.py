@@ -9,7 +9,8 @@ import pytest
 import torch
 from PIL import Image
 
-from vitreg.images import ImageError, ImageStream, SkippedImage, find_images, stream
+from vitreg.images import ImageError, ImageStream, SkippedImage, files, find_images
+from vitreg.images.files import ImageFiles
 from vitreg.model.preprocess import Preprocess
 
 SMALL = Preprocess(size=(16, 16), crop_pct=1.0)
@@ -51,6 +52,27 @@ def test_broken_files_are_skipped_and_made_up_for(photos):
     assert which(torch.cat([batch.images for batch in batches])) == [n for n in range(20) if n not in (2, 9)]
     assert images.skipped[0] == SkippedImage(photos[2], f"{photos[2]} is empty (0 bytes); replace it or leave it out")
     assert images.skipped[1].path == photos[9]
+
+
+def test_some_images_of_a_set_keep_their_numbers(photos):
+    photos[4].write_bytes(b"")
+    images = ImageStream(ImageFiles("photos", map(str, photos)), SMALL, numbers=range(0, 20, 2), batch_size=4)
+    assert len(images) == 10
+    batches = list(images)
+    assert [batch.numbers for batch in batches] == [[0, 2, 6, 8], [10, 12, 14, 16], [18]]
+    assert [which(batch.images) for batch in batches] == [batch.numbers for batch in batches]
+    assert images.skipped[0].number == 4
+
+
+def test_no_batch_reaches_into_the_next_part_and_a_part_may_be_empty(photos):
+    for number in (1, 8, 9, 10, 11):
+        photos[number].write_bytes(b"")
+    images = ImageStream(photos, SMALL, numbers=[*range(12), *range(16, 20)], batch_size=3)
+    with contextlib.closing(images.parts(4)) as parts:
+        found = [(part, [batch.numbers for batch in batches]) for part, batches in parts]
+    assert found == [(0, [[0, 2, 3]]), (1, [[4, 5, 6], [7]]), (2, []), (4, [[16, 17, 18], [19]])]
+    assert [skip.number for skip in images.skipped] == [1, 8, 9, 10, 11]
+    assert not threads()
 
 
 def test_iterates_again_from_the_start_with_a_fresh_list_of_skipped(photos):
@@ -97,7 +119,7 @@ def test_images_of_different_sizes_are_batched_with_neighbors_of_their_size(tmp_
 def test_memory_is_bounded_by_batches_ahead_and_not_by_the_number_of_files(photos, monkeypatch):
     decoded = 0
     lock = threading.Lock()
-    original = stream.read_image
+    original = files.read_image
 
     def counting(path):
         nonlocal decoded
@@ -105,7 +127,7 @@ def test_memory_is_bounded_by_batches_ahead_and_not_by_the_number_of_files(photo
             decoded += 1
         return original(path)
 
-    monkeypatch.setattr(stream, "read_image", counting)
+    monkeypatch.setattr(files, "read_image", counting)
     taken = 0
     for batch in ImageStream(photos * 10, SMALL, batch_size=4, num_threads=2):
         taken += len(batch.paths)
@@ -135,11 +157,11 @@ def test_an_exception_in_the_loop_ends_the_threads(photos, kind):
 
 def test_interrupt_while_waiting_for_a_slow_file_ends_the_threads(photos, monkeypatch):
     def interrupted(path):
-        if path == photos[5]:
+        if Path(path) == photos[5]:
             raise KeyboardInterrupt
         return Image.new("RGB", (20, 20))
 
-    monkeypatch.setattr(stream, "read_image", interrupted)
+    monkeypatch.setattr(files, "read_image", interrupted)
     try:
         list(ImageStream(photos, SMALL, batch_size=2))
     except KeyboardInterrupt:
@@ -153,7 +175,7 @@ def test_other_errors_reach_the_consumer(photos, monkeypatch):
     def broken(_):
         raise MemoryError
 
-    monkeypatch.setattr(stream, "read_image", broken)
+    monkeypatch.setattr(files, "read_image", broken)
     with pytest.raises(MemoryError):
         list(ImageStream(photos, SMALL))
 

@@ -112,7 +112,7 @@ def discover_objects(
     elif isinstance(images, Tensor | np.ndarray):
         parts = check_batch(torch.as_tensor(images)).split(batch_size)
     if parts is not None:
-        batches = (ImageBatch(p.to(device), [], [(p.shape[-2], p.shape[-1])] * len(p)) for p in parts)
+        batches = (ImageBatch(p.to(device), [], [], [(p.shape[-2], p.shape[-1])] * len(p)) for p in parts)
         return [d for _, found in detect(vit, batches, protocol, method=method, max_objects=max_objects) for d in found]
     if not isinstance(images, str | Path | list | tuple):
         raise ValueError(f"images is a {type(images).__name__}; give a batch, files, or open images in a list")
@@ -186,7 +186,8 @@ def _large_enough(batch: ImageBatch, source: Iterable[ImageBatch], patch: int) -
             source.skipped.append(SkippedImage(batch.paths[i], str(error)))
     if len(keep) == len(batch.sizes):
         return batch
-    return ImageBatch(batch.images[keep], [batch.paths[i] for i in keep], [batch.sizes[i] for i in keep])
+    rows = ([values[i] for i in keep] for values in (batch.numbers, batch.paths, batch.sizes))
+    return ImageBatch(batch.images[keep], *rows)
 
 
 def find_regions(

@@ -1,8 +1,11 @@
-"""Many images to a model: decoded by background threads, in order, in full batches, in constant memory."""
+"""The one path from images to batches: decoded by background threads, in order, in full batches, in constant memory."""
 
-from collections.abc import Iterable, Iterator
+from __future__ import annotations
+
+from collections.abc import Generator, Iterable, Iterator, Sequence
 from contextlib import closing
-from dataclasses import dataclass
+from dataclasses import dataclass, field
+from itertools import groupby
 from pathlib import Path
 
 import numpy as np
@@ -10,8 +13,10 @@ import torch
 from jaxtyping import Float, UInt8
 from torch import Tensor
 
-from vitreg.images.ahead import default_threads, map_ahead
-from vitreg.images.reading import ImageError, read_image
+from vitreg.images.ahead import map_ahead
+from vitreg.images.files import ImageFiles
+from vitreg.images.labeled import ImageSet
+from vitreg.images.reading import ImageError
 from vitreg.model.preprocess import Preprocess
 
 _BATCHES_AHEAD = 2
@@ -19,48 +24,51 @@ _BATCHES_AHEAD = 2
 
 @dataclass(frozen=True)
 class SkippedImage:
-    """A file that a stream left out, and the sentence that says why."""
+    """An image that a stream left out, the sentence that says why, and its number in the set."""
 
     path: Path
     reason: str
+    number: int = field(default=-1, compare=False)
 
 
 @dataclass(frozen=True, eq=False)
 class ImageBatch:
-    """Images ready for the model, the files they are from, and (height, width) of the upright images in these."""
+    """Images ready for the model: their numbers in the set, what that calls them, and (height, width) when upright."""
 
     images: Float[Tensor, "B 3 h w"]
+    numbers: list[int]
     paths: list[Path]
     sizes: list[tuple[int, int]]
 
 
 @dataclass(frozen=True, eq=False)
 class _Pixels:
-    pixels: UInt8[Tensor, "3 h w"]
+    values: UInt8[Tensor, "3 h w"]
     size: tuple[int, int]
 
 
-_Decoded = tuple[Path, _Pixels | ImageError]
+_Decoded = tuple[int, _Pixels | ImageError]
 
 
 class ImageStream:
-    """Batches of preprocessed images from files, any number of them; iterate as often as you like.
+    """Batches of preprocessed images, any number of them; iterate as often as you like.
 
     Threads decode while the model computes. They stay at most `_BATCHES_AHEAD` batches ahead, so memory does
-    not grow with the number of files, and they end with the iteration, also when it is left early.
+    not grow with the number of images, and they end with the iteration, also when it is left early.
 
-    Skipped files are made up for by those that follow: only the last batch may be short. But where images
+    Skipped images are made up for by those that follow: only the last batch may be short. But where images
     come out in different sizes (`Preprocess(crop="none")`), a batch ends where the size changes.
 
     Attributes:
-        skipped: The files that the latest iteration could not read so far.
+        skipped: The images that the latest iteration could not read so far.
     """
 
     def __init__(
         self,
-        paths: Iterable[str | Path],
+        images: ImageSet | Iterable[str | Path],
         preprocess: Preprocess,
         *,
+        numbers: Sequence[int] | None = None,
         batch_size: int = 32,
         strict: bool = False,
         num_threads: int | None = None,
@@ -69,65 +77,82 @@ class ImageStream:
         """Prepares a stream; nothing is read before it is iterated.
 
         Args:
-            paths: Files, as from `find_images`.
+            images: A set, or files, as from `find_images`.
             preprocess: What is done to each image, `vit.preprocess`.
+            numbers: Which of the images, in this order; all by default.
             batch_size: Images a batch.
-            strict: Raise `ImageError` at the first file that cannot be read, instead of skipping it.
+            strict: Raise `ImageError` at the first image that cannot be read, instead of skipping it.
             num_threads: Decoding threads; by default one for each core this process may use, at most 8.
             device: Where batches are put. They travel as bytes and are normalized there.
 
         Raises:
-            ValueError: `paths` is a single path, or a count is below 1.
+            ValueError: `images` is a single path, or a count is below 1.
         """
-        if isinstance(paths, str | Path):
+        if isinstance(images, str | Path):
             raise ValueError(
-                f"paths is the single path {str(paths)!r}; give a list, as from find_images({str(paths)!r})"
+                f"images is the single path {str(images)!r}; give a list, as from find_images({str(images)!r})"
             )
         for name, count in (("batch_size", batch_size), ("num_threads", num_threads)):
             if count is not None and count < 1:
                 raise ValueError(f"{name} is {count}; it must be at least 1")
-        self.paths = [Path(path) for path in paths]
-        self.preprocess = preprocess
-        self.batch_size = batch_size
-        self.strict = strict
-        self.num_threads = num_threads or default_threads()
-        self.device = device
+        self.images = images if isinstance(images, ImageSet) else ImageFiles("", map(str, images))
+        self.preprocess, self.device = preprocess, device
+        self.numbers = range(len(self.images)) if numbers is None else numbers
+        self.batch_size, self.strict, self.num_threads = batch_size, strict, num_threads
         self.skipped: list[SkippedImage] = []
 
     def __len__(self) -> int:
-        """The number of files, those that will be skipped included."""
-        return len(self.paths)
+        """The number of images, those that will be skipped included."""
+        return len(self.numbers)
 
     def __iter__(self) -> Iterator[ImageBatch]:
+        with closing(self.parts(len(self.images) or 1)) as parts:
+            for _, batches in parts:
+                yield from batches
+
+    def parts(self, size: int) -> Generator[tuple[int, Iterator[ImageBatch]], None, None]:
+        """The batches of every `size` images of the set, none of which reaches into the next.
+
+        Yields:
+            The number of a part, and its batches, which must be taken before the next part. Close the generator where
+            it is left early.
+        """
         skipped = self.skipped = []
-        batch: list[tuple[Path, _Pixels]] = []
         ahead = _BATCHES_AHEAD * self.batch_size
-        with closing(map_ahead(self._decode, self.paths, ahead=ahead, num_threads=self.num_threads)) as decoded:
-            for path, found in decoded:
-                if isinstance(found, ImageError):
-                    if self.strict:
-                        raise found
-                    skipped.append(SkippedImage(path, str(found)))
-                    continue
-                if batch and batch[0][1].pixels.shape != found.pixels.shape:
-                    yield self._collate(batch)
-                    batch = []
-                batch.append((path, found))
-                if len(batch) == self.batch_size:
-                    yield self._collate(batch)
-                    batch = []
-            if batch:
+        with closing(map_ahead(self._decode, self.numbers, ahead=ahead, num_threads=self.num_threads)) as decoded:
+            for part, members in groupby(decoded, lambda one: one[0] // size):
+                yield part, self._batches(members, skipped)
+
+    def _batches(self, decoded: Iterable[_Decoded], skipped: list[SkippedImage]) -> Iterator[ImageBatch]:
+        batch: list[tuple[int, _Pixels]] = []
+        for number, pixels in decoded:
+            if isinstance(pixels, ImageError):
+                if self.strict:
+                    raise pixels
+                skipped.append(SkippedImage(self._path(number), str(pixels), number))
+                continue
+            if batch and batch[0][1].values.shape != pixels.values.shape:
                 yield self._collate(batch)
+                batch = []
+            batch.append((number, pixels))
+            if len(batch) == self.batch_size:
+                yield self._collate(batch)
+                batch = []
+        if batch:
+            yield self._collate(batch)
 
-    def _collate(self, batch: list[tuple[Path, _Pixels]]) -> ImageBatch:
-        paths, decoded = zip(*batch, strict=True)
-        stacked = torch.from_numpy(np.stack([one.pixels.numpy() for one in decoded]))
-        images = self.preprocess.normalize(stacked.to(self.device))
-        return ImageBatch(images, list(paths), [one.size for one in decoded])
+    def _collate(self, batch: list[tuple[int, _Pixels]]) -> ImageBatch:
+        numbers, pixels = zip(*batch, strict=True)
+        values = torch.from_numpy(np.stack([one.values.numpy() for one in pixels]))
+        images = self.preprocess.normalize(values.to(self.device))
+        return ImageBatch(images, list(numbers), list(map(self._path, numbers)), [one.size for one in pixels])
 
-    def _decode(self, path: Path) -> _Decoded:
+    def _path(self, number: int) -> Path:
+        return Path(self.images.name(number))
+
+    def _decode(self, number: int) -> _Decoded:
         try:
-            image = read_image(path)
-            return path, _Pixels(self.preprocess.pixels(image), (image.height, image.width))
+            image = self.images.image(number)
+            return number, _Pixels(self.preprocess.pixels(image), (image.height, image.width))
         except ImageError as error:
-            return path, error
+            return number, error

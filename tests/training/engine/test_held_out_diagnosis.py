@@ -13,7 +13,6 @@ import vitreg
 from peers import perturb
 from training.small import small_config
 from vitreg.images import Subset, open_image_set, spaced_indices
-from vitreg.training.data.held_out import stream_images
 from vitreg.training.engine.held_out_diagnosis import HeldOutDiagnosis
 
 CPU = torch.device("cpu")
@@ -54,9 +53,12 @@ def test_images_that_cannot_be_read_are_left_out(folders):
     (folders / "val" / "class0" / "0.jpg").unlink()
     (folders / "val" / "class0" / "0.jpg").write_text("no image")
     images = open_image_set(folders / "val")
-    preprocess = small_config().model.preprocess
-    batches = list(stream_images(images, preprocess, batch_size=5, device=CPU))
-    assert [indices for _, indices in batches] == [[1, 2, 3, 4], [5, 6, 7, 8, 9], [10, 11]]
-    torch.testing.assert_close(batches[1][0][0], preprocess(images.image(5)))
-    few = stream_images(images, preprocess, batch_size=5, device=CPU, limit=3)
-    assert [i for _, indices in few for i in indices] == [6, 11]
+    config = dataclasses.replace(small_config(), num_diagnosed=3)
+    method = config.method.build(config.model)
+    watch = HeldOutDiagnosis(config, images, CPU)
+    watch.read()
+    seen = watch.look(method, method.vit, {}, final=True)
+    batch = torch.stack([method.vit.preprocess(images.image(i)) for i in (6, 11)])
+    expected = vitreg.diagnose(method.vit, batch).to_dict()
+    assert seen["num_images"] == 2
+    assert seen["register_norms"] == expected["register_norms"]

@@ -4,28 +4,23 @@ from __future__ import annotations
 
 import dataclasses
 import os
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Sequence
 from contextlib import closing
-from itertools import groupby
 from pathlib import Path
 
 import torch
-from jaxtyping import Float, UInt8
+from jaxtyping import Float
 from torch import Tensor
 
 from vitreg.artifacts import OutlierNorms, find_outliers
 from vitreg.common.disk import check_room, lock, writing
 from vitreg.common.progress import OnProgress
-from vitreg.images import ImageError, ImageSet, map_ahead, spaced_indices
+from vitreg.images import ImageBatch, ImageError, ImageSet, ImageStream, SkippedImage, spaced_indices
 from vitreg.model import Preprocess, VisionTransformer
 from vitreg.probes.store.feature_store import FeatureStore
 from vitreg.probes.store.manifest import Manifest, StoreStatistics, read_manifest
 from vitreg.probes.store.origin import FeaturesConfig, Origin, check_same
 from vitreg.probes.store.shards import Skipped, open_shard, shard_path, write_shard
-
-_BATCHES_AHEAD = 2
-
-_Decoded = tuple[int, UInt8[Tensor, "3 H W"] | ImageError]
 
 
 def extract(
@@ -83,7 +78,7 @@ def extract(
             there = sum(shard.stat().st_size for shard in folder.glob("shard-*"))
             total = origin.config.num_bytes(vit, preprocess, len(images))
             check_room(folder, total - there, f"features of {images.source}")
-            _Pass(vit, images, folder, manifest, batch_size, strict, on_progress).run()
+            _Pass(vit, images, folder, manifest, strict, on_progress).run(batch_size)
             _finish(folder, manifest)
         finally:
             if held is not None:
@@ -103,91 +98,87 @@ class _Pass:
         images: ImageSet,
         folder: Path,
         manifest: Manifest,
-        batch_size: int,
         strict: bool,
         on_progress: OnProgress | None,
     ) -> None:
         self._vit, self._images, self._folder, self._manifest = vit, images, folder, manifest
-        self._config, self._preprocess = manifest.origin.config, manifest.origin.preprocess
+        self._config = manifest.origin.config
         self._patch_blocks = frozenset(self._config.patch_blocks or ())
-        self._batch_size, self._strict, self._on_progress = batch_size, strict, on_progress
-        self._device = next(vit.parameters()).device
+        self._strict, self._on_progress = strict, on_progress
         count = self._config.patches
         self._with_patches = None if count is None else frozenset(spaced_indices(len(images), count).tolist())
-        self._done = 0
+        self._done = self._num_skipped = 0
         self._absent = frozenset(n for n in range(len(images)) if not os.path.exists(images.file(n)))
 
-    def run(self) -> None:
+    def run(self, batch_size: int) -> None:
         """Compute and write them, in order; batches end where a shard does, so that they are the same after a kill."""
         size, total = self._config.shard_size, len(self._images)
         missing: list[int] = []
         for shard in range(self._manifest.num_shards):
+            numbers = range(shard * size, min((shard + 1) * size, total))
             if shard_path(self._folder, shard).exists():
                 open_shard(self._folder, shard, self._manifest.id)
-                self._done += min(size, total - shard * size)
+                self._done += len(numbers)
             else:
-                missing.append(shard)
+                missing += numbers
+        stream = ImageStream(
+            self._images,
+            self._manifest.origin.preprocess,
+            numbers=missing,
+            batch_size=batch_size,
+            device=next(self._vit.parameters()).device,
+        )
         if self._done:
-            self._advance(0)
-        numbers = (number for shard in missing for number in range(shard * size, min((shard + 1) * size, total)))
-        decoded = map_ahead(self._read, numbers, ahead=_BATCHES_AHEAD * self._batch_size)
+            self._advance(0, stream.skipped)
         training = self._vit.training
         self._vit.eval()
         try:
-            with closing(decoded):
-                for shard, members in groupby(decoded, lambda one: one[0] // size):
-                    self._write(shard, members)
+            with closing(stream.parts(size)) as shards:
+                for shard, batches in shards:
+                    self._write(shard, batches, stream.skipped)
         finally:
             self._vit.train(training)
 
-    def _write(self, shard: int, decoded: Iterable[_Decoded]) -> None:
-        skipped: list[Skipped] = []
+    def _write(self, shard: int, batches: Iterable[ImageBatch], skipped: list[SkippedImage]) -> None:
+        before = len(skipped)
         parts: list[dict[str, Tensor]] = []
         numbers: list[int] = []
-        for batch in self._batches(decoded, skipped):
-            parts.append(self._features(torch.stack([pixels for _, pixels in batch]), [number for number, _ in batch]))
-            numbers += [number for number, _ in batch]
+        for batch in batches:
+            parts.append(self._features(batch))
+            numbers += batch.numbers
+            self._advance(len(batch.numbers), skipped)
+        self._advance(0, skipped)
         tensors = {name: torch.cat([part[name] for part in parts]) for name in (parts[0] if parts else ())}
         tensors["numbers"] = torch.tensor(numbers, dtype=torch.int64)
         tensors["patch_rows"] = torch.tensor(self._patch_rows(numbers), dtype=torch.int64)
         if self._images.labels is not None:
             labels = self._images.labels
             tensors["labels"] = torch.tensor([labels[number] for number in numbers], dtype=torch.int64)
-        write_shard(self._folder, shard, self._manifest.id, tensors, tuple(skipped))
+        left_out = tuple(Skipped(one.number, self._images.name(one.number), one.reason) for one in skipped[before:])
+        write_shard(self._folder, shard, self._manifest.id, tensors, left_out)
 
-    def _batches(self, decoded: Iterable[_Decoded], skipped: list[Skipped]) -> Iterator[list[tuple[int, Tensor]]]:
-        """Full batches of what could be read."""
-        batch: list[tuple[int, Tensor]] = []
-        for number, pixels in decoded:
-            if isinstance(pixels, ImageError):
-                self._check_there(number)
-                if self._strict:
-                    raise pixels
-                skipped.append(Skipped(number, self._images.name(number), str(pixels)))
-                self._advance(1)
-                continue
-            batch.append((number, pixels))
-            if len(batch) == self._batch_size:
-                yield batch
-                self._advance(len(batch))
-                batch = []
-        if batch:
-            yield batch
-            self._advance(len(batch))
+    def _advance(self, count: int, skipped: list[SkippedImage]) -> None:
+        """Count images that are done, and those that could not be read since.
 
-    def _check_there(self, number: int) -> None:
-        """Damaged images are left out; one that is lost on the way ends the pass, which goes on when it is back."""
-        if number not in self._absent and not os.path.exists(file := self._images.file(number)):
-            raise ValueError(f"{file} was there when the pass began and is gone; restore it and run the pass again")
+        Damaged images are left out; one that is lost on the way ends the pass, which goes on when it is back.
+        """
+        for image in skipped[self._num_skipped :]:
+            if image.number not in self._absent and not os.path.exists(file := self._images.file(image.number)):
+                raise ValueError(f"{file} was there when the pass began and is gone; restore it and run the pass again")
+            if self._strict:
+                raise ImageError(image.reason)
+        self._done += count + len(skipped) - self._num_skipped
+        self._num_skipped = len(skipped)
+        if self._on_progress is not None:
+            self._on_progress(self._done, len(self._images))
 
     @torch.inference_mode()
-    def _features(self, pixels: UInt8[Tensor, "B 3 H W"], numbers: Sequence[int]) -> dict[str, Tensor]:
+    def _features(self, batch: ImageBatch) -> dict[str, Tensor]:
         """What is kept of a batch, on the CPU; the one forward pass."""
-        batch = self._preprocess.normalize(pixels.to(self._device))
-        trace = self._vit.trace(batch, blocks=self._config.blocks, hidden=True)
+        trace = self._vit.trace(batch.images, blocks=self._config.blocks, hidden=True)
         assert trace.hidden is not None
         dtype = getattr(torch, self._config.dtype)
-        rows = self._patch_rows(numbers)
+        rows = self._patch_rows(batch.numbers)
         found = {"norms": trace.patch_norms.movedim(0, 1)[rows].contiguous().cpu()}
         found["pooled"] = self._vit.pool(trace.tokens).to("cpu", dtype)
         for i, block in enumerate(self._config.blocks):
@@ -200,8 +191,8 @@ class _Pass:
             found[f"patches.{block}"] = patches[rows].to("cpu", dtype)
             found[f"registers.{block}"] = self._normed(trace.hidden.registers[i][rows]).to("cpu", dtype)
         for name, tensor in found.items():
-            of_all = len(tensor) == len(numbers)
-            self._check_finite(name, tensor, numbers if of_all else [numbers[row] for row in rows])
+            of_all = len(tensor) == len(batch.numbers)
+            self._check_finite(name, tensor, batch.numbers if of_all else [batch.numbers[row] for row in rows])
         return found
 
     def _normed(self, tokens: Float[Tensor, "B *T D"]) -> Float[Tensor, "B *T D"]:
@@ -223,17 +214,6 @@ class _Pass:
         """The rows of those whose patch tokens are kept."""
         chosen = self._with_patches
         return [row for row, number in enumerate(numbers) if chosen is None or number in chosen]
-
-    def _read(self, number: int) -> _Decoded:
-        try:
-            return number, self._preprocess.pixels(self._images.image(number))
-        except ImageError as error:
-            return number, error
-
-    def _advance(self, count: int) -> None:
-        self._done += count
-        if self._on_progress is not None:
-            self._on_progress(self._done, len(self._images))
 
 
 def _finish(folder: Path, manifest: Manifest) -> None:

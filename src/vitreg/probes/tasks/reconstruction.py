@@ -9,18 +9,16 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Iterator
-from contextlib import closing
 from dataclasses import dataclass
-from itertools import islice
 from typing import Any
 
 import torch
-from jaxtyping import Bool, Float, UInt8
+from jaxtyping import Bool, Float
 from torch import Tensor
 
 from vitreg.common.devices import summing_device
 from vitreg.common.progress import OnProgress
-from vitreg.images import ImageSet, map_ahead
+from vitreg.images import ImageSet, ImageStream
 from vitreg.model.preprocess import IMAGENET_MEAN, IMAGENET_STD
 from vitreg.probes.heads.least_squares import Moments, fit_linear
 from vitreg.probes.protocols import ReconstructionConfig
@@ -103,20 +101,22 @@ class _Source:
     def batches(self, store: FeatureStore, images: ImageSet) -> Iterator[_Batch]:
         """Tokens, pixels and marks of some images at a time; images are decoded in threads."""
         to_imagenet = dataclasses.replace(store.preprocess, mean=IMAGENET_MEAN, std=IMAGENET_STD)
-
-        def read(number: int) -> UInt8[Tensor, "3 H W"]:
-            return store.preprocess.pixels(images.image(number))
-
         numbers = store.numbers
         for rows, tokens, outlier in marked_patches(store, self.block):
-            with closing(map_ahead(read, numbers[rows].tolist(), ahead=2 * _BATCH)) as decoded:
-                for some_tokens, some_outlier in zip(tokens.split(_BATCH), outlier.split(_BATCH), strict=True):
-                    pixels = torch.stack(list(islice(decoded, len(some_tokens)))).to(self.device)
-                    patches = patchify(to_imagenet.normalize(pixels), store.grid)
-                    yield some_tokens.to(self.device), patches, some_outlier.to(self.device)
-                    self.done += len(some_tokens)
-                    if self.on_progress is not None:
-                        self.on_progress(self.done, self.total)
+            stream = ImageStream(
+                images,
+                store.preprocess,
+                numbers=numbers[rows].tolist(),
+                batch_size=_BATCH,
+                strict=True,
+                device=self.device,
+            )
+            for batch, some, marks in zip(stream, tokens.split(_BATCH), outlier.split(_BATCH), strict=True):
+                pixels = to_imagenet.normalize(store.preprocess.unnormalize(batch.images))
+                yield some.to(self.device), patchify(pixels, store.grid), marks.to(self.device)
+                self.done += len(some)
+                if self.on_progress is not None:
+                    self.on_progress(self.done, self.total)
 
 
 def patchify(images: Float[Tensor, "n 3 H W"], grid: tuple[int, int]) -> Float[Tensor, "n P K"]:

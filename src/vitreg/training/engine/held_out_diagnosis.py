@@ -8,9 +8,8 @@ import torch
 from torch import Tensor
 
 from vitreg.artifacts import diagnose
-from vitreg.images import ImageSet, Subset, spaced_indices
+from vitreg.images import ImageSet, ImageStream, Subset, spaced_indices
 from vitreg.model import VisionTransformer
-from vitreg.training.data.held_out import stream_images
 from vitreg.training.engine.config import TrainingConfig
 from vitreg.training.engine.method import ExtraModules, Method
 
@@ -34,9 +33,14 @@ class HeldOutDiagnosis:
         Raises:
             ValueError: none of them can be read.
         """
-        preprocess, limit = self._config.model.preprocess, self._config.num_diagnosed
-        batches = stream_images(self._images, preprocess, batch_size=BATCH_SIZE, device=self._device, limit=limit)
-        self._kept = [batch for batch, _ in batches]
+        preprocess, chosen = (
+            self._config.model.preprocess,
+            spaced_indices(len(self._images), self._config.num_diagnosed),
+        )
+        stream = ImageStream(
+            self._images, preprocess, numbers=chosen.tolist(), batch_size=BATCH_SIZE, device=self._device
+        )
+        self._kept = [batch.images for batch in stream]
         if not self._kept:
             raise ValueError(f"none of the held-out images of {self._images.source} can be read; give others by --val")
 

@@ -11,9 +11,8 @@ from torch import Tensor
 from torchvision.transforms import v2
 from torchvision.transforms.v2.functional import pil_to_tensor
 
-from vitreg.images import ImageSet
+from vitreg.images import ImageSet, ImageStream
 from vitreg.model import Preprocess, VisionTransformer, ViTConfig
-from vitreg.training.data.held_out import stream_images
 from vitreg.training.engine.config import OptimizerConfig, TrainingConfig
 from vitreg.training.engine.method import Augmentation, Batch, ExtraModules, Method, Sample
 from vitreg.training.recipes.configs import DeiT3Config
@@ -128,8 +127,8 @@ class DeiT3(Method):
             return {}
         right = total = 0
         device = vit.patch_embed.weight.device
-        for batch, indices in stream_images(images, vit.preprocess, batch_size=batch_size, device=device):
-            labels = torch.tensor([images.labels[i] for i in indices], device=device)
-            right += int((vit.classify(batch).argmax(-1) == labels).sum())
-            total += len(indices)
+        for batch in ImageStream(images, vit.preprocess, batch_size=batch_size, device=device):
+            labels = torch.tensor([images.labels[i] for i in batch.numbers], device=device)
+            right += int((vit.classify(batch.images).argmax(-1) == labels).sum())
+            total += len(labels)
         return {"top1": 100 * right / total} if total else {}

@@ -2,16 +2,14 @@
 
 from __future__ import annotations
 
-import numpy as np
 import torch
 import torch.nn.functional as F
 from jaxtyping import Float, Int
 from torch import Tensor
 
 from vitreg.checkpoints.text_tower import TextTower
-from vitreg.images import ImageSet, Subset
+from vitreg.images import ImageSet, ImageStream
 from vitreg.model import VisionTransformer
-from vitreg.training.data.held_out import stream_images
 
 MAX_IMAGES = 1000
 """What Flickr30k's and COCO's customary test sets hold; recall falls with the number of images to choose from."""
@@ -24,15 +22,14 @@ def retrieval(vit: VisionTransformer, tower: TextTower, images: ImageSet, batch_
     Images that cannot be read or have no caption do not count; without any there are no figures.
     """
     device = next(vit.parameters()).device
-    first = range(min(len(images), MAX_IMAGES))
-    captioned = Subset(images, np.array([index for index in first if images.captions(index)], dtype=np.int64))
+    captioned = [index for index in range(min(len(images), MAX_IMAGES)) if images.captions(index)]
     features: list[Tensor] = []
     captions: list[str] = []
     owners: list[int] = []
-    for batch, indices in stream_images(captioned, vit.preprocess, batch_size=batch_size, device=device):
-        features.append(F.normalize(vit.classify(batch).float(), dim=-1))
-        for index in indices:
-            sentences = captioned.captions(index)
+    for batch in ImageStream(images, vit.preprocess, numbers=captioned, batch_size=batch_size, device=device):
+        features.append(F.normalize(vit.classify(batch.images).float(), dim=-1))
+        for number in batch.numbers:
+            sentences = images.captions(number)
             owners += [1 + owners[-1] if owners else 0] * len(sentences)
             captions += sentences
     if not captions:
