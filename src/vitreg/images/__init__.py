@@ -4,7 +4,7 @@ from vitreg.images.ahead import map_ahead
 from vitreg.images.batches import Batches, Images, check_batch, in_memory
 from vitreg.images.boxes import BoxedImage, BoxSet, open_box_set
 from vitreg.images.bundled import bundled_photographs
-from vitreg.images.dense import DenseSet, refuse
+from vitreg.images.dense import DenseSet
 from vitreg.images.depth import MILLIMETERS, DepthSet, open_depth
 from vitreg.images.labeled import ImageSet, Subset, spaced, spaced_indices
 from vitreg.images.masks import IGNORED, SegmentationSet, open_segmentation
@@ -44,7 +44,6 @@ __all__ = [
     "open_segmentation",
     "open_split",
     "read_image",
-    "refuse",
     "spaced",
     "spaced_indices",
 ]

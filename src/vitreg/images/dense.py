@@ -21,11 +21,13 @@ from vitreg.images.reading import ImageError, image_size, walk_images
 
 _NAMED = 3
 _HEADERS_AHEAD = 256
+_TARGETS_AHEAD = 32
 
 PARTS = ("train", "val")
 
 Pair = tuple[str, str]
 Targets = TypeVar("Targets", bound="DenseSet")
+Read = TypeVar("Read")
 
 
 class DenseSet(ImageFiles):
@@ -55,7 +57,7 @@ class DenseSet(ImageFiles):
         super().__init__(source, (image for image, _ in pairs))
         self._targets = PackedStrings(target for _, target in pairs)
         found = map_ahead(self._misfit, range(len(self)), ahead=_HEADERS_AHEAD)
-        refuse(f"{self.kind}s of {source} do not fit their images", [misfit for misfit in found if misfit])
+        raise_if_any(f"{self.kind}s of {source} do not fit their images", [misfit for misfit in found if misfit])
 
     def part(self: Targets, indices: Iterable[int]) -> Targets:
         """Some of the images, with their targets."""
@@ -93,6 +95,24 @@ class DenseSet(ImageFiles):
             ImageError: it cannot be read or holds what it may not; the message names it.
         """
 
+    def map_targets(self, function: Callable[[np.ndarray], Read], indices: Iterable[int]) -> list[Read]:
+        """What a function makes of targets, which threads read ahead.
+
+        Raises:
+            ValueError: some cannot be used; it names the first ones.
+        """
+
+        def read(index: int) -> Read | ImageError:
+            try:
+                return function(self.target(index))
+            except ImageError as error:
+                return error
+
+        found = list(map_ahead(read, indices, ahead=_TARGETS_AHEAD))
+        errors = [str(error) for error in found if isinstance(error, ImageError)]
+        raise_if_any(f"{self.kind}s of {self.source} cannot be used", errors)
+        return [made for made in found if not isinstance(made, ImageError)]
+
     def _misfit(self, index: int) -> str:
         """Why a target cannot be the image's, by their headers; nothing where it can."""
         try:
@@ -120,7 +140,7 @@ class DenseSet(ImageFiles):
             raise ImageError(f"{name} is damaged ({error or type(error).__name__}); replace it") from error
 
 
-def refuse(what: str, found: Sequence[str]) -> None:
+def raise_if_any(what: str, found: Sequence[str]) -> None:
     """One error for what is wrong with several files.
 
     Args:
@@ -148,11 +168,13 @@ def folder_pairs(images: Path, targets: Path) -> list[Pair]:
         paths = sorted(walk_images(folder))
         by_name = {str(path.relative_to(folder).with_suffix("")): str(path) for path in paths}
         kept = set(by_name.values())
-        refuse(f"files of {folder} have the name of another", [str(path) for path in paths if str(path) not in kept])
+        raise_if_any(
+            f"files of {folder} have the name of another", [str(path) for path in paths if str(path) not in kept]
+        )
         found.append(by_name)
     ours, theirs = found
-    refuse(f"images have no partner in {targets}", [ours[name] for name in ours if name not in theirs])
-    refuse(f"files have no image in {images}", [theirs[name] for name in theirs if name not in ours])
+    raise_if_any(f"images have no partner in {targets}", [ours[name] for name in ours if name not in theirs])
+    raise_if_any(f"files have no image in {images}", [theirs[name] for name in theirs if name not in ours])
     return [(ours[name], theirs[name]) for name in ours]
 
 
@@ -168,7 +190,9 @@ def listed_pairs(listed: Path, of: str, pair: Callable[[str], tuple[Path, Path]]
         ValueError: there is no such file, or files that it names do not exist.
     """
     pairs = [pair(line) for line in read_list(listed, of)]
-    refuse(f"files of {listed} do not exist", [str(file) for each in pairs for file in each if not file.is_file()])
+    raise_if_any(
+        f"files of {listed} do not exist", [str(file) for each in pairs for file in each if not file.is_file()]
+    )
     return [(str(image), str(target)) for image, target in pairs]
 
 

@@ -88,19 +88,15 @@ class Subset(ImageSet):
         return len(self._indices)
 
     def image(self, index: int) -> Image.Image:
-        """As of the set."""
         return self._images.image(int(self._indices[index]))
 
     def name(self, index: int) -> str:
-        """As of the set."""
         return self._images.name(int(self._indices[index]))
 
     def file(self, index: int) -> str:
-        """As of the set."""
         return self._images.file(int(self._indices[index]))
 
     def captions(self, index: int) -> tuple[str, ...]:
-        """As of the set."""
         return self._images.captions(int(self._indices[index]))
 
 

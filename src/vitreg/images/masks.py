@@ -9,8 +9,7 @@ from pathlib import Path
 import numpy as np
 from jaxtyping import UInt8
 
-from vitreg.images.ahead import map_ahead
-from vitreg.images.dense import DenseSet, folder_pairs, listed_pairs, open_folders, refuse
+from vitreg.images.dense import DenseSet, folder_pairs, listed_pairs, open_folders
 from vitreg.images.listed import read_numbered_names, read_text
 from vitreg.images.reading import ImageError
 
@@ -18,7 +17,6 @@ IGNORED = 255
 """The class of pixels that do not count."""
 
 _UNCOUNTED = frozenset({"ignore", "unlabeled", "void"})
-_MASKS_AHEAD = 32
 _VOC = (
     "background aeroplane bicycle bird boat bottle bus car cat chair cow diningtable dog horse motorbike person "
     "pottedplant sheep sofa train tvmonitor"
@@ -115,28 +113,17 @@ def _open_folder(folder: Path, num_classes: int | None, ignored: tuple[int, ...]
         raise ValueError(f"ignore is {strange[0]}; numbers in masks are 0 to {IGNORED}")
     train, val = open_folders(folder, "masks", f"{', '.join(_RELEASED)}:PATH", SegmentationSet)
     if not names:
-        largest = _largest(train, ignored) if num_classes is None else num_classes - 1
-        names = {number: str(number) for number in range(largest + 1)}
+        if num_classes is None:
+            uncounted = [IGNORED, *ignored]
+            num_classes = 1 + max(
+                train.map_targets(lambda mask: int(mask[~np.isin(mask, uncounted)].max(initial=0)), range(len(train)))
+            )
+        names = {number: str(number) for number in range(num_classes)}
     ignored += tuple(number for number, name in names.items() if name.lower() in _UNCOUNTED)
     train, val = train.with_classes(names, ignored), val.with_classes(names, ignored)
     if len(train.class_names) < 2:
         raise ValueError(f"{folder} has {len(train.class_names)} class; segmentation needs at least 2")
     return train, val
-
-
-def _largest(masks: SegmentationSet, ignored: tuple[int, ...]) -> int:
-    """The largest number in masks whose numbers are as in the files, of those that count."""
-
-    def largest(index: int) -> int | str:
-        try:
-            present = np.unique(masks.target(index))
-        except ImageError as error:
-            return str(error)
-        return int(present[~np.isin(present, (IGNORED, *ignored))].max(initial=0))
-
-    found = list(map_ahead(largest, range(len(masks)), ahead=_MASKS_AHEAD))
-    refuse(f"masks of {masks.source} cannot be used", [error for error in found if isinstance(error, str)])
-    return max(number for number in found if isinstance(number, int))
 
 
 def _read_names(folder: Path) -> dict[int, str]:

@@ -4,10 +4,10 @@ from __future__ import annotations
 
 import glob
 import re
+from collections.abc import Callable
 from pathlib import Path
 
-from vitreg.images.captions import open_captions
-from vitreg.images.files import ImageFiles, open_folder
+from vitreg.images.files import ImageFiles, open_captions, open_folder
 from vitreg.images.labeled import ImageSet, source_of
 from vitreg.images.labels import check_same_classes
 from vitreg.images.parquet import ParquetImages
@@ -15,6 +15,7 @@ from vitreg.images.reading import EXTENSIONS, find_images
 from vitreg.images.tars import TarImages
 
 _HELD_OUT = ("val", "validation", "test")
+_SHARDS: dict[str, Callable[[list[Path]], ImageSet]] = {".parquet": ParquetImages, ".tar": TarImages}
 _RANGE = re.compile(r"\{(\d+)\.\.(\d+)\}")
 
 
@@ -64,7 +65,7 @@ def _parts(folder: Path) -> dict[str, list[Path]]:
     # A class may be called train, too: then it has other neighbors.
     if "train" in folders and (len(folders) > 1 or sum(entry.is_dir() for entry in folder.iterdir()) == 1):
         return folders
-    for suffix in (".parquet", ".tar"):
+    for suffix in _SHARDS:
         files = {name: [f for f in _shards(folder, suffix) if name in _words(f)] for name in names}
         found = {name: shards for name, shards in files.items() if shards}
         if "train" in found and len(found) > 1:
@@ -106,15 +107,18 @@ def _numbered(pattern: str) -> list[str]:
 def _open(files: list[Path]) -> ImageSet:
     first, kinds = files[0], {_kind(file) for file in files}
     if kinds == {"folder"} and len(files) == 1:
-        return _open_folder(first)
-    if kinds == {".parquet"}:
-        return ParquetImages(files)
-    if kinds == {".tar"}:
-        return TarImages(files)
+        if (first / "captions.csv").is_file():
+            return open_captions(first / "captions.csv")
+        for suffix, open_shards in _SHARDS.items():
+            if shards := _shards(first, suffix):
+                return open_shards(shards)
+        return open_folder(first)
     if kinds == {".csv"} and len(files) == 1:
         return open_captions(first)
     if kinds <= {"folder", "image", "missing"}:
         return ImageFiles(source_of(files), map(str, find_images(files)))
+    if len(kinds) == 1 and (open_shards := _SHARDS.get(kinds.pop())):
+        return open_shards(files)
     raise ValueError(f"no set of images in {source_of(files)}; give a folder, one CSV file, Parquet files or tars")
 
 
@@ -127,16 +131,6 @@ def _kind(file: Path) -> str:
     if ".tar" in file.suffixes or file.suffix == ".tgz":
         return ".tar"
     return "image" if file.suffix[1:].lower() in EXTENSIONS else file.suffix.lower()
-
-
-def _open_folder(folder: Path) -> ImageSet:
-    if (folder / "captions.csv").is_file():
-        return open_captions(folder / "captions.csv")
-    if files := _shards(folder, ".parquet"):
-        return ParquetImages(files)
-    if files := _shards(folder, ".tar"):
-        return TarImages(files)
-    return open_folder(folder)
 
 
 def check_classes(train: ImageSet, held_out: ImageSet) -> None:

@@ -10,12 +10,10 @@ import torch
 from jaxtyping import Float, Shaped
 from torch import Tensor
 
-from vitreg.images import DenseSet, ImageError, map_ahead, refuse
+from vitreg.images import DenseSet
 from vitreg.model import Preprocess
 from vitreg.probes.store.feature_store import FeatureStore
 from vitreg.probes.store.origin import check_same
-
-_TARGETS_AHEAD = 32
 
 
 def dense_preprocess(preprocess: Preprocess, height: int, width: int) -> Preprocess:
@@ -85,16 +83,7 @@ def read_targets(targets: DenseSet, numbers: Sequence[int], size: tuple[int, int
     Raises:
         ValueError: some cannot be used; it names the first ones.
     """
-
-    def read(number: int) -> np.ndarray | str:
-        try:
-            return _nearest(targets.target(number), *size)
-        except ImageError as error:
-            return str(error)
-
-    found = list(map_ahead(read, numbers, ahead=_TARGETS_AHEAD))
-    refuse(f"{targets.kind}s of {targets.source} cannot be used", [error for error in found if isinstance(error, str)])
-    return np.stack([target for target in found if not isinstance(target, str)])
+    return np.stack(targets.map_targets(lambda target: _nearest(target, *size), numbers))
 
 
 def check_stores(train: FeatureStore, val: Sequence[FeatureStore], targets: tuple[DenseSet, DenseSet]) -> None:
