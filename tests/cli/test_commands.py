@@ -147,6 +147,7 @@ def test_two_processes_do_not_mix_in_one_folder(checkpoints, photographs, tmp_pa
         assert f"another process writes to {tmp_path}; wait for it, or stop it" in capsys.readouterr().err
         other.stdin.close()
     assert run(*arguments) == 0
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["diagnosis.json", "report.html"]
 
 
 @pytest.mark.parametrize(
@@ -391,6 +392,8 @@ def test_a_command_with_nothing_prints_its_own_help_and_what_is_missing(capsys):
         ("fix x", "fix needs --out and --model; see vitreg fix --help"),
         ("evaluate knn --data x --models a --k 0", "k is (0,); give at least one number of neighbors, all above 0"),
         ("evaluate knn --data x --models a --limit 0", "--limit 0 must be at least 1"),
+        ("diagnose x --model a --out=", "--out is empty; give a path"),
+        ("train deit3 --data x --mixup half", "--mixup half is no value of it; give FLOAT"),
         ("diagnos x", "there is no command diagnos; did you mean diagnose?"),
         ("evaluate kn --data x", "there is no command evaluate kn; did you mean evaluate knn?"),
     ],
@@ -398,6 +401,19 @@ def test_a_command_with_nothing_prints_its_own_help_and_what_is_missing(capsys):
 def test_what_the_parser_refuses_is_one_sentence(words, said, capsys):
     assert run(*words.split()) == 2
     assert capsys.readouterr().err == f"vitreg: {said}\n"
+
+
+def test_an_empty_path_is_not_the_current_folder(capsys):
+    """`--out "$REPORT"`, where the variable is not set."""
+    for words in (["--out", ""], ["--out", "", "--json"]):
+        assert run("diagnose", "x", "--model", "a", *words) == 2
+        assert capsys.readouterr().err == "vitreg: --out is empty; give a path\n"
+
+
+def test_a_folder_of_checkpoints_that_is_none_is_not_passed_over(photographs, tmp_path, monkeypatch, capsys):
+    monkeypatch.setenv("VITREG_CHECKPOINTS", str(tmp_path / "gone"))
+    assert run("diagnose", photographs[0], "--model", TINY, "--out", tmp_path / "out") == 2
+    assert f"VITREG_CHECKPOINTS names {tmp_path / 'gone'}, which is no folder; correct it" in capsys.readouterr().err
 
 
 def test_old_names_of_flags_are_accepted_with_a_note(capsys, tmp_path):

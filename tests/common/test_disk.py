@@ -12,7 +12,7 @@ import torch
 from safetensors.torch import save_file
 
 import vitreg
-from vitreg.common.disk import _PARTIAL, lock, replace_text, replacing, replacing_files
+from vitreg.common.disk import _PARTIAL, lock, replace_text, replacing, replacing_files, unlock
 
 
 def test_a_reader_sees_the_old_file_until_the_new_one_is_whole(tmp_path):
@@ -94,7 +94,8 @@ def test_a_lock_removes_what_a_killed_process_left(tmp_path):
         "whole",
     ]
     assert held is not None
-    held.close()
+    unlock(held)
+    assert not (tmp_path / ".lock").exists()
 
 
 def _writes(call: ast.Call) -> bool:

@@ -27,6 +27,8 @@ def in_checkpoint_folder(source: str) -> Path | None:
     folder = os.environ.get(FOLDER_VARIABLE)
     if not folder:
         return None
+    if not Path(folder).expanduser().is_dir():
+        raise CheckpointError(f"{FOLDER_VARIABLE} names {folder}, which is no folder; correct it, or unset it")
     row = registry.find(source)
     names = dict.fromkeys((source, timm_name(source), (row and row.timm) or source))
     for name in names:

@@ -98,6 +98,7 @@ def _call(name: str, args: list[str]) -> int:
     import warnings
 
     from vitreg.cli.help import command_help
+    from vitreg.cli.options import release_folders
     from vitreg.cli.parsing import parse
 
     if {"--help", "-h"} & set(args):
@@ -105,7 +106,11 @@ def _call(name: str, args: list[str]) -> int:
         return 0
     # Pillow's, about images that are read all the same.
     warnings.filterwarnings("ignore", "Image size .* exceeds limit")
-    return parse(name, command(name, args), args)()
+    call = parse(name, command(name, args), args)
+    try:
+        return call()
+    finally:
+        release_folders()
 
 
 def _help(group: str) -> str:

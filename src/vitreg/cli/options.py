@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Annotated, Literal, TextIO
 from tyro.conf import Positional, arg
 
 from vitreg.cli.output import first_line, status
-from vitreg.common.disk import lock, writing
+from vitreg.common.disk import lock, unlock, writing
 
 if TYPE_CHECKING:
     from vitreg import VisionTransformer
@@ -19,7 +19,7 @@ Images = Annotated[Positional[list[str]], arg(metavar="IMAGES")]
 Size = int | tuple[int, int]
 
 _locks: list[TextIO | None] = []
-"""Of the folders that this process writes to, until it ends."""
+"""Of the folders that the command writes to."""
 
 
 @dataclass(frozen=True)
@@ -135,3 +135,9 @@ def writable_folder(out: Path) -> Path:
         out.mkdir(parents=True, exist_ok=True)
     _locks.append(lock(out, "writes to"))
     return out
+
+
+def release_folders() -> None:
+    """The opposite of `writable_folder`, for all of them."""
+    while _locks:
+        unlock(_locks.pop())

@@ -9,6 +9,7 @@ import re
 import sys
 from collections.abc import Callable
 from dataclasses import MISSING
+from itertools import pairwise
 from typing import Any
 
 import tyro
@@ -39,6 +40,10 @@ def parse(name: str, command: Callable[..., int], args: list[str]) -> Callable[[
 
     told = io.StringIO()
     args = _renamed(name, args)
+    paths = [flag.name for flag in found if flag.values == "PATH"]
+    for flag, word in pairwise([*args, "-"]):
+        if flag.removesuffix("=") in paths and (not word or flag.endswith("=")):  # the current folder, to `Path`
+            raise ValueError(f"{flag.removesuffix('=')} is empty; give a path")
     try:
         # Where neither is a terminal, nothing is drawn or colored.
         with contextlib.redirect_stderr(told), contextlib.redirect_stdout(io.StringIO()):

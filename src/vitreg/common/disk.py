@@ -117,7 +117,7 @@ def put_in_place(temporary: Path, path: Path) -> None:
 
 
 def lock(folder: Path, doing: str) -> TextIO | None:
-    """Keep other processes out of a folder until the file that is returned is closed, or this process ends.
+    """Keep other processes out of a folder until `unlock`, or until this process ends.
 
     What a process that was killed had half written there is removed.
 
@@ -141,8 +141,26 @@ def lock(folder: Path, doing: str) -> TextIO | None:
         if error.errno in (errno.EACCES, errno.EAGAIN):
             file.close()
             raise ValueError(f"another process {doing} {folder}; wait for it, or stop it") from None
+    if not _has_its_name(file):  # another process has just unlocked the folder
+        file.close()
+        return lock(folder, doing)
     # A folder of the user's may hold the partial downloads of others.
     for left in folder.glob(".*.partial*"):
         if _PARTIAL.fullmatch(left.name) and left.is_file():
             left.unlink()
     return file
+
+
+def unlock(file: TextIO | None) -> None:
+    """Give a folder back that `lock` kept, as it would be without."""
+    if file is not None:
+        with contextlib.suppress(OSError):
+            os.unlink(file.name)
+        file.close()
+
+
+def _has_its_name(file: TextIO) -> bool:
+    try:
+        return os.path.samestat(os.fstat(file.fileno()), os.stat(file.name))
+    except FileNotFoundError:
+        return False

@@ -8,7 +8,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any, TextIO
 
-from vitreg.common.disk import lock, replace_text, writing
+from vitreg.common.disk import lock, replace_text, unlock, writing
 
 FORMAT = "vitreg-run/1"
 
@@ -66,8 +66,8 @@ class RunFolder:
 
     def release(self) -> None:
         """The opposite of `claim`."""
-        if self._lock is not None:
-            self._lock.close()
+        unlock(self._lock)
+        self._lock = None
 
     def describe(self) -> dict[str, Any]:
         """What `create` was given.
