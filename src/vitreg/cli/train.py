@@ -18,13 +18,12 @@ from tyro.conf import Positional, arg
 from vitreg.cli.output import INTERRUPTED, print_json, progress
 from vitreg.cli.overrides import changed, flags_of, overrides
 from vitreg.training.engine.config import LoopConfig, OptimizerConfig, TrainingConfig
-from vitreg.training.recipes.configs import CLIPConfig, DeiT3Config, DINOv2Config
+from vitreg.training.recipes.configs import METHODS
 from vitreg.training.recipes.sizes import Size
 
 if TYPE_CHECKING:
     from vitreg.training.engine.run_folder import RunFolder
 
-METHODS = {"deit3": DeiT3Config, "dinov2": DINOv2Config, "clip": CLIPConfig}
 Recipe = Annotated[Positional[Literal["deit3", "dinov2", "clip"] | None], arg(metavar="RECIPE")]
 
 
@@ -81,7 +80,7 @@ def with_settings_of(args: Sequence[str]) -> Callable[..., int]:
 
     # Folders may be called like a recipe.
     words = [word for before, word in pairwise(["", *args]) if before not in ("--data", "--val", "--out", "--resume")]
-    nested = {"optimizer": OptimizerConfig}
+    nested: dict[str, type] = {"optimizer": OptimizerConfig}
     if recipe := next((word for word in words if word in METHODS), None):
         nested["method"] = METHODS[recipe]
     command.__annotations__ |= {"given": overrides(TrainingConfig, LoopConfig, **nested)}

@@ -10,8 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from vitreg.images import ImageSet, check_classes, open_image_set, open_split
-from vitreg.training.data.held_out import hold_out
-from vitreg.training.data.samples import default_workers
+from vitreg.training.data.samples import default_workers, hold_out
 from vitreg.training.engine.config import TrainingConfig
 from vitreg.training.engine.distributed import Distributed
 from vitreg.training.engine.failures import failures_in_words

@@ -1,4 +1,4 @@
-"""The images of a run in their order, fetched by worker processes."""
+"""Which images a run is trained on, in which order, fetched by worker processes."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ import torch
 from torch.utils.data import DataLoader, Dataset
 
 from vitreg.common.devices import available_cores
-from vitreg.images import ImageError, ImageSet
+from vitreg.images import ImageError, ImageSet, Subset
 from vitreg.training.engine.distributed import Distributed
 from vitreg.training.engine.method import Augmentation, Batch, Sample
 from vitreg.training.engine.randomness import fixed_randomness
@@ -137,6 +137,13 @@ def _start_worker(worker: int) -> None:
     torch.set_num_threads(1)
     for kind in (signal.SIGINT, signal.SIGTERM):
         signal.signal(kind, signal.SIG_IGN)
+
+
+def hold_out(images: ImageSet, seed: int) -> tuple[ImageSet, ImageSet]:
+    """Training images and a twentieth of the set, at most 1000, that is kept from training."""
+    order = np.random.default_rng((seed, 20)).permutation(len(images))
+    count = max(1, min(1000, len(images) // 20))
+    return Subset(images, np.sort(order[count:])), Subset(images, np.sort(order[:count]))
 
 
 def default_workers(processes: Distributed) -> int:

@@ -33,13 +33,9 @@ class HeldOutDiagnosis:
         Raises:
             ValueError: none of them can be read.
         """
-        preprocess, chosen = (
-            self._config.model.preprocess,
-            spaced_indices(len(self._images), self._config.num_diagnosed),
-        )
-        stream = ImageStream(
-            self._images, preprocess, numbers=chosen.tolist(), batch_size=BATCH_SIZE, device=self._device
-        )
+        preprocess = self._config.model.preprocess
+        chosen = spaced_indices(len(self._images), self._config.num_diagnosed).tolist()
+        stream = ImageStream(self._images, preprocess, numbers=chosen, batch_size=BATCH_SIZE, device=self._device)
         self._kept = [batch.images for batch in stream]
         if not self._kept:
             raise ValueError(f"none of the held-out images of {self._images.source} can be read; give others by --val")

@@ -9,11 +9,10 @@ from typing import Any
 from vitreg.common.renamed import current_fields
 from vitreg.model import ViTConfig
 from vitreg.training.engine.config import OptimizerConfig, TrainingConfig
-from vitreg.training.recipes import clip, configs, deit3, dinov2
+from vitreg.training.recipes import clip, deit3, dinov2
+from vitreg.training.recipes.configs import METHODS
 
 RECIPES: dict[str, Callable[..., TrainingConfig]] = {"deit3": deit3.deit3, "dinov2": dinov2.dinov2, "clip": clip.clip}
-
-_METHODS = {"deit3": configs.DeiT3Config, "dinov2": configs.DINOv2Config, "clip": configs.CLIPConfig}
 
 
 def config_from_dict(values: dict[str, Any]) -> TrainingConfig:
@@ -26,9 +25,9 @@ def config_from_dict(values: dict[str, Any]) -> TrainingConfig:
         values = {**values, "dtype": values["precision"]}
     known = {field.name for field in dataclasses.fields(TrainingConfig)}
     fields = {key: value for key, value in values.items() if key in known}
-    if fields.get("recipe") not in _METHODS:
-        raise ValueError(f"recipe {fields.get('recipe')!r} is unknown; choose one of {', '.join(_METHODS)}")
+    if fields.get("recipe") not in METHODS:
+        raise ValueError(f"recipe {fields.get('recipe')!r} is unknown; choose one of {', '.join(METHODS)}")
     fields["model"] = ViTConfig.from_dict(fields["model"])
     fields["optimizer"] = OptimizerConfig(**fields["optimizer"])
-    fields["method"] = _METHODS[fields["recipe"]].from_dict(current_fields(fields["method"]))
+    fields["method"] = METHODS[fields["recipe"]].from_dict(current_fields(fields["method"]))
     return TrainingConfig(**fields)

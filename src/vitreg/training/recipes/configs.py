@@ -215,3 +215,6 @@ class CLIPConfig(MethodConfig):
         from vitreg.training.recipes.clip import CLIPAugmentation
 
         return CLIPAugmentation(self, model.preprocess)
+
+
+METHODS: dict[str, type[MethodConfig]] = {"deit3": DeiT3Config, "dinov2": DINOv2Config, "clip": CLIPConfig}

@@ -24,6 +24,7 @@ from vitreg.training.recipes.dino_losses import (
     gather_features,
     ibot_loss,
 )
+from vitreg.training.recipes.multi_crop import require_lightly
 from vitreg.training.recipes.sizes import Chosen, Scale, smoke_form
 
 
@@ -106,10 +107,9 @@ class DINOv2(Method):
                 f"self-distillation trains a model with a class token and without a head; this one has "
                 f"class_token={model.class_token} and num_classes={model.num_classes}"
             )
-        try:
-            from lightly.loss.koleo_loss import KoLeoLoss
-        except ImportError as error:
-            raise ValueError('self-distillation needs lightly: pip install "vitreg[train]"') from error
+        require_lightly()
+        from lightly.loss.koleo_loss import KoLeoLoss
+
         self.config = config
         self.vit = VisionTransformer(model)
         self.mask_token = nn.Parameter(torch.zeros(model.embed_dim))

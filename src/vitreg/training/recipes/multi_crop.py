@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib.util
 import random
 
 import torch
@@ -37,11 +38,10 @@ class MultiCrop(Augmentation):
     """
 
     def __init__(self, model: ViTConfig, config: MultiCropConfig) -> None:
-        try:
-            from lightly.transforms.gaussian_blur import GaussianBlur
-            from lightly.transforms.solarize import RandomSolarization
-        except ImportError as error:
-            raise ValueError('self-distillation needs lightly: pip install "vitreg[train]"') from error
+        require_lightly()
+        from lightly.transforms.gaussian_blur import GaussianBlur
+        from lightly.transforms.solarize import RandomSolarization
+
         if config.local_size % model.patch_size:
             raise ValueError(
                 f"local_size {config.local_size} is not a multiple of the patch size {model.patch_size}; "
@@ -80,6 +80,16 @@ class MultiCrop(Augmentation):
 
     def _normalize(self, crops: list[Image.Image]) -> Tensor:
         return self.model.preprocess.normalize(torch.stack([pil_to_tensor(crop) for crop in crops]))
+
+
+def require_lightly() -> None:
+    """Its transforms and KoLeo are DINOv2's.
+
+    Raises:
+        ValueError: it is not installed.
+    """
+    if importlib.util.find_spec("lightly") is None:
+        raise ValueError('self-distillation needs lightly: pip install "vitreg[train]"')
 
 
 def locate_hidden(mask: Bool[Tensor, "B 2 N"]) -> Batch:
