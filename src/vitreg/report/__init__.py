@@ -1,12 +1,11 @@
 """What people look at: the HTML report and the figures. Draws plain data, imports no other part of vitreg."""
 
 from vitreg.report.attention import attention_figure, overlay, write_attention
-from vitreg.report.comparison import write_comparison
-from vitreg.report.diagnosis import write_report
 from vitreg.report.discovery import discovery_overlay, sweep_figure
 from vitreg.report.evaluation import DenseImage, Table, write_evaluation
 from vitreg.report.examples import ExampleMaps
 from vitreg.report.figures import comparison_figure, diagnosis_figure
+from vitreg.report.interactive import write_comparison, write_report
 from vitreg.report.side_by_side import Panels, Photograph, side_by_side_figure, write_side_by_side
 from vitreg.report.timeline import timeline_figure
 

@@ -13,7 +13,7 @@ from jaxtyping import Float, Shaped, UInt8
 from vitreg.common.words import number
 from vitreg.report.colors import color_table, css_gradient
 from vitreg.report.data_urls import jpeg_url, png_url
-from vitreg.report.page import write_still_page
+from vitreg.report.page import write_page
 
 _SIDE = 360
 """Largest side in pixels of an image in the page."""
@@ -82,7 +82,7 @@ def write_evaluation(
         {c for p in masks for m in (p.truth, *p.predictions.values()) for c in np.unique(m).tolist() if c != 255}
     )
     colors = class_colors(max(present, default=0) + 1)
-    return write_still_page(
+    return write_page(
         "evaluation",
         path,
         s=summary,

@@ -20,7 +20,7 @@ MEDIAN = "#ffffff"
 DASHES = (0, (3, 2))
 
 Block = Mapping[str, Any]
-"""One block of one diagnosis, of a timeline: histogram, threshold, quantiles, register norms."""
+"""One block of one diagnosis: histogram, threshold, quantiles around the median, register norms."""
 
 
 def colors(outliers: bool = False) -> Colormap:
@@ -54,7 +54,7 @@ def norm_limits(blocks: Sequence[Block]) -> tuple[float, float]:
     return low / room**0.04, high * room**0.16
 
 
-def draw_column(axes: Axes, left: float, right: float, block: Block, scale: ColorScale, median: int) -> None:
+def draw_column(axes: Axes, left: float, right: float, block: Block, scale: ColorScale) -> None:
     """The distribution of the patch norms after one block, its median, and outliers in their own color."""
     edges, shares = np.array(block["histogram"]["edges"]), _shares(block)
     # A threshold lies on an edge, but both are rounded.
@@ -67,7 +67,8 @@ def draw_column(axes: Axes, left: float, right: float, block: Block, scale: Colo
             cells = np.ma.masked_equal(shares[part], 0)[:, None]
             corners = edges[part.start : part.stop + 1]
             axes.pcolormesh([left, right], corners, cells, norm=scale.norm, cmap=colors(outliers), zorder=0.5)
-    axes.plot([left, right], [block["quantiles"][median]] * 2, color=MEDIAN, linewidth=1.2, solid_capstyle="butt")
+    median = block["quantiles"][len(block["quantiles"]) // 2]
+    axes.plot([left, right], [median] * 2, color=MEDIAN, linewidth=1.2, solid_capstyle="butt")
 
 
 def draw_registers(axes: Axes, places: Sequence[int], blocks: Sequence[Block]) -> None:

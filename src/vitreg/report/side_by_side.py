@@ -13,7 +13,7 @@ from jaxtyping import Bool, Float, UInt8
 
 from vitreg.report.colors import OUTLIER, ColorScale, attention_scale, css_gradient, norm_scale
 from vitreg.report.data_urls import jpeg_url, png_url
-from vitreg.report.page import write_still_page
+from vitreg.report.page import write_page
 from vitreg.report.sheet import GAP, MARGIN, QUIET, TITLE, Sheet, outline, outline_patches
 
 PHOTO = 320, 80
@@ -71,7 +71,7 @@ def write_side_by_side(summary: dict, photographs: Sequence[Photograph], path: P
         ValueError: a photograph has not one set of panels for each model, or a value is NaN or infinite.
     """
     _check(summary, photographs)
-    return write_still_page("demo", path, s=summary, cards=[_card(photograph) for photograph in photographs])
+    return write_page("demo", path, s=summary, cards=[_card(photograph) for photograph in photographs])
 
 
 def _check(summary: dict, photographs: Sequence[Photograph]) -> None:

@@ -3,13 +3,12 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from vitreg.common.words import shorten
+from vitreg.common.words import counted, shorten
 from vitreg.report.colors import OUTLIER, ColorScale
 from vitreg.report.norm_axes import (
     DASHES,
@@ -42,69 +41,35 @@ PANEL = {"fontsize": 10, "fontweight": "bold"}
 NAME = {"fontsize": 8.5, "fontweight": "bold"}
 
 
-@dataclass(frozen=True)
 class _Layout:
     """Where things lie: runs in rows of panel (a), the same rows of panel (b) below, and at the right what they share.
 
-    Attributes:
+    Args:
         num_runs: at least one.
         repeated: whether panel (b) names the runs again, because not every one lies right below its name in panel (a).
+
+    Attributes:
+        top, middle: of panels (a) and (b).
+        right, side: the left of panel (c) and of the legend, and their width.
     """
 
-    num_runs: int
-    repeated: bool
-
-    @property
-    def columns(self) -> int:
-        return min(self.num_runs, MOST_COLUMNS)
-
-    @property
-    def rows(self) -> int:
-        return -(-self.num_runs // self.columns)
-
-    @property
-    def width(self) -> float:
-        return WIDTHS[self.columns]
-
-    @property
-    def names(self) -> float:
-        return NAMES / 2 if self.repeated else 0.0
-
-    @property
-    def block_row(self) -> float:
-        return NAMES + HEIGHT + LABELS
-
-    @property
-    def step_row(self) -> float:
-        return self.names + HEIGHT + APART + STRIP + LABELS
-
-    @property
-    def top(self) -> float:
-        """Of panel (a)."""
-        return 0.55 + LINE * self.num_runs
-
-    @property
-    def middle(self) -> float:
-        """Of panel (b)."""
-        return self.top + HEADING + self.rows * self.block_row
-
-    @property
-    def right(self) -> float:
-        """Of panel (c) and the legend."""
-        return LEFT + self.columns * (self.width + BETWEEN) + 0.55
-
-    @property
-    def side(self) -> float:
-        """The width of panel (c)."""
-        return max(COLUMN * self.num_runs, SIDE)
-
-    def sheet(self) -> Sheet:
-        return Sheet(self.right + self.side + 2 * MARGIN, self.middle + HEADING + self.rows * self.step_row)
+    def __init__(self, num_runs: int, repeated: bool) -> None:
+        self.columns = min(num_runs, MOST_COLUMNS)
+        rows = -(-num_runs // self.columns)
+        self.width = WIDTHS[self.columns]
+        self.names = NAMES / 2 if repeated else 0.0
+        self._block_row = NAMES + HEIGHT + LABELS
+        self._step_row = self.names + HEIGHT + APART + STRIP + LABELS
+        self.top = 0.55 + LINE * num_runs
+        self.middle = self.top + HEADING + rows * self._block_row
+        self.right = LEFT + self.columns * (self.width + BETWEEN) + 0.55
+        self.side = max(COLUMN * num_runs, SIDE)
+        self.sheet = Sheet(self.right + self.side + 2 * MARGIN, self.middle + HEADING + rows * self._step_row)
 
     def cells(self, run: int) -> tuple[float, float, float]:
         """The left of a run's cells, and their top in panels (a) and (b)."""
         row, column = divmod(run, self.columns)
-        top, middle = self.top + HEADING + row * self.block_row, self.middle + HEADING + row * self.step_row
+        top, middle = self.top + HEADING + row * self._block_row, self.middle + HEADING + row * self._step_row
         return LEFT + column * (self.width + BETWEEN), top, middle
 
 
@@ -118,15 +83,21 @@ def timeline_figure(timeline: Mapping[str, Any], path: Path) -> Path:
     Returns:
         `path`.
     """
-    runs, median = timeline["runs"], timeline["quantiles"].index(0.5)
+    runs = timeline["runs"]
     by_block = [run["diagnoses"][-1]["blocks"] for run in runs]
     by_step = [[diagnosis["blocks"][run["block"]] for diagnosis in run["diagnoses"]] for run in runs]
     everywhere, over_time = [block for run in by_block for block in run], [block for run in by_step for block in run]
     scale = share_scale(everywhere + over_time)
     one_block = len({run["block"] for run in runs}) == 1
     layout = _Layout(len(runs), repeated=len(runs) > MOST_COLUMNS or not one_block)
-    sheet = layout.sheet()
-    _write_header(sheet, runs)
+    sheet = layout.sheet
+    names = [shorten(run["name"]) for run in runs]
+    with_artifacts = sum(bool(run["has_artifacts"]) for run in runs)
+    title = names[0] if len(runs) == 1 else f"Artifacts in {with_artifacts or 'none'} of {len(runs)} runs"
+    sheet.text(title, MARGIN, 0.14, **TITLE)
+    for i, (name, run) in enumerate(zip(names, runs, strict=True)):
+        line = run["verdict"] if len(runs) == 1 else f"{name}: {run['verdict']}"
+        sheet.text(line, MARGIN, 0.42 + LINE * i, fontsize=9.5, color=QUIET)
     sheet.text("(a)  by block, at the latest diagnosis", MARGIN, layout.top, **PANEL)
     after = f", after block {runs[0]['block']}" if one_block else ""
     sheet.text(f"(b)  by training step{after}", MARGIN, layout.middle, **PANEL)
@@ -135,18 +106,19 @@ def timeline_figure(timeline: Mapping[str, Any], path: Path) -> Path:
         x, y, lower = layout.cells(i)
         first = i % layout.columns == 0
         sheet.text(shorten(run["name"], 30), x, y, **NAME)
-        sheet.text(_facts(run), x, y + 0.17, fontsize=8, color=QUIET)
+        facts = f"{run['recipe']}, {_size(run)}, {counted(run['model']['num_registers'], 'register')}"
+        sheet.text(facts, x, y + 0.17, fontsize=8, color=QUIET)
         axes = sheet.plot(x, y + NAMES, layout.width, HEIGHT)
         norm_axis(axes, norm_limits(everywhere), labeled=first)
-        _draw_blocks(axes, run, by_block[i], scale, median)
-        if layout.repeated:
+        _draw_blocks(axes, run, by_block[i], scale)
+        if layout.names:
             block = "" if one_block else f", block {run['block']}"
             sheet.text(f"{shorten(run['name'], 30 - len(block))}{block}", x, lower, **NAME)
         axes = sheet.plot(x, lower + layout.names, layout.width, HEIGHT)
         strip = sheet.plot(x, lower + layout.names + HEIGHT + APART, layout.width, STRIP)
         norm_axis(axes, norm_limits(over_time), labeled=first)
         share_axis(strip, most, labeled=first)
-        _draw_steps(axes, strip, run, by_step[i], _latest_step(runs, run), scale, median)
+        _draw_steps(axes, strip, run, by_step[i], _latest_step(runs, run), scale)
     legend = {
         "registers": any(run["model"]["num_registers"] for run in runs),
         "outliers": any(block["outlier_fraction"] for block in everywhere + over_time),
@@ -157,39 +129,19 @@ def timeline_figure(timeline: Mapping[str, Any], path: Path) -> Path:
         sheet.text(f"(c)  {what}", layout.right - 0.4, layout.middle, **PANEL)
         axes = sheet.plot(layout.right, layout.middle + HEADING + layout.names, layout.side, HEIGHT)
         norm_axis(axes, norm_limits(over_time), labeled=True)
-        _draw_models(axes, [by_step[i][-1] for i in order], labels, layout.side, scale, median)
+        _draw_models(axes, [by_step[i][-1] for i in order], labels, layout.side, scale)
     return sheet.write(path)
-
-
-def _write_header(sheet: Sheet, runs: Sequence[Run]) -> None:
-    """What became of every run."""
-    names = [shorten(run["name"]) for run in runs]
-    with_artifacts = sum(bool(run["has_artifacts"]) for run in runs)
-    title = names[0] if len(runs) == 1 else f"Artifacts in {with_artifacts or 'none'} of {len(runs)} runs"
-    sheet.text(title, MARGIN, 0.14, **TITLE)
-    for i, (name, run) in enumerate(zip(names, runs, strict=True)):
-        line = run["verdict"] if len(runs) == 1 else f"{name}: {run['verdict']}"
-        sheet.text(line, MARGIN, 0.42 + LINE * i, fontsize=9.5, color=QUIET)
-
-
-def _facts(run: Run) -> str:
-    return f"{run['recipe']}, {_size(run)}, {_registers(run)}"
 
 
 def _size(run: Run) -> str:
     return f"{run['model']['parameters'] / 1e6:,.1f} M"
 
 
-def _registers(run: Run) -> str:
-    count = run["model"]["num_registers"]
-    return f"{count or 'no'} register{'' if count == 1 else 's'}"
-
-
-def _draw_blocks(axes: Axes, run: Run, blocks: Sequence[Block], scale: ColorScale, median: int) -> None:
+def _draw_blocks(axes: Axes, run: Run, blocks: Sequence[Block], scale: ColorScale) -> None:
     from matplotlib.ticker import MaxNLocator
 
     for place, block in enumerate(blocks):
-        draw_column(axes, place - 0.45, place + 0.45, block, scale, median)
+        draw_column(axes, place - 0.45, place + 0.45, block, scale)
     draw_registers(axes, range(len(blocks)), blocks)
     axes.set_xlim(-0.7, len(blocks) - 0.3)
     axes.xaxis.set_major_locator(MaxNLocator(10, integer=True, steps=[1, 2, 5, 10]))
@@ -198,16 +150,14 @@ def _draw_blocks(axes: Axes, run: Run, blocks: Sequence[Block], scale: ColorScal
         mark(axes, run["onset_block"] - 0.5, f"from block {run['onset_block']}")
 
 
-def _draw_steps(
-    axes: Axes, strip: Axes, run: Run, blocks: Sequence[Block], end: int, scale: ColorScale, median: int
-) -> None:
+def _draw_steps(axes: Axes, strip: Axes, run: Run, blocks: Sequence[Block], end: int, scale: ColorScale) -> None:
     """Norms by training step, and below them the share of the patches that are outliers."""
     from matplotlib.ticker import FuncFormatter, MaxNLocator
 
     steps = [diagnosis["step"] for diagnosis in run["diagnoses"]]
     spans = _spans(steps, end)
     for (left, right), block in zip(spans, blocks, strict=True):
-        draw_column(axes, left, right, block, scale, median)
+        draw_column(axes, left, right, block, scale)
     draw_registers(axes, steps, blocks)
     strip.plot(
         steps, [block["outlier_fraction"] for block in blocks], color=OUTLIER, linewidth=1.3, marker=".", clip_on=False
@@ -256,11 +206,9 @@ def _sorted_by_model(runs: Sequence[Run]) -> tuple[str, list[int], list[str]]:
     return f"by {' and '.join(differ)}", order, ["\n".join(write[word](runs[i]) for word in differ) for i in order]
 
 
-def _draw_models(
-    axes: Axes, blocks: Sequence[Block], labels: Sequence[str], width: float, scale: ColorScale, median: int
-) -> None:
+def _draw_models(axes: Axes, blocks: Sequence[Block], labels: Sequence[str], width: float, scale: ColorScale) -> None:
     for place, block in enumerate(blocks):
-        draw_column(axes, place - 0.4, place + 0.4, block, scale, median)
+        draw_column(axes, place - 0.4, place + 0.4, block, scale)
         norms = block["register_norms"] or ()
         axes.plot([place] * len(norms), norms, "o", color=REGISTER, markersize=3.5)
     axes.set_xlim(-0.6, len(blocks) - 0.4)
