@@ -7,7 +7,7 @@ import torch
 
 import vitreg
 from vitreg.artifacts import find_outliers, plant_artifacts
-from vitreg.artifacts.outliers import onset_block, reported_block
+from vitreg.artifacts.outliers import onset, reported_block
 
 
 def norms_of(vit: vitreg.VisionTransformer, images: torch.Tensor) -> torch.Tensor:
@@ -43,6 +43,6 @@ def test_inner_blocks_are_reported_where_the_last_has_none():
 
 
 def test_the_run_of_blocks_is_unbroken():
-    assert onset_block([3, 0, 2, 2], 3) == 2
-    assert onset_block([3, 1, 2, 0], 3) is None
+    assert onset([3, 0, 2, 2], 3) == 2
+    assert onset([3, 1, 2, 0], 3) is None
     assert reported_block([3, 0, 2, 0], [5.0, 90.0, 9.0, 1.0]) == 2

@@ -21,7 +21,7 @@ from vitreg.artifacts.decision import EVIDENT, Decision, decide
 from vitreg.artifacts.diagnosis import BlockNorms, Diagnosis, Histogram, NeighbourSimilarity, Status
 from vitreg.artifacts.examples import Examples
 from vitreg.artifacts.histogram import BINS_PER_STEP, LogAxis
-from vitreg.artifacts.outliers import onset_block, reported_block
+from vitreg.artifacts.outliers import onset, reported_block
 from vitreg.artifacts.statistics import NormStatistics
 from vitreg.artifacts.threshold import parse_rule, threshold_step
 from vitreg.artifacts.verdict import position_kind, write_verdict
@@ -137,7 +137,7 @@ class Observer:
             threshold=threshold,
             threshold_rule=self._rule.describe(),
             block=reported,
-            onset_block=onset_block(above, reported),
+            onset_block=onset(above, reported),
             blocks=blocks,
             position_frequency=frequency,
             position_kind=position_kind(frequency, statistics.num_images),

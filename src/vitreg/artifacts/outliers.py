@@ -53,7 +53,7 @@ def find_outliers(norms: Iterable[Float[Tensor, "depth _ h w"]]) -> OutlierNorms
     excess = [float(most) / axis.quantile(of_block, 0.5) for most, of_block in zip(largest, counts, strict=True)]
     block = reported_block(above, excess)
     step = steps[block]
-    return OutlierNorms(None if step is None else axis.step_edge(step), block, onset_block(above, block))
+    return OutlierNorms(None if step is None else axis.step_edge(step), block, onset(above, block))
 
 
 def reported_block(num_outliers: Sequence[int], excess: Sequence[float]) -> int:
@@ -69,10 +69,10 @@ def reported_block(num_outliers: Sequence[int], excess: Sequence[float]) -> int:
     return max(range(last), key=lambda block: excess[block] if num_outliers[block] else 0.0)
 
 
-def onset_block(num_outliers: Sequence[int], block: int) -> int | None:
-    """The first of the unbroken run of blocks with outliers that reaches `block`; None where it has none."""
-    if not num_outliers[block]:
+def onset(has_outliers: Sequence[int], at: int) -> int | None:
+    """Where the unbroken run of those with outliers begins that reaches `at`; None where that has none."""
+    if not has_outliers[at]:
         return None
-    while block > 0 and num_outliers[block - 1]:
-        block -= 1
-    return block
+    while at > 0 and has_outliers[at - 1]:
+        at -= 1
+    return at

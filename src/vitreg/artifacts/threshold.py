@@ -159,11 +159,6 @@ def _middle_of_emptiest(valleys: dict[int, float]) -> int | None:
     if not valleys:
         return None
     lowest = min(valleys.values())
-    runs: list[list[int]] = []
-    for step in sorted(step for step, valley in valleys.items() if valley == lowest):
-        if runs and step == runs[-1][-1] + 1:
-            runs[-1].append(step)
-        else:
-            runs.append([step])
-    longest = max(runs, key=len)
-    return longest[len(longest) // 2]
+    steps = np.array(sorted(step for step, valley in valleys.items() if valley == lowest))
+    longest = max(np.split(steps, np.flatnonzero(np.diff(steps) > 1) + 1), key=len)
+    return int(longest[len(longest) // 2])

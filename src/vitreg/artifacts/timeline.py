@@ -10,6 +10,7 @@ from typing import Any
 
 import numpy as np
 
+from vitreg.artifacts.outliers import onset
 from vitreg.common.words import percent
 
 QUANTILES = (0.01, 0.25, 0.5, 0.75, 0.99)
@@ -36,14 +37,14 @@ def read_timeline(folders: Sequence[Path]) -> dict[str, Any]:
     if not places or len(set(places)) < len(places):
         raise ValueError(f"runs {' '.join(map(str, folders)) or '(none)'}: give at least one run folder, and each once")
     read = [(_read_config(folder), _read_diagnoses(folder)) for folder in folders]
+    depths = [len(diagnoses[-1]["blocks"]) for _, diagnoses in read]
     shown: dict[int, int] = {}
-    for _, diagnoses in read:
-        with_artifacts = [diagnosis for diagnosis in diagnoses if diagnosis["has_artifacts"]]
-        if with_artifacts:
-            shown.setdefault(_depth(diagnoses), with_artifacts[-1]["block"])
+    for depth, (_, diagnoses) in zip(depths, read, strict=True):
+        if with_artifacts := [diagnosis for diagnosis in diagnoses if diagnosis["has_artifacts"]]:
+            shown.setdefault(depth, with_artifacts[-1]["block"])
     runs = [
-        _run(name, folder, config, diagnoses, block=shown.get(_depth(diagnoses), _depth(diagnoses) - 1))
-        for name, folder, (config, diagnoses) in zip(_names(places), folders, read, strict=True)
+        _run(name, folder, config, diagnoses, block=shown.get(depth, depth - 1))
+        for name, folder, depth, (config, diagnoses) in zip(_names(places), folders, depths, read, strict=True)
     ]
     return {
         "format": "vitreg-timeline/1",
@@ -54,19 +55,18 @@ def read_timeline(folders: Sequence[Path]) -> dict[str, Any]:
 
 
 def _read_config(folder: Path) -> dict[str, Any]:
-    path = folder / "config.json"
+    advice = "give folders that `vitreg train` wrote"
     if not folder.is_dir():
-        raise ValueError(f"{folder} is no folder; give folders that `vitreg train` wrote")
+        raise ValueError(f"{folder} is no folder; {advice}")
+    path = folder / "config.json"
     try:
         config = json.loads(path.read_text(encoding="utf-8"))
     except FileNotFoundError:
-        raise ValueError(f"{folder} is no run: it has no config.json; give folders that `vitreg train` wrote") from None
+        raise ValueError(f"{folder} is no run: it has no config.json; {advice}") from None
     except (OSError, ValueError) as error:
         raise ValueError(f"{path} cannot be read: {error}") from error
     if not isinstance(config, dict) or config.get("format") != "vitreg-run/1":
-        raise ValueError(
-            f"{path} is not of a training run (format vitreg-run/1); give folders that `vitreg train` wrote"
-        )
+        raise ValueError(f"{path} is not of a training run (format vitreg-run/1); {advice}")
     return config
 
 
@@ -87,14 +87,9 @@ def _read_diagnoses(folder: Path) -> list[dict[str, Any]]:
     return [by_step[step] for step in sorted(by_step)]
 
 
-def _depth(diagnoses: Sequence[Mapping[str, Any]]) -> int:
-    return len(diagnoses[-1]["blocks"])
-
-
 def _names(places: Sequence[Path]) -> list[str]:
     """The folders' last parts, as many as tell them apart."""
-    longest = max(len(place.parts) for place in places)
-    for count in range(1, longest + 1):
+    for count in range(1, max(len(place.parts) for place in places) + 1):
         names = ["/".join(place.parts[-count:]) for place in places]
         if len(set(names)) == len(names):
             return names
@@ -105,15 +100,17 @@ def _run(
     name: str, folder: Path, config: Mapping[str, Any], diagnoses: Sequence[Mapping[str, Any]], block: int
 ) -> dict[str, Any]:
     last = diagnoses[-1]
-    model = last["model"]
-    first = _first_of_the_last_stretch([diagnosis["has_artifacts"] for diagnosis in diagnoses])
+    # One diagnosis may err, a trend that reaches the end does not.
+    first = onset([bool(diagnosis["has_artifacts"]) for diagnosis in diagnoses], len(diagnoses) - 1)
     return {
         "name": name,
         "folder": str(folder),
         "recipe": config["recipe"],
         "num_steps": config["num_steps"],
         "batch_size": config["batch_size"],
-        "model": {key: model[key] for key in ("parameters", "depth", "embed_dim", "patch_size", "num_registers")},
+        "model": {
+            key: last["model"][key] for key in ("parameters", "depth", "embed_dim", "patch_size", "num_registers")
+        },
         "block": block,
         "has_artifacts": last["has_artifacts"],
         "first_step": None if first is None else diagnoses[first]["step"],
@@ -133,33 +130,20 @@ def _run(
     }
 
 
-def _first_of_the_last_stretch(flags: Sequence[bool]) -> int | None:
-    """Where the unbroken run of true flags begins that reaches the end: one diagnosis may err, a trend does not."""
-    first = len(flags)
-    while first and flags[first - 1]:
-        first -= 1
-    return first if first < len(flags) else None
-
-
 def _block(diagnosis: Mapping[str, Any], number: int, *, whole: bool) -> dict[str, Any]:
     """One block of one diagnosis; histograms, which are large, only of what is drawn."""
     block, registers = diagnosis["blocks"][number], diagnosis["register_norms"]
-    edges, counts = block["histogram"]["edges"], block["histogram"]["counts"]
+    below = np.concatenate([[0], np.cumsum(block["histogram"]["counts"])])
+    # Interpolated inside the bins, which are 6 % wide.
+    norms = np.exp(np.interp(np.array(QUANTILES) * below[-1], below, np.log(block["histogram"]["edges"])))
     return {
-        "quantiles": _quantiles(edges, counts, block["max"]),
+        "quantiles": np.minimum(norms, block["max"]).round(4).tolist(),
         "max": block["max"],
         "threshold": block["threshold"],
         "outlier_fraction": block["outlier_fraction"],
         "register_norms": None if registers is None else registers[number],
         "histogram": block["histogram"] if whole else None,
     }
-
-
-def _quantiles(edges: Sequence[float], counts: Sequence[int], largest: float) -> list[float]:
-    """Interpolated inside the bins, which are 6 % wide."""
-    below = np.concatenate([[0], np.cumsum(counts)])
-    norms = np.exp(np.interp(np.array(QUANTILES) * below[-1], below, np.log(edges)))
-    return [round(float(norm), 4) for norm in np.minimum(norms, largest)]
 
 
 def _verdict(num_steps: int, diagnoses: Sequence[Mapping[str, Any]], first: int | None) -> str:

@@ -61,9 +61,6 @@ def attention_figure(
         title: the line of text.
         path: the file to write; its folder is made.
         patch: (row, column) of the query where it is a patch, to be marked.
-
-    Returns:
-        `path`.
     """
     heads, highest = len(attention), float(attention.max())
     aspect = photo.shape[0] / photo.shape[1]

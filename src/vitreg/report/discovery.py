@@ -95,9 +95,6 @@ def sweep_figure(summary: Mapping[str, Any], path: Path, *, most: int = 48) -> P
         summary: format `vitreg-discovery/1`.
         path: the file to write; its folder is made.
         most: settings shown, the best.
-
-    Returns:
-        `path`.
     """
     from matplotlib.figure import Figure
 

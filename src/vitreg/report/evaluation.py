@@ -74,9 +74,6 @@ def write_evaluation(
         masks: images with classes.
         depths: images with depth.
         class_names: of the classes in masks.
-
-    Returns:
-        `path`.
     """
     present = sorted(
         {c for p in masks for m in (p.truth, *p.predictions.values()) for c in np.unique(m).tolist() if c != 255}

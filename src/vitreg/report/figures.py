@@ -28,9 +28,6 @@ def diagnosis_figure(summary: dict, examples: Sequence[ExampleMaps], path: Path,
         path: The file to write; its folder is made.
         max_examples: Number of columns at most.
 
-    Returns:
-        `path`.
-
     Raises:
         ValueError: No example, or one that does not fit the summary.
     """
@@ -62,9 +59,6 @@ def comparison_figure(
         after: The same images as the second model sees them.
         path: The file to write; its folder is made.
         max_examples: Number of columns at most.
-
-    Returns:
-        `path`.
 
     Raises:
         ValueError: No example, or one that does not fit the summary or its counterpart.

@@ -18,9 +18,6 @@ def write_report(summary: dict, examples: Sequence[ExampleMaps], path: Path) -> 
         examples: The images to show, all with the summary's blocks and grid. May be empty.
         path: The file to write; its folder is made. The file appears whole or not at all.
 
-    Returns:
-        `path`.
-
     Raises:
         ValueError: An example does not fit the summary, or a value is NaN or infinite.
     """
@@ -37,9 +34,6 @@ def write_comparison(summary: dict, before: Sequence[ExampleMaps], after: Sequen
         before: The images to show, as the first model sees them. May be empty.
         after: The same images in the same order, as the second model sees them.
         path: The file to write; its folder is made. The file appears whole or not at all.
-
-    Returns:
-        `path`.
 
     Raises:
         ValueError: An example does not fit the summary or its counterpart, or a value is NaN or infinite.

@@ -64,9 +64,6 @@ def write_side_by_side(summary: dict, photographs: Sequence[Photograph], path: P
         photographs: what is shown; of each, all models share one color scale for norms and one for attention.
         path: the file to write; its folder is made.
 
-    Returns:
-        `path`.
-
     Raises:
         ValueError: a photograph has not one set of panels for each model, or a value is NaN or infinite.
     """
@@ -126,9 +123,6 @@ def side_by_side_figure(summary: dict, photographs: Sequence[Photograph], path: 
             color scale for norms and one for attention.
         path: the file to write; its folder is made.
         max_photographs: how many at most.
-
-    Returns:
-        `path`.
 
     Raises:
         ValueError: as `write_side_by_side`.

@@ -79,9 +79,6 @@ def timeline_figure(timeline: Mapping[str, Any], path: Path) -> Path:
     Args:
         timeline: format `vitreg-timeline/1`.
         path: the file to write; its folder is made.
-
-    Returns:
-        `path`.
     """
     runs = timeline["runs"]
     by_block = [run["diagnoses"][-1]["blocks"] for run in runs]
