@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any, Literal, TypeVar
+from typing import TYPE_CHECKING, Any, Literal
 
 if TYPE_CHECKING:
     from vitreg.images import ImageSet
@@ -12,22 +12,8 @@ if TYPE_CHECKING:
     from vitreg.training.engine.method import Augmentation, Method
 
 
-# Not `Self`, which beartype knows in classes only that it decorates itself.
-AnySettings = TypeVar("AnySettings", bound="Settings")
-
-
 @dataclass(frozen=True)
-class Settings:
-    """Settings that are kept as JSON."""
-
-    @classmethod
-    def from_dict(cls: type[AnySettings], values: dict[str, Any]) -> AnySettings:
-        """The inverse of `dataclasses.asdict`, from JSON."""
-        return cls(**{key: tuple(value) if isinstance(value, list) else value for key, value in values.items()})
-
-
-@dataclass(frozen=True)
-class MethodConfig(Settings):
+class MethodConfig:
     """What makes one recipe's training signal; each recipe has its own, beside the method it configures."""
 
     def check(self, config: TrainingConfig) -> None:

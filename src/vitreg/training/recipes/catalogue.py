@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Callable
-from typing import Any
+from typing import Any, get_type_hints
 
 from vitreg.common.renamed import current_fields
 from vitreg.model import ViTConfig
@@ -28,6 +28,14 @@ def config_from_dict(values: dict[str, Any]) -> TrainingConfig:
     if fields.get("recipe") not in METHODS:
         raise ValueError(f"recipe {fields.get('recipe')!r} is unknown; choose one of {', '.join(METHODS)}")
     fields["model"] = ViTConfig.from_dict(fields["model"])
-    fields["optimizer"] = OptimizerConfig(**fields["optimizer"])
-    fields["method"] = METHODS[fields["recipe"]].from_dict(current_fields(fields["method"]))
+    fields["optimizer"] = _from_json(OptimizerConfig, fields["optimizer"])
+    fields["method"] = _from_json(METHODS[fields["recipe"]], current_fields(fields["method"]))
     return TrainingConfig(**fields)
+
+
+def _from_json(kind: type[Any], values: dict[str, Any]) -> Any:
+    """The inverse of `dataclasses.asdict`, for tuples and dataclasses in a dataclass."""
+    kinds = get_type_hints(kind)
+    nested = {name: _from_json(kinds[name], value) for name, value in values.items() if isinstance(value, dict)}
+    tuples = {name: tuple(value) for name, value in values.items() if isinstance(value, list)}
+    return kind(**{**values, **nested, **tuples})

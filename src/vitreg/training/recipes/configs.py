@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, Any, Literal
+from typing import TYPE_CHECKING, Literal
 
-from vitreg.training.engine.config import MethodConfig, Settings, TrainingConfig
+from vitreg.training.engine.config import MethodConfig, TrainingConfig
 from vitreg.training.engine.throughput import block_flops, forward_flops
 
 if TYPE_CHECKING:
@@ -67,7 +67,7 @@ class DeiT3Config(MethodConfig):
 
 
 @dataclass(frozen=True)
-class MultiCropConfig(Settings):
+class MultiCropConfig:
     """DINOv2's crops (`dinov2/configs/ssl_default_config.yaml`).
 
     Attributes:
@@ -131,10 +131,6 @@ class DINOv2Config(MethodConfig):
     def __post_init__(self) -> None:
         if min(self.teacher_temperature) < 0.025:
             raise ValueError(f"teacher_temperature is {self.teacher_temperature}; below 0.025 float32 does not reach")
-
-    @classmethod
-    def from_dict(cls, values: dict[str, Any]) -> DINOv2Config:
-        return super().from_dict(values | {"crops": MultiCropConfig.from_dict(values["crops"])})
 
     def build(self, model: ViTConfig) -> DINOv2:
         from vitreg.training.recipes.dinov2 import DINOv2
