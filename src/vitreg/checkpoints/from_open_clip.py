@@ -10,9 +10,8 @@ from typing import Any
 
 from torch import nn
 
-from vitreg.checkpoints.from_timm import activation_name, from_timm
-from vitreg.checkpoints.hub import downloading, in_checkpoint_folder
-from vitreg.checkpoints.names import empty_model
+from vitreg.checkpoints.from_timm import activation_name, empty_model, from_timm
+from vitreg.checkpoints.hub import downloading, import_optional, in_checkpoint_folder
 from vitreg.checkpoints.state import CheckpointError, build, check_norms, check_supported, conversion_errors
 from vitreg.checkpoints.weight_names import OPEN_CLIP
 from vitreg.checkpoints.weights import config_fields, join
@@ -57,10 +56,7 @@ def open_clip_model(source: str) -> Any:
     Raises:
         CheckpointError: open_clip is not installed or does not know the name, or the weights cannot be downloaded.
     """
-    try:
-        import open_clip
-    except ImportError as error:
-        raise CheckpointError(f'loading {source} needs open_clip: pip install "vitreg[clip]"') from error
+    open_clip = import_optional("open_clip", f"loading {source}", "clip")
     architecture, _, pretrained = source.removeprefix("open_clip:").partition("/")
     if architecture not in (known := open_clip.list_models()):
         near = difflib.get_close_matches(architecture, known, n=4, cutoff=0.5)

@@ -11,8 +11,7 @@ from torch import Tensor
 
 from vitreg.checkpoints import registry
 from vitreg.checkpoints.files import unwrap
-from vitreg.checkpoints.from_timm import from_timm
-from vitreg.checkpoints.names import empty_model, unknown_name
+from vitreg.checkpoints.from_timm import empty_model, from_timm, unknown_name
 from vitreg.checkpoints.state import CheckpointError, check_keys, conversion_errors
 from vitreg.model import VisionTransformer
 

@@ -1,14 +1,17 @@
-"""timm's Vision Transformers (`VisionTransformer`, `Eva`), read off a module instance."""
+"""timm's Vision Transformers (`VisionTransformer`, `Eva`), read off a module instance; its names."""
 
 from __future__ import annotations
 
+import difflib
 import math
+import warnings
 from typing import Any
 
 import torch
 from torch import nn
 
-from vitreg.checkpoints.state import CheckpointError, build, check_norms, check_supported, conversion_errors
+from vitreg.checkpoints import registry
+from vitreg.checkpoints.state import CheckpointError, build, check_norms, check_supported, conversion_errors, one_line
 from vitreg.checkpoints.weight_names import TIMM
 from vitreg.checkpoints.weights import KINDS, config_fields, join
 from vitreg.model import Preprocess, RopeConfig, VisionTransformer, ViTConfig
@@ -176,3 +179,52 @@ def _rope(model: Any) -> RopeConfig | None:
     frequencies = 1.0 / rope.temperature ** (torch.arange(num, dtype=torch.float32, device="cpu") / num)
     reference = tuple(rope.ref_feat_shape) if rope.ref_feat_shape is not None else None
     return RopeConfig(tuple(frequencies.tolist()), "index", rope.grid_offset, reference, interleaved, swap_axes)
+
+
+def empty_model(name: str, **options: Any) -> Any:
+    """A model of timm on the device "meta": whatever vitreg does not read is refused here, before any download.
+
+    Raises:
+        CheckpointError: timm has no such architecture, cannot build it so, or it has a part that vitreg lacks.
+    """
+    import timm
+
+    if not timm.is_model(name.split(".")[0]):
+        raise unknown_name(name)
+    try:
+        with torch.device("meta"), warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # deprecated names; timm says it again when it loads them
+            model = timm.create_model(name, **options)
+    except Exception as error:
+        raise CheckpointError(f"timm cannot build {name} ({one_line(error)}); check name and options") from error
+    if not is_readable(model):
+        raise CheckpointError(
+            f"{name} is timm's {type(model).__name__}, not a Vision Transformer that vitreg reads; {_near(name)}"
+        )
+    from_timm(model)
+    return model
+
+
+def unknown_name(name: str) -> CheckpointError:
+    """The error for a name that nothing has, with the nearest ones that load."""
+    return CheckpointError(f"no checkpoint or architecture is called {name!r}; {_near(name)}")
+
+
+def _near(name: str) -> str:
+    import timm
+
+    names = [model.name for model in registry.MODELS]
+    for module in registry.MODULES:
+        tagged = timm.list_models(module=module, pretrained=True, include_tags=True)
+        names += [*tagged, *(tag.split(".")[0] for tag in tagged)]
+    near = difflib.get_close_matches(name, dict.fromkeys(names), n=8)
+    near = [other for other in near if not other.startswith("test_") and _loads(other)][:4]
+    return f"did you mean {', '.join(near)}?" if near else "`vitreg models` lists names"
+
+
+def _loads(name: str) -> bool:
+    row = registry.find(name)
+    try:
+        return bool(row and row.bundled) or empty_model(row.timm if row else name, depth=1) is not None
+    except CheckpointError:
+        return False

@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import contextlib
+import importlib
 import logging
 import os
 import socket
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 from urllib.parse import urlparse
 
 from vitreg.checkpoints import registry
@@ -15,6 +17,18 @@ from vitreg.checkpoints.files import WEIGHT_FILES
 from vitreg.checkpoints.state import CheckpointError
 
 FOLDER_VARIABLE = "VITREG_CHECKPOINTS"
+
+
+def import_optional(library: str, what: str, extra: str, instead: str = "") -> Any:
+    """A library that not everyone has installed.
+
+    Raises:
+        CheckpointError: it is missing.
+    """
+    try:
+        return importlib.import_module(library)
+    except ImportError as error:
+        raise CheckpointError(f'{what} needs {library}: pip install "vitreg[{extra}]"{instead}') from error
 
 
 def timm_name(source: str) -> str:

@@ -14,10 +14,9 @@ from vitreg.checkpoints import registry
 from vitreg.checkpoints.files import WEIGHT_FILES, is_vitreg_file, read_weights
 from vitreg.checkpoints.from_open_clip import from_open_clip, open_clip_model
 from vitreg.checkpoints.from_state_dict import from_state_dict
-from vitreg.checkpoints.from_timm import from_timm
+from vitreg.checkpoints.from_timm import empty_model, from_timm, unknown_name
 from vitreg.checkpoints.from_transformers import check_class, from_transformers
-from vitreg.checkpoints.hub import downloading, in_checkpoint_folder, quiet_transformers, timm_name
-from vitreg.checkpoints.names import empty_model, unknown_name
+from vitreg.checkpoints.hub import downloading, import_optional, in_checkpoint_folder, quiet_transformers, timm_name
 from vitreg.checkpoints.processors import preprocess_from_processor
 from vitreg.checkpoints.saving import config_from_metadata
 from vitreg.checkpoints.state import CheckpointError, build
@@ -150,13 +149,7 @@ def _from_timm_name(name: str) -> VisionTransformer:
 
 def _from_hub(repository: str, name: str) -> VisionTransformer:
     """A model of transformers, from the hub or a folder."""
-    try:
-        import transformers
-        from transformers.utils.hub import cached_file
-    except ImportError as error:
-        raise CheckpointError(
-            f'loading {name} needs transformers: pip install "vitreg[transformers]", or use a timm name'
-        ) from error
+    transformers = import_optional("transformers", f"loading {name}", "transformers", ", or use a timm name")
     folder = f"the repository's folder (config.json, model.safetensors) as {name.replace('/', '--')}"
     with downloading(name, folder), quiet_transformers():
         config = transformers.AutoConfig.from_pretrained(repository)
@@ -174,7 +167,8 @@ def _from_hub(repository: str, name: str) -> VisionTransformer:
                 f"{name} has no weights for {len(missing)} parameters of its {type(model).__name__}, for example "
                 f"{min(missing)}; give a checkpoint that was saved whole"
             )
-        processor = cached_file(repository, "preprocessor_config.json", _raise_exceptions_for_missing_entries=False)
+        cached = transformers.utils.hub.cached_file
+        processor = cached(repository, "preprocessor_config.json", _raise_exceptions_for_missing_entries=False)
     vit = _named(from_transformers(model), name)
     if processor is not None:
         text = Path(processor).read_text(encoding="utf-8")

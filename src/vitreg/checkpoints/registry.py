@@ -15,7 +15,7 @@ MODULES = ("vision_transformer", "eva", "deit")
 """Modules of timm with the classes that vitreg reads."""
 
 OFFICIAL_POSITIONS = PositionInterpolation("bicubic", antialias=False, offset=0.1)
-"""The rule of DINO and the first DINOv2; see `official_interpolation`."""
+"""The rule of DINO and the first DINOv2; see `Model.interpolation`."""
 
 
 @dataclass(frozen=True)
@@ -40,24 +40,19 @@ class Model:
 
     @property
     def interpolation(self) -> PositionInterpolation | None:
-        """The official repository's position rule where it is not timm's (None: timm's)."""
-        return official_interpolation(self.name)
+        """The official repository's position rule where it is not timm's (None: timm's).
+
+        DINO and the first DINOv2 resize by a scale factor with offset and without antialiasing: dino's
+        `vision_transformer.py`, dinov2's `hub/backbones.py` (`interpolate_offset=0.1`, `interpolate_antialias=False`;
+        with registers 0.0 and True, which is timm's rule too).
+        """
+        first_dinov2 = self.name.startswith("dinov2_") and not self.name.endswith("_reg")
+        return OFFICIAL_POSITIONS if self.name.startswith("dino_") or first_dinov2 else None
 
     @property
     def bundled(self) -> Path | None:
         """The file that the package brings along, where there is one; its model card lies beside it."""
         return None if self.timm else Path(__file__).parent / "bundled" / f"{self.name}.safetensors"
-
-
-def official_interpolation(name: str) -> PositionInterpolation | None:
-    """DINO and the first DINOv2 resize positions by a scale factor with offset and without antialiasing.
-
-    Sources: dino `vision_transformer.py` and dinov2 `hub/backbones.py` (`interpolate_offset=0.1`,
-    `interpolate_antialias=False`; with registers 0.0 and True, which is timm's rule too).
-    """
-    if name.startswith("dino_") or (name.startswith("dinov2_") and not name.endswith("_reg")):
-        return OFFICIAL_POSITIONS
-    return None
 
 
 def official_options(architecture: str) -> dict[str, Any]:
@@ -122,12 +117,7 @@ MODELS = (
     Model("siglip2_vit_g16_256", "vit_giantopt_patch16_siglip_256.v2_webli", 1163.2, 16, 0, "apache-2.0"),
     Model("sbb_vit_medium_reg4", "vit_medium_patch16_reg4_gap_256.sbb_in12k_ft_in1k", 38.9, 16, 4, "apache-2.0"),
     Model(
-        "sbb_vit_betwixt_reg4",
-        "vit_betwixt_patch16_reg4_gap_256.sbb2_e200_in12k_ft_in1k",
-        60.4,
-        16,
-        4,
-        "apache-2.0",
+        "sbb_vit_betwixt_reg4", "vit_betwixt_patch16_reg4_gap_256.sbb2_e200_in12k_ft_in1k", 60.4, 16, 4, "apache-2.0"
     ),
     Model("sbb_vit_little_reg1", "vit_little_patch16_reg1_gap_256.sbb_in12k_ft_in1k", 22.5, 16, 1, "apache-2.0"),
     Model("sbb_vit_pwee_reg1", "vit_pwee_patch16_reg1_gap_256.sbb_in1k", 15.3, 16, 1, "apache-2.0"),

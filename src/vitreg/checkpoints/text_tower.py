@@ -14,6 +14,7 @@ from jaxtyping import Float, Int
 from torch import Tensor, nn
 
 from vitreg.checkpoints.files import read_weights
+from vitreg.checkpoints.hub import import_optional
 from vitreg.checkpoints.state import CheckpointError, check_keys
 
 FORMAT = "vitreg-text"
@@ -43,14 +44,8 @@ class TextTower(nn.Module):
 
     def __init__(self, *, embed_dim: int, width: int, layers: int, heads: int, context_length: int) -> None:
         super().__init__()
-        self.options = {
-            "embed_dim": embed_dim,
-            "width": width,
-            "layers": layers,
-            "heads": heads,
-            "context_length": context_length,
-        }
-        sizes = {key: value for key, value in self.options.items() if key != "embed_dim"}
+        sizes = {"width": width, "layers": layers, "heads": heads, "context_length": context_length}
+        self.options = {"embed_dim": embed_dim, **sizes}
         self.text: Any = _open_clip().transformer.TextTransformer(output_dim=embed_dim, **sizes)
         self.logit_scale = nn.Parameter(torch.full((1,), math.log(1 / 0.07)))
 
@@ -112,8 +107,4 @@ def load_text_tower(path: str | os.PathLike[str], *, device: str | torch.device 
 
 
 def _open_clip() -> Any:
-    try:
-        import open_clip
-    except ImportError as error:
-        raise ValueError('text needs open_clip: pip install "vitreg[clip]"') from error
-    return open_clip
+    return import_optional("open_clip", "text", "clip")

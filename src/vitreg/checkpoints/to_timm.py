@@ -6,6 +6,7 @@ import dataclasses
 import math
 from typing import Any
 
+import torch
 from torch import Tensor, nn
 
 from vitreg.checkpoints.from_timm import POOLS, from_timm
@@ -15,7 +16,7 @@ from vitreg.checkpoints.weights import split, tensor_for
 from vitreg.model import RopeConfig, VisionTransformer, ViTConfig
 
 # What a timm architecture need not match: free, or said elsewhere.
-_FREE = ("depth", "name", "architecture", "changes", "preprocess", "position_interpolation")
+_FREE = ("name", "architecture", "changes", "preprocess", "position_interpolation")
 
 
 def to_timm_state(vit: VisionTransformer) -> tuple[dict[str, Tensor], dict[str, Any]]:
@@ -28,19 +29,14 @@ def to_timm_state(vit: VisionTransformer) -> tuple[dict[str, Tensor], dict[str, 
     Raises:
         CheckpointError: timm has no class for a part of the model.
     """
-    architecture, kwargs, probe = timm_architecture(vit.config)
-    weights, state = split(vit), {}
-    for key, like in probe.state_dict().items():  # the probe has one block
-        blocks = range(vit.config.depth) if key.startswith("blocks.") else (0,)
-        for name in (key.replace("blocks.0.", f"blocks.{i}.", 1) for i in blocks):
-            ours = TIMM.ours(name)
-            assert ours is not None, name
-            state[name] = tensor_for(weights, ours, like)
+    architecture, kwargs, empty = timm_architecture(vit.config)
+    weights = split(vit)
+    state = {key: tensor_for(weights, TIMM.ours(key) or key, like) for key, like in empty.state_dict().items()}
     return state, {"architecture": architecture, "kwargs": kwargs}
 
 
 def timm_architecture(config: ViTConfig) -> tuple[str, dict[str, Any], nn.Module]:
-    """The first architecture that reads back as this config, its keyword arguments, one block of it."""
+    """The first architecture that reads back as this config, its keyword arguments, itself without memory."""
     import timm
 
     pools = {ours: theirs for theirs, ours in POOLS.items()}
@@ -66,12 +62,13 @@ def timm_architecture(config: ViTConfig) -> tuple[str, dict[str, Any], nn.Module
         kwargs = _shared_kwargs(config, pools[config.pool])
         kwargs |= _eva_kwargs(config) if eva else _vit_kwargs(config)
         try:
-            probe = timm.create_model(name, **{**kwargs, "depth": 1})
+            with torch.device("meta"):
+                empty = timm.create_model(name, **kwargs)
         except AssertionError:  # timm's parallel blocks refuse norms inside attention and MLP
             continue
-        different = _differences(config, from_timm(probe).config)
+        different = _differences(config, from_timm(empty).config)
         if not different:
-            return name, kwargs, probe
+            return name, kwargs, empty
         differences.append(different)
     raise _unsupported(", ".join(min(differences, key=len)))
 

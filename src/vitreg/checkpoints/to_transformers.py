@@ -12,9 +12,9 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from vitreg.checkpoints.from_transformers import ACTIVATIONS, ATTRIBUTES, check_class, dinov3_rope
-from vitreg.checkpoints.hub import quiet_transformers
+from vitreg.checkpoints.hub import import_optional, quiet_transformers
 from vitreg.checkpoints.processors import processor_from_preprocess
-from vitreg.checkpoints.state import CheckpointError, UnsupportedByFormat
+from vitreg.checkpoints.state import UnsupportedByFormat
 from vitreg.checkpoints.to_timm import snap, theta_of, timm_architecture
 from vitreg.checkpoints.weights import split, tensor_for
 from vitreg.common.disk import replace_text, replacing
@@ -27,10 +27,7 @@ def to_transformers_folder(vit: VisionTransformer, folder: Path) -> None:
     Raises:
         CheckpointError: transformers is missing, or has no class for a part of the model.
     """
-    try:
-        import transformers
-    except ImportError as error:
-        raise CheckpointError('this format needs transformers: pip install "vitreg[transformers]"') from error
+    transformers = import_optional("transformers", "this format", "transformers")
     name, kwargs = _transformers_class(vit)
     kind = getattr(transformers, name)
     options = {"add_pooling_layer": False} if name == "ViTModel" else {}
