@@ -51,7 +51,7 @@ def flags(takes: Any, default: Any = MISSING, group: str = "") -> Iterator[Flag]
         own: Any = next((extra for extra in extras if hasattr(extra, "metavar")), arg())
         text = own.help or explained.get(name, "")
         if dataclasses.is_dataclass(kind) or is_typeddict(kind):
-            yield from flags(kind, value, text)
+            yield from flags(kind, value, text or (kind.__doc__ or "").splitlines()[0].replace("`", ""))
         elif Positional in extras:
             yield Flag(own.metavar or name, "", text, value, group)
         else:

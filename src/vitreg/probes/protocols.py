@@ -183,12 +183,12 @@ class ReconstructionConfig:
 
 @dataclass(frozen=True)
 class SegmentationConfig:
-    """DINOv2's linear protocol (Oquab et al. 2023; `BNHead`, and the published config of DVT, Yang et al. 2024).
+    """DINOv2's linear protocol (Oquab et al. 2023).
 
-    Batch normalization and a 1 x 1 convolution, logits upsampled bilinearly, cross-entropy, AdamW, linear warm-up and
-    linear decay to 0. There: 40000 steps of 16 images of ADE20k, which are 32 epochs, with random scales, crops,
-    flips and colors. Here images are whole and not augmented, because their features are computed once, and the loss
-    is taken at 4 x 4 points a patch.
+    Its `BNHead` and the published config of DVT (Yang et al. 2024): batch normalization and a 1 x 1 convolution, logits
+    upsampled bilinearly, cross-entropy, AdamW, linear warm-up and linear decay to 0. There: 40000 steps of 16
+    images of ADE20k, which are 32 epochs, with random scales, crops, flips and colors. Here images are whole and
+    not augmented, because their features are computed once, and the loss is taken at 4 x 4 points a patch.
 
     Attributes:
         blocks: whose patch tokens are concatenated: the last; the last four are DINOv2's +ms, which also averages over
@@ -213,14 +213,15 @@ class SegmentationConfig:
 
 @dataclass(frozen=True)
 class DepthConfig:
-    """DINOv2's linear protocol (Oquab et al. 2023), optimized as in DVT's published config (Yang et al. 2024).
+    """DINOv2's linear protocol (Oquab et al. 2023).
 
-    The class token is put behind every patch token, a 1 x 1 convolution gives bins, upsampled 4 times, and a pixel's
-    depth is the mean of the bins' depths. SigLoss, of its mean term alone for the first 100 steps; AdamW, one cycle of
-    learning rate and momentum that rises for a third of the steps, gradients clipped at 35. There: 38400 steps of 16
-    images of NYUv2, which are 25 epochs, with random crops, rotations, flips and colors, and predictions averaged
-    with those of the mirrored image. Here images are whole, not augmented and not mirrored, because their features
-    are computed once, and the loss is taken at 4 x 4 points a patch.
+    Optimized as in DVT's published config (Yang et al. 2024). The class token is put behind every patch token, a 1 x 1
+    convolution gives bins, upsampled 4 times, and a pixel's depth is the mean of the bins' depths. SigLoss, of its
+    mean term alone for the first 100 steps; AdamW, one cycle of learning rate and momentum that rises for a third
+    of the steps, gradients clipped at 35. There: 38400 steps of 16 images of NYUv2, which are 25 epochs, with
+    random crops, rotations, flips and colors, and predictions averaged with those of the mirrored image. Here
+    images are whole, not augmented and not mirrored, because their features are computed once, and the loss is
+    taken at 4 x 4 points a patch.
 
     Attributes:
         blocks: whose tokens are concatenated: the last; DINOv2's lin.4 takes four.

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import Literal
 
-from vitreg.cli.evaluate.options import DEPTH_PROBES, EvaluationOptions
+from vitreg.cli.evaluate.options import VARIANTS, EvaluationData, EvaluationOptions
 from vitreg.probes.protocols import DepthConfig
 
 
@@ -22,12 +22,7 @@ def depth(
 
     Args:
         data: nyu:PATH, or a folder with train/ and val/, in each images/ and depth/ (16-bit PNG, 0 where unknown).
-        common: models and images.
         scale: meters in one step of the files' numbers; 0.001 for millimeters.
         variant: the head reads the last block (or --blocks), or four (lin.4), as DINOv2's.
-        protocol: the protocol; by default the paper's, or as close as can be.
     """
-    from vitreg.cli.evaluate.data import depth_data
-    from vitreg.cli.evaluate.run import run_evaluation
-
-    return run_evaluation(common, [depth_data(data, scale)], {DEPTH_PROBES[variant]: protocol})
+    return common.ask(EvaluationData(depth=data, depth_scale=scale), **{VARIANTS[variant]: protocol})

@@ -7,6 +7,7 @@ import sys
 from pathlib import Path
 from typing import Any, Literal
 
+from vitreg.cli.evaluate.options import check_models
 from vitreg.cli.options import Checkpoint, positive, writable_folder
 from vitreg.cli.output import INTERRUPTED, print_json, progress
 from vitreg.common.disk import replace_text
@@ -48,21 +49,18 @@ def discovery(
         limit: so many images only, from all over the set.
         json: print discovery.json.
     """
-    from vitreg.cli.evaluate.run import short_names
+    from vitreg.cli.evaluate.run import boxed_images, short_names
     from vitreg.discovery.summary import hits, summarize
     from vitreg.discovery.sweep import find_boxes, settings
-    from vitreg.images import open_box_set, spaced
+    from vitreg.images import spaced
     from vitreg.report import sweep_figure
 
-    if not models or len(set(models)) < len(models):
-        raise ValueError(f"--models {' '.join(models) or 'is empty'}: name at least one model, and each once")
+    check_models(models)
     swept = settings(sweep)
     protocols = swept if DEFAULT in swept else [DEFAULT, *swept]
     out = writable_folder(out)
-    boxed = open_box_set(data)
-    labeled = spaced([image for image in boxed.images if len(image.boxes)], limit)
-    if not labeled:
-        raise ValueError(f"{data} has {len(boxed.images)} images and not one box; CorLoc needs boxes")
+    with_boxes, boxed = boxed_images(data)
+    labeled = spaced(with_boxes, limit)
     positive("--batch-size", batch_size)
     found, names = {}, short_names(models)
     try:

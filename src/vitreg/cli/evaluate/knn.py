@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from vitreg.cli.evaluate.options import EvaluationOptions
+from vitreg.cli.evaluate.options import EvaluationData, EvaluationOptions
 from vitreg.probes.protocols import KNNConfig
 
 
@@ -14,10 +14,5 @@ def knn(*, data: str, common: EvaluationOptions, protocol: KNNConfig = KNNConfig
     Args:
         data: labeled images: a folder with train/ and val/ and folders for the classes, Parquet, tars; where it is
             not divided, every fifth image is held out.
-        common: models and images.
-        protocol: the protocol; by default the paper's, or as close as can be.
     """
-    from vitreg.cli.evaluate.data import classification_data
-    from vitreg.cli.evaluate.run import run_evaluation
-
-    return run_evaluation(common, [classification_data(data)], {"knn": protocol})
+    return common.ask(EvaluationData(data=data), knn=protocol)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from vitreg.cli.evaluate.options import EvaluationOptions
+from vitreg.cli.evaluate.options import EvaluationData, EvaluationOptions
 from vitreg.probes.protocols import ReconstructionConfig
 
 
@@ -18,10 +18,5 @@ def reconstruction(
 
     Args:
         data: images, as for evaluate knn; labels are not needed.
-        common: models and images.
-        protocol: the protocol; by default the paper's, or as close as can be.
     """
-    from vitreg.cli.evaluate.data import classification_data
-    from vitreg.cli.evaluate.run import run_evaluation
-
-    return run_evaluation(common, [classification_data(data)], {"reconstruction": protocol})
+    return common.ask(EvaluationData(data=data), reconstruction=protocol)

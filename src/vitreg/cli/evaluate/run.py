@@ -16,18 +16,19 @@ from rich.console import Console
 from rich.table import Table
 
 from vitreg import VisionTransformer
-from vitreg.cli.evaluate.options import EvaluationOptions
-from vitreg.cli.options import Checkpoint, sides, writable_folder
+from vitreg.cli.evaluate.options import VARIANTS, EvaluationData, EvaluationOptions, both_sides
+from vitreg.cli.options import Checkpoint, writable_folder
 from vitreg.cli.output import INTERRUPTED, command_line, print_json, progress
+from vitreg.common.devices import resolve_device
 from vitreg.common.disk import replace_text
 from vitreg.common.words import safe_name
-from vitreg.images import BoxedImage, open_box_set
+from vitreg.images import BoxedImage, BoxSet, open_box_set
 from vitreg.images.files import ImageFiles
 from vitreg.probes.catalogue import PROBES
 from vitreg.probes.choosing import choose
 from vitreg.probes.evaluation import EvalData, PassConfig, evaluate
 from vitreg.probes.results.earlier import with_earlier
-from vitreg.probes.results.result_cache import Answer, Asked, architecture, save_answer
+from vitreg.probes.results.result_cache import Answer, Asked, save_answer
 from vitreg.probes.results.score import ProbeResult, Score
 from vitreg.probes.results.summary import Evaluated, summarize
 from vitreg.probes.results.tables import LEGEND, headline_table, markdown, tables, write_csv
@@ -35,19 +36,26 @@ from vitreg.probes.store.origin import FeaturesConfig, StoredModel
 from vitreg.probes.tasks.text_encoders import has_text_tower
 
 
-def run_evaluation(
-    options: EvaluationOptions, found: Sequence[EvalData], probes: Mapping[str, Any], discovery: str | None = None
-) -> int:
+def run_evaluation(options: EvaluationOptions, probes: Mapping[str, Any], data: EvaluationData) -> int:
     """Ask the probes of every model, and write and print what they say, with what earlier commands found."""
     start = time.monotonic()
-    found = [_chosen(data, options, probes) for data in found]
-    boxes = None if discovery is None else _boxes(discovery)
+    found = data.open()
+    probes = _askable(probes, data, found)
+    found = [_chosen(one, options, probes) for one in found]
+    boxes = None if data.discovery is None else boxed_images(data.discovery)[0]
     out = writable_folder(options.out)
+    config = PassConfig(options.patch_images, options.batch_size, options.strict)
     answers: list[Answer] = []
     interrupted = False
     try:
-        for answer in _answers(options, found, probes, discovery, boxes, out):
-            answers.append(answer)
+        for source, vit in _models(options, probes):
+            asked = {name: of for name, of in probes.items() if name != "zero-shot" or has_text_tower(source)} or probes
+            for answer in evaluate(
+                vit, source, found, asked, out, config, quick=options.quick, stage=progress, say=_say_on_stderr
+            ):
+                answers.append(answer)
+            if boxes is not None:
+                answers.append(_discover(vit, source, data.discovery or "", boxes, out, options.batch_size))
     except KeyboardInterrupt:
         interrupted = True
     together, left_out = with_earlier(out / "answers", answers)
@@ -69,6 +77,19 @@ def run_evaluation(
     return INTERRUPTED if interrupted else 0
 
 
+def _askable(probes: Mapping[str, Any], data: EvaluationData, found: Sequence[EvalData]) -> dict[str, Any]:
+    """Those that are asked for or, where none is, all that can be; what a patch holds needs no labels."""
+    labeled = {one.task: one.train.labels is not None for one in found}
+    variants = {VARIANTS[variant] for variant in (*data.segmentation_variants, *data.depth_variants)}
+    return dict(probes) or {
+        name: probe.config
+        for name, probe in PROBES.items()
+        if probe.task in labeled
+        and (labeled[probe.task] or not probe.labels)
+        and (name in variants or name not in VARIANTS.values())
+    }
+
+
 def _chosen(data: EvalData, options: EvaluationOptions, probes: Mapping[str, Any]) -> EvalData:
     """The images that flags ask for."""
     count, classes = options.train_images or options.limit, len(set(data.train.labels or ()))
@@ -79,59 +100,35 @@ def _chosen(data: EvalData, options: EvaluationOptions, probes: Mapping[str, Any
         data,
         train=choose(data.train, count),
         val=choose(data.val, options.val_images or options.limit),
-        size=data.size or (None if options.size is None else sides(options.size)),
+        size=data.size or both_sides(options.size),
     )
 
 
-def _answers(
-    options: EvaluationOptions,
-    found: Sequence[EvalData],
-    probes: Mapping[str, Any],
-    discovery: str | None,
-    boxes: Sequence[BoxedImage] | None,
-    out: Path,
-) -> Iterator[Answer]:
-    """Of every model, as they come."""
-    config = PassConfig(options.patch_images, options.batch_size, options.strict)
-    for source, vit in _models(options, probes):
-        asked = dict(probes)
-        if len(probes) > 1 and not has_text_tower(source):
-            asked.pop("zero-shot", None)
-        yield from evaluate(
-            vit, source, found, asked, out, config, quick=options.quick, stage=progress, say=_say_on_stderr
-        )
-        if discovery is not None:
-            assert boxes is not None
-            yield _discover(vit, source, discovery, boxes, out, options.batch_size)
-
-
 def _models(options: EvaluationOptions, probes: Mapping[str, Any]) -> Iterator[tuple[str, VisionTransformer]]:
-    """Every model. All are loaded before the first is used, so that a wrong name ends the command now, not at night."""
+    """Every model on its device, and no longer than it is used.
 
-    def load(source: str) -> VisionTransformer:
-        vit = Checkpoint(source, device=options.device, dtype=options.dtype).load()
+    All are loaded before the first is used, so that a wrong name ends the command now, not at night.
+    """
+    device, loaded = resolve_device(options.device), {}
+    for source in options.models:
+        loaded[source] = vit = Checkpoint(source, device="cpu", dtype=options.dtype).load()
         for probe, settings in probes.items():
             FeaturesConfig(PROBES[probe].blocks(settings, vit.config.depth)).for_depth(vit.config.depth)
-        return vit
-
-    first, *others = options.models
-    vit = load(first)
-    for source in others:
-        load(source)
-    yield first, vit
-    del vit
-    yield from ((source, load(source)) for source in others)
+    for source in options.models:
+        yield source, loaded.pop(source).to(device)
 
 
 def _say_on_stderr(sentence: str) -> None:
     print(f"vitreg: {sentence}", file=sys.stderr)
 
 
-def _boxes(source: str) -> list[BoxedImage]:
-    labeled = [image for image in open_box_set(source).images if len(image.boxes)]
+def boxed_images(source: str) -> tuple[list[BoxedImage], BoxSet]:
+    """The images that have boxes, and the set."""
+    boxed = open_box_set(source)
+    labeled = [image for image in boxed.images if len(image.boxes)]
     if not labeled:
-        raise ValueError(f"{source} has not one box; CorLoc needs boxes")
-    return labeled
+        raise ValueError(f"{source} has {len(boxed.images)} images and not one box; CorLoc needs boxes")
+    return labeled, boxed
 
 
 def _discover(
@@ -148,13 +145,12 @@ def _discover(
     score = Score.mean("CorLoc", hits(boxes, labeled)[0], unit="%")
     files = ImageFiles(data, [str(image.path) for image in labeled]).digest()
     truth = repr((files, [image.boxes.tolist() for image in labeled])).encode()
-    asked = Asked(
+    asked = Asked.of(
+        vit,
+        source,
+        StoredModel.of(vit).digest,
         probe="discovery",
         settings=str(DEFAULT),
-        model=source,
-        weights=StoredModel.of(vit).digest,
-        architecture=architecture(vit),
-        num_registers=vit.num_registers,
         task="discovery",
         images=data,
         num_train=0,
@@ -165,7 +161,7 @@ def _discover(
     )
     details = {"protocol": dataclasses.asdict(DEFAULT), "images": len(labeled)}
     answer = Answer(asked, ProbeResult("discovery", (score,), details))
-    save_answer(out / "answers" / f"{safe_name(source)}-discovery.safetensors", answer)
+    save_answer(asked.file(out), answer)
     return answer
 
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import Literal
 
-from vitreg.cli.evaluate.options import SEGMENTATION_PROBES, EvaluationOptions
+from vitreg.cli.evaluate.options import VARIANTS, EvaluationData, EvaluationOptions
 from vitreg.probes.protocols import SegmentationConfig
 
 
@@ -22,12 +22,7 @@ def segmentation(
 
     Args:
         data: ade20k:PATH, voc2012:PATH, or a folder with train/ and val/, in each images/ and masks/.
-        common: models and images.
         ignore: number in the masks of a folder that does not count, besides 255.
         variant: linear reads the last block (or --blocks); +ms four, and averages over three sizes of the images.
-        protocol: the protocol; by default the paper's, or as close as can be.
     """
-    from vitreg.cli.evaluate.data import segmentation_data
-    from vitreg.cli.evaluate.run import run_evaluation
-
-    return run_evaluation(common, [segmentation_data(data, ignore)], {SEGMENTATION_PROBES[variant]: protocol})
+    return common.ask(EvaluationData(segmentation=data, segmentation_ignore=ignore), **{VARIANTS[variant]: protocol})

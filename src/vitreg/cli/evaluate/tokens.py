@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from vitreg.cli.evaluate.options import EvaluationOptions
+from vitreg.cli.evaluate.options import EvaluationData, EvaluationOptions
 from vitreg.probes.protocols import SingleTokenConfig
 
 
@@ -13,10 +13,5 @@ def tokens(*, data: str, common: EvaluationOptions, protocol: SingleTokenConfig 
 
     Args:
         data: labeled images, as for evaluate knn.
-        common: models and images.
-        protocol: the protocol; by default the paper's, or as close as can be.
     """
-    from vitreg.cli.evaluate.data import classification_data
-    from vitreg.cli.evaluate.run import run_evaluation
-
-    return run_evaluation(common, [classification_data(data)], {"tokens": protocol})
+    return common.ask(EvaluationData(data=data), tokens=protocol)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from pathlib import Path
 
-from vitreg.cli.evaluate.options import EvaluationOptions
+from vitreg.cli.evaluate.options import EvaluationData, EvaluationOptions
 from vitreg.probes.protocols import ZeroShotConfig
 
 
@@ -21,11 +21,6 @@ def zero_shot(
 
     Args:
         data: labeled images, as for evaluate knn.
-        common: models and images.
         class_names: a file with a name a line, in the order of the classes, where folders are not named by words.
-        protocol: the sentences.
     """
-    from vitreg.cli.evaluate.data import classification_data
-    from vitreg.cli.evaluate.run import run_evaluation
-
-    return run_evaluation(common, [classification_data(data, class_names)], {"zero-shot": protocol})
+    return common.ask(EvaluationData(data=data, class_names=class_names), zero_shot=protocol)

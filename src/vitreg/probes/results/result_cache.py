@@ -8,6 +8,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from importlib import metadata
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 from jaxtyping import Shaped, UInt8
@@ -15,6 +16,7 @@ from safetensors import SafetensorError, safe_open
 from safetensors.numpy import save_file
 
 from vitreg.common.disk import replacing
+from vitreg.common.words import safe_name
 from vitreg.model import VisionTransformer
 from vitreg.probes.catalogue import QUICK
 from vitreg.probes.results.score import ProbeResult, Score
@@ -55,6 +57,18 @@ class Asked:
     size: list[int] | None
     version: str = field(default_factory=lambda: metadata.version("vitreg"))
 
+    @classmethod
+    def of(cls, vit: VisionTransformer, source: str, weights: str, **what: Any) -> Asked:
+        """A question of a model, which was loaded from `source`."""
+        # What a model and its fix, or a model trained with registers and one without, have in common.
+        c = vit.config
+        architecture = f"{c.depth} blocks of {c.embed_dim} channels, patches of {c.patch_size} pixels"
+        return cls(model=source, weights=weights, architecture=architecture, num_registers=vit.num_registers, **what)
+
+    def file(self, folder: Path) -> Path:
+        """Where its answer is, in the folder of an evaluation."""
+        return folder / "answers" / f"{safe_name(self.model)}-{self.probe}.safetensors"
+
     @property
     def is_quick(self) -> bool:
         """Whether it is not the protocol's answer."""
@@ -78,12 +92,6 @@ class Answer:
     asked: Asked
     result: ProbeResult
     shown: Mapping[int, Shown] = field(default_factory=dict)
-
-
-def architecture(vit: VisionTransformer) -> str:
-    """What a model and its fix, or a model trained with registers and one without, have in common."""
-    config = vit.config
-    return f"{config.depth} blocks of {config.embed_dim} channels, patches of {config.patch_size} pixels"
 
 
 def size_in_pixels(size: Sequence[int] | None) -> str:

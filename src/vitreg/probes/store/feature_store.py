@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import os
 from collections.abc import Iterator
+from itertools import accumulate
 from pathlib import Path
 
 import torch
@@ -68,28 +69,16 @@ class FeatureStore:
         return cls(folder, manifest, manifest.finding, shards)
 
     def check_same_model(self, other: FeatureStore) -> None:
-        """Refuse features that cannot be compared with these, for example of training images.
-
-        Raises:
-            ValueError: they are of another model or preprocessing; the message has both.
-        """
+        """Refuse features by another model or with another preprocessing; the message has both."""
         check_same(other.path, other.origin, self.origin, ("model", "preprocess"))
 
     def check_images(self, images: ImageSet) -> None:
-        """Refuse images, and the targets that belong to them, of which these are not the features.
-
-        Raises:
-            ValueError: they are of others, or of files that were replaced since; the message has both.
-        """
+        """Refuse images of which these are not the features, or whose files were replaced since."""
         if (given := StoredData.of(images)).digest != self.data.digest:
             raise ValueError(f"{self.path} holds features of {self.data}, not of {given}; give the images it is of")
 
     def check_complete(self) -> None:
-        """Refuse features that lack images.
-
-        Raises:
-            ValueError: some could not be read; the message has the first.
-        """
+        """Refuse features that lack images because they could not be read; the message has the first."""
         if self.skipped:
             lost = counted(len(self.skipped), "image")
             raise ValueError(f"{self.path} lacks {lost} that could not be read; the first: {self.skipped[0].reason}")
@@ -98,9 +87,6 @@ class FeatureStore:
         """The same features, with outliers as the norms of the training images define them.
 
         Each set has its own threshold, which differs a little, and what is fitted on one is judged on the other.
-
-        Args:
-            train: features by the same model.
         """
         store = copy.copy(self)
         store.threshold, store.block, store.onset_block = train.threshold, train.block, train.onset_block
@@ -161,14 +147,13 @@ class FeatureStore:
         """
         if not any(shard.num_with_patches for shard in self.shards):
             raise ValueError(f"{self.path} holds no patch tokens; run the feature pass with patches=None, or a number")
-        return self._patches(self._of_patches("patches", block))
-
-    def _patches(self, name: str) -> Iterator[tuple[Tensor, Tensor]]:
-        first = 0
-        for shard in self.shards:
-            if shard.num_with_patches:
-                yield shard.read("patch_rows") + first, shard.read(name).float()
-            first += shard.num_images
+        name = self._of_patches("patches", block)
+        firsts = accumulate((shard.num_images for shard in self.shards), initial=0)
+        return (
+            (shard.read("patch_rows") + first, shard.read(name).float())
+            for first, shard in zip(firsts, self.shards, strict=False)
+            if shard.num_with_patches
+        )
 
     def _rows(self, name: str) -> Tensor:
         return torch.cat([shard.read(name) for shard in self.shards])

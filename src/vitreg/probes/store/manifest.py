@@ -6,7 +6,6 @@ import dataclasses
 import json
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 from vitreg.artifacts import OutlierNorms
 from vitreg.common.disk import replace_text
@@ -17,13 +16,7 @@ FORMAT = "vitreg-features/1"
 
 @dataclass(frozen=True)
 class StoreStatistics:
-    """What is known after the last image.
-
-    Attributes:
-        grid: rows and columns of patches.
-        depth: blocks of the model.
-        outliers: where the norms of artifacts begin.
-    """
+    """What is known after the last image: the grid of patches, the number of blocks, where artifacts' norms begin."""
 
     grid: tuple[int, int]
     depth: int
@@ -52,11 +45,7 @@ class Manifest:
         return -(-self.origin.data.number // self.origin.config.shard_size)
 
     def write(self, folder: Path) -> None:
-        """Write it, in place of an earlier one.
-
-        Raises:
-            ValueError: there is no room.
-        """
+        """Write it, in place of an earlier one; a `ValueError` where there is no room."""
         replace_text(folder / "manifest.json", json.dumps({"format": FORMAT, **dataclasses.asdict(self)}, indent=1))
 
 
@@ -67,23 +56,20 @@ def read_manifest(folder: Path) -> Manifest | None:
         ValueError: it is damaged, or of something else than a feature store.
     """
     path = folder / "manifest.json"
+    again = f"delete {folder} and run the feature pass again"
     try:
         values = json.loads(path.read_text(encoding="utf-8"))
     except FileNotFoundError:
         return None
     except (OSError, ValueError) as error:
-        raise ValueError(f"{path} cannot be read ({error}); delete {folder} and run the feature pass again") from error
+        raise ValueError(f"{path} cannot be read ({error}); {again}") from error
     if not isinstance(values, dict) or values.get("format") != FORMAT:
         raise ValueError(f"{path} is not of a feature store (format {FORMAT}); give the folder of a feature pass")
     try:
-        return _parsed(values)
+        finding = values["finding"]
+        if finding is not None:
+            rows, columns = finding["grid"]
+            finding = StoreStatistics((rows, columns), finding["depth"], OutlierNorms(**finding["outliers"]))
+        return Manifest(Origin.from_dict(values["origin"]), values["id"], tuple(values["classes"]), finding)
     except (KeyError, TypeError, ValueError) as error:
-        raise ValueError(f"{path} is damaged ({error}); delete {folder} and run the feature pass again") from error
-
-
-def _parsed(values: dict[str, Any]) -> Manifest:
-    finding = values["finding"]
-    if finding is not None:
-        rows, columns = finding["grid"]
-        finding = StoreStatistics((rows, columns), finding["depth"], OutlierNorms(**finding["outliers"]))
-    return Manifest(Origin.from_dict(values["origin"]), values["id"], tuple(values["classes"]), finding)
+        raise ValueError(f"{path} is damaged ({error}); {again}") from error

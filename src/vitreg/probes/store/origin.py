@@ -55,12 +55,14 @@ class FeaturesConfig:
         Raises:
             ValueError: the model does not have one of them.
         """
-        blocks, patch_blocks = self.blocks, self.blocks if self.patch_blocks is None else self.patch_blocks
-        if wrong := [block for block in (*blocks, *patch_blocks) if not -depth <= block < depth]:
+        patch_blocks = self.blocks if self.patch_blocks is None else self.patch_blocks
+        if wrong := [block for block in (*self.blocks, *patch_blocks) if not -depth <= block < depth]:
             raise ValueError(
                 f"block {wrong[0]} does not exist: the model has blocks 0 to {depth - 1} (or -1 for the last)"
             )
-        blocks, patch_blocks = (tuple(sorted({block % depth for block in some})) for some in (blocks, patch_blocks))
+        blocks, patch_blocks = (
+            tuple(sorted({block % depth for block in some})) for some in (self.blocks, patch_blocks)
+        )
         if not set(patch_blocks) <= set(blocks):
             raise ValueError(f"patch_blocks {patch_blocks} must be among the blocks {blocks}")
         return dataclasses.replace(self, blocks=blocks, patch_blocks=patch_blocks)
@@ -95,8 +97,7 @@ class StoredModel:
 
     @classmethod
     def of(cls, vit: VisionTransformer) -> StoredModel:
-        """That of a model."""
-        # Weights are the same under any name, and preprocessing is compared by itself.
+        """That of a model, which is the same under any name; preprocessing is compared by itself."""
         architecture = dataclasses.replace(vit.config, preprocess=Preprocess(), name="", changes=())
         name = vit.config.name or vit.config.architecture or "Vision Transformer"
         return cls(name, digest(architecture, vit.state_dict()))
@@ -138,23 +139,32 @@ class Origin:
 
     @classmethod
     def from_dict(cls, values: dict[str, Any]) -> Origin:
-        """What `dataclasses.asdict` and JSON made of one."""
-        return cls(
-            StoredModel(**values["model"]),
-            Preprocess(**_tuples(values["preprocess"])),
-            StoredData(**values["data"]),
-            FeaturesConfig(**_tuples(values["config"])),
-        )
+        """What `dataclasses.asdict` and JSON, which has no tuples, made of one."""
+        kinds: tuple[Any, ...] = (StoredModel, Preprocess, StoredData, FeaturesConfig)
+        parts = [
+            {key: tuple(value) if isinstance(value, list) else value for key, value in values[part].items()}
+            for part in PARTS
+        ]
+        return cls(*(kind(**part) for kind, part in zip(kinds, parts, strict=True)))
 
-    def covers(self, other: Origin) -> bool:
-        """Whether features of this are, or hold, those of the other."""
-        same = (self.model.digest, self.preprocess, self.data.digest)
-        return same == (other.model.digest, other.preprocess, other.data.digest) and self.config.covers(other.config)
+    @property
+    def identity(self) -> dict[Part, Any]:
+        """What is compared of each part: of model and images their digests, whatever they are called."""
+        return {
+            "model": self.model.digest,
+            "preprocess": self.preprocess,
+            "data": self.data.digest,
+            "config": self.config,
+        }
 
     def digest(self) -> str:
         """A name for it, which every shard carries."""
-        identity = (self.model.digest, self.preprocess, self.data.digest, self.config)
-        return hashlib.blake2b(repr(identity).encode(), digest_size=16).hexdigest()
+        return hashlib.blake2b(repr(tuple(self.identity.values())).encode(), digest_size=16).hexdigest()
+
+    def covers(self, other: Origin) -> bool:
+        """Whether features of this are, or hold, those of the other."""
+        same_config = dataclasses.replace(other, config=self.config)
+        return self.identity == same_config.identity and self.config.covers(other.config)
 
 
 Part = Literal["model", "preprocess", "data", "config"]
@@ -167,36 +177,17 @@ PARTS: dict[Part, str] = {
 
 
 def check_same(path: Path, stored: Origin, wanted: Origin, parts: Iterable[Part] = PARTS) -> None:
-    """Refuse features of something else.
-
-    Args:
-        path: the store's.
-        stored: what it is of.
-        wanted: what it should be of.
-        parts: what is compared.
+    """Refuse features at a path that are of something else than is wanted, in some parts.
 
     Raises:
         ValueError: they differ; the message has both.
     """
     for part in parts:
-        theirs, ours = getattr(stored, part), getattr(wanted, part)
-        if part in ("model", "data"):
-            same = ours.digest == theirs.digest
-        else:
-            same, (theirs, ours) = ours == theirs, _differing(theirs, ours)
-        if not same:
+        if stored.identity[part] != wanted.identity[part]:
+            theirs, ours = getattr(stored, part), getattr(wanted, part)
+            if part in ("preprocess", "config"):
+                names = [f.name for f in dataclasses.fields(ours) if getattr(ours, f.name) != getattr(theirs, f.name)]
+                theirs, ours = (", ".join(f"{name} {getattr(of, name)}" for name in names) for of in (theirs, ours))
             raise ValueError(
                 f"{path} holds features of another {PARTS[part]}: {theirs}, not {ours}; choose another folder"
             )
-
-
-def _differing(one: Any, other: Any) -> tuple[str, str]:
-    """The fields of two dataclasses that differ, in words."""
-    names = [f.name for f in dataclasses.fields(one) if getattr(one, f.name) != getattr(other, f.name)]
-    first, second = (", ".join(f"{name} {getattr(side, name)}" for name in names) for side in (one, other))
-    return first, second
-
-
-def _tuples(values: dict[str, Any]) -> dict[str, Any]:
-    """JSON has no tuples."""
-    return {key: tuple(value) if isinstance(value, list) else value for key, value in values.items()}

@@ -26,15 +26,7 @@ class Skipped:
 
 @dataclass(frozen=True)
 class Shard:
-    """A finished file.
-
-    Attributes:
-        path: of the file.
-        num_images: images in it; those that could not be read are not.
-        num_with_patches: of so many, patch tokens are in it.
-        names: of its tensors.
-        skipped: images that belong here but could not be read.
-    """
+    """A finished file: how many images are in it, of how many with patch tokens, and which could not be read."""
 
     path: Path
     num_images: int
@@ -43,12 +35,7 @@ class Shard:
     skipped: tuple[Skipped, ...]
 
     def read(self, name: str, *, block: int | None = None) -> Tensor:
-        """One tensor.
-
-        Args:
-            name: of the tensor.
-            block: only this one of `norms`.
-        """
+        """One tensor; of `norms` maybe one block only."""
         with safe_open(self.path, framework="pt") as file:
             return file.get_tensor(name) if block is None else file.get_slice(name)[:, block]
 
@@ -61,18 +48,10 @@ def shard_path(folder: Path, index: int) -> Path:
 def write_shard(
     folder: Path, index: int, origin: str, tensors: Mapping[str, Tensor], skipped: tuple[Skipped, ...]
 ) -> None:
-    """Write one.
+    """Write one, with the digest of what its store is of; where it cannot be written, the shards before it are whole.
 
-    Args:
-        folder: of the store.
-        index: which one it is.
-        origin: digest of what the store is of.
-        tensors: with `numbers`, the images' positions in the set, and `patch_rows`, the rows of those whose patch
-            tokens are kept, which `registers`, `norms` and `patches` are of.
-        skipped: images that could not be read.
-
-    Raises:
-        ValueError: it cannot be written; the shards before it are whole.
+    `numbers` among its tensors are the images' positions in the set, and `patch_rows` the rows of those whose patch
+    tokens are kept, which `registers`, `norms` and `patches` are of.
     """
     note = {
         "origin": origin,
@@ -88,11 +67,6 @@ def write_shard(
 
 def open_shard(folder: Path, index: int, origin: str) -> Shard:
     """A shard that was written.
-
-    Args:
-        folder: of the store.
-        index: which one.
-        origin: digest of what it must be of.
 
     Raises:
         ValueError: it is damaged, or belongs to another store.
