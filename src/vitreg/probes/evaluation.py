@@ -21,7 +21,7 @@ from vitreg.probes.pace import first_steps
 from vitreg.probes.passes import EvalData, PassConfig, Passes, preprocessing
 from vitreg.probes.results.result_cache import Answer, Asked, Shown, load_answer, save_answer
 from vitreg.probes.results.score import ProbeResult
-from vitreg.probes.tasks.classes import classes_of_images
+from vitreg.probes.tasks.classes import classes_of
 
 
 def evaluate(
@@ -61,7 +61,7 @@ def evaluate(
     ]
     for one in data:
         if any(question.probe.labels for question in questions if question.data is one):
-            classes_of_images(one.train, one.val)
+            classes_of(one.train, one.val)
     still_open: list[_Question] = []
     for question in questions:
         answer = load_answer(question.file, question.asked)

@@ -15,18 +15,14 @@ def with_earlier(folder: Path, answers: Sequence[Answer]) -> tuple[list[Answer],
     probe of the same settings: else a table would compare what cannot be compared. Of two that do not agree the later
     one is kept.
 
-    Args:
-        folder: of answers.
-        answers: of the last command.
-
     Returns:
-        These and the earlier ones, and a sentence for each that is left out.
+        These and the given ones, which are of the last command, and a sentence for each that is left out.
     """
     kept, left_out = list(answers), []
     files = {path: path.stat().st_mtime_ns for path in folder.glob("*.safetensors")}
     for path in sorted(files, key=lambda path: files[path], reverse=True):
         answer = read_answer(path)
-        if answer is None or any(_is_same(answer.asked, other.asked) for other in kept):
+        if answer is None or answer.place in {other.place for other in kept}:
             continue
         reasons = (why_not(answer.asked, other.asked) for other in kept)
         if reason := next(filter(None, reasons), ""):
@@ -34,11 +30,6 @@ def with_earlier(folder: Path, answers: Sequence[Answer]) -> tuple[list[Answer],
         else:
             kept.append(answer)
     return kept, left_out
-
-
-def _is_same(one: Asked, other: Asked) -> bool:
-    """Whether they have one place in the table."""
-    return (one.model, one.probe) == (other.model, other.probe)
 
 
 def why_not(earlier: Asked, later: Asked) -> str:

@@ -93,6 +93,11 @@ class Answer:
     result: ProbeResult
     shown: Mapping[int, Shown] = field(default_factory=dict)
 
+    @property
+    def place(self) -> tuple[str, str]:
+        """In a table."""
+        return self.asked.model, self.asked.probe
+
 
 def size_in_pixels(size: Sequence[int] | None) -> str:
     """`224 px`, or `336 x 448 px`, height first; empty where images keep their own."""
@@ -100,15 +105,7 @@ def size_in_pixels(size: Sequence[int] | None) -> str:
 
 
 def save_answer(path: Path, answer: Answer) -> None:
-    """Keep an answer.
-
-    Args:
-        path: the file, whose folder is made.
-        answer: what is kept.
-
-    Raises:
-        ValueError: it cannot be written.
-    """
+    """Keep an answer; a `ValueError` where it cannot be written."""
     result = answer.result
     note = {
         "asked": dataclasses.asdict(answer.asked),

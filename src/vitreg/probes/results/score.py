@@ -54,13 +54,9 @@ class Score:
         counts: Shaped[np.ndarray, " N"] | None = None,
         **options: Any,
     ) -> Score:
-        """The sum of values over the sum of counts; where `counts` is None, the mean over images.
+        """The sum of values over the sum of counts (of tokens, of pixels), with one count an image by default.
 
-        Args:
-            name: of the figure.
-            values: of each image.
-            counts: how many tokens or pixels an image's value is the sum over.
-            options: other attributes.
+        `options` are other attributes.
         """
         values = np.asarray(values, dtype=np.float64)
         counts = np.ones(len(values)) if counts is None else np.asarray(counts, dtype=np.float64)
@@ -68,13 +64,7 @@ class Score:
 
     @classmethod
     def none(cls, name: str, reason: str, **options: Any) -> Score:
-        """An empty place in a table.
-
-        Args:
-            name: of the figure.
-            reason: why there is none, as a sentence.
-            options: other attributes.
-        """
+        """An empty place in a table, and why there is none, as a sentence."""
         return cls(name, np.zeros((0, 2)), missing=reason, **options)
 
     @property

@@ -8,6 +8,7 @@ from dataclasses import dataclass
 from importlib import metadata
 from typing import Any
 
+from vitreg.common.words import counted
 from vitreg.probes.catalogue import QUICK, TITLES
 from vitreg.probes.results.result_cache import Answer, Asked
 from vitreg.probes.results.score import Score
@@ -87,56 +88,43 @@ def _skipped(models: Sequence[Evaluated]) -> list[str]:
         for answer in model.answers.values():
             for part, number in answer.result.details.get("skipped", {}).items():
                 if number:
-                    are = "image of" if number == 1 else "images of"
-                    found[f"{number} {part} {are} {answer.asked.images} cannot be read and count for nothing."] = None
+                    of = f"{counted(number, f'{part} image')} of {answer.asked.images}"
+                    found[f"{of} cannot be read and count for nothing."] = None
     return list(found)
 
 
 def _verdict(row: dict[str, Any]) -> list[str]:
     """What registers changed, in sentences."""
-    changes: dict[bool, list[str]] = {True: [], False: []}
-    equal = 0
+    changes: dict[bool | None, list[str]] = {True: [], False: [], None: []}
     for probe in row["probes"].values():
         for score in probe["scores"]:
-            difference = score["difference"]
-            if difference is None:
-                continue
-            if difference["better"] is None:
-                equal += 1
-                continue
-            low, high = difference["interval"]
-            of = f", {score['subject']}" if score["subject"] else ""
-            unit = f" {score['unit']}" if score["unit"] not in ("", "%") else ""
-            digits = ".1f" if score["unit"] == "%" else "#.3g"
-            changes[difference["better"]].append(
-                f"{score['name']}{of} ({probe['title']}) by "
-                f"{difference['value']:+{digits}}{unit} [{low:+{digits}}, {high:+{digits}}]"
-            )
+            if difference := score["difference"]:
+                low, high = difference["interval"]
+                of = f", {score['subject']}" if score["subject"] else ""
+                unit = f" {score['unit']}" if score["unit"] not in ("", "%") else ""
+                digits = ".1f" if score["unit"] == "%" else "#.3g"
+                changes[difference["better"]].append(
+                    f"{score['name']}{of} ({probe['title']}) by "
+                    f"{difference['value']:+{digits}}{unit} [{low:+{digits}}, {high:+{digits}}]"
+                )
     against = f"{row['name']} against {row['compared_with']}"
-    sentences = [
-        f"{against}: {word} in {'; '.join(changes[better])}."
-        for better, word in ((True, "better"), (False, "worse"))
-        if changes[better]
-    ]
-    if equal:
-        figures = "figure does" if equal == 1 else "figures do"
-        sentences.append(f"{against}: {equal} {figures} not differ significantly.")
+    words = {True: "better", False: "worse"}
+    sentences = [f"{against}: {word} in {'; '.join(changes[sign])}." for sign, word in words.items() if changes[sign]]
+    if equal := len(changes[None]):
+        sentences.append(
+            f"{against}: {counted(equal, 'figure')} {'does' if equal == 1 else 'do'} not differ significantly."
+        )
     return sentences
 
 
 def pair_up(models: Sequence[Asked]) -> list[int | None]:
     """For every model the nearest one before it that has fewer registers and the same blocks, channels and patches."""
-    return [
-        next(
-            (
-                i
-                for i in reversed(range(row))
-                if models[i].num_registers < own.num_registers and models[i].architecture == own.architecture
-            ),
-            None,
-        )
-        for row, own in enumerate(models)
-    ]
+
+    def fits(number: int, own: Asked) -> bool:
+        other = models[number]
+        return other.num_registers < own.num_registers and other.architecture == own.architecture
+
+    return [next((n for n in reversed(range(row)) if fits(n, own)), None) for row, own in enumerate(models)]
 
 
 def _probe(answer: Answer, other: Answer | None) -> dict[str, Any]:

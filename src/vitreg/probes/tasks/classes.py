@@ -5,6 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Any
 
+import numpy as np
 import torch
 from jaxtyping import Float, Int
 from torch import Tensor
@@ -41,47 +42,30 @@ class Classes:
 
 
 def check_classes(train: FeatureStore, val: FeatureStore) -> Classes:
-    """The labels of two stores of one model, which mean the same.
-
-    Raises:
-        ValueError: the stores are of two models, or as `classes_of_images`.
-    """
+    """The labels of two stores, which are of one model, or it is a `ValueError`, and mean the same."""
     train.check_same_model(val)
-    return _classes((train.labels, train.classes, str(train.path)), (val.labels, val.classes, str(val.path)))
+    return classes_of(train, val)
 
 
-def classes_of_images(train: ImageSet, val: ImageSet) -> Classes:
-    """The labels of two sets, before a model sees their images.
+def classes_of(train: FeatureStore | ImageSet, val: FeatureStore | ImageSet) -> Classes:
+    """The labels of two stores, or of two sets before a model sees their images.
 
     Raises:
         ValueError: one has no labels, their classes differ, there is one class only, or there are validation images
             of a class without training images; the message has the classes.
     """
-    known = [
-        (None if images.labels is None else torch.tensor(list(images.labels)), images.classes, images.source)
-        for images in (train, val)
-    ]
-    return _classes(*known)
-
-
-_Known = tuple[Tensor | None, tuple[str, ...], str]
-
-
-def _classes(train: _Known, val: _Known) -> Classes:
-    """From labels, names of the classes, and where they are from."""
-    (ours, names, source), (theirs, val_names, val_source) = train, val
-    for labels, where in ((ours, source), (theirs, val_source)):
-        if labels is None:
+    source, val_source = (of.source if isinstance(of, ImageSet) else str(of.path) for of in (train, val))
+    for of, where in ((train, source), (val, val_source)):
+        if of.labels is None:
             raise ValueError(f"{where} has no labels; give images in folders of their classes, two at least")
-    assert ours is not None
-    assert theirs is not None
-    check_same_classes(names, val_names, source, val_source)
+    ours, theirs = (torch.as_tensor(np.asarray(of.labels)) for of in (train, val))
+    check_same_classes(train.classes, val.classes, source, val_source)
     present, number = ours.unique(return_inverse=True)
-    found = tuple(names[label] for label in present.tolist())
+    found = tuple(train.classes[label] for label in present.tolist())
     if len(found) == 1:
         raise ValueError(f"{source} holds images of {found[0]} only; a classifier needs two classes at least")
     if lacking := sorted(set(theirs.tolist()) - set(present.tolist())):
-        missing = some_names([names[label] for label in lacking])
+        missing = some_names([train.classes[label] for label in lacking])
         raise ValueError(
             f"{source} holds no image of {missing}, of which {val_source} does; add some, or leave them out"
         )
@@ -89,11 +73,7 @@ def _classes(train: _Known, val: _Known) -> Classes:
 
 
 def check_every_class(labels: Int[Tensor, " N"], num_classes: int) -> None:
-    """Refuse rows that a classifier cannot be fitted on.
-
-    Raises:
-        ValueError: a class has no rows, or there is one only.
-    """
+    """Refuse rows that a classifier cannot be fitted on: a class has none, or there is one class only."""
     if num_classes < 2:
         raise ValueError(f"there is {num_classes} class; a classifier needs two at least")
     lacking = (labels.bincount(minlength=num_classes) == 0).nonzero()[:, 0].tolist()
@@ -102,15 +82,7 @@ def check_every_class(labels: Int[Tensor, " N"], num_classes: int) -> None:
 
 
 def check_finite(features: Float[Tensor, "N D"], of: str) -> None:
-    """Refuse what cannot be fitted.
-
-    Args:
-        features: of each image.
-        of: what they are, for the message.
-
-    Raises:
-        ValueError: they are not finite; the message has the first row.
-    """
+    """Refuse features that are not finite; the message says what they are, and the first row."""
     finite = features.abs().amax(1).isfinite()
     if not finite.all():
         raise ValueError(f"{of} is not finite in row {int(finite.int().argmin())}; run the feature pass again")

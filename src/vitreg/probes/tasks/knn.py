@@ -30,13 +30,6 @@ def knn(
 
     The feature is the class token after the last block, and what the model pools where it has none.
 
-    Args:
-        train: the images that vote.
-        val: the images to classify.
-        config: by default a `KNNConfig()`.
-        device: on which similarities are computed.
-        on_progress: called with the number of validation images done and their total.
-
     Returns:
         Top-1 for every k, in the order of `config.k`.
 
@@ -83,10 +76,7 @@ def nearest(
 ) -> tuple[Int[Tensor, "M k"], Float[Tensor, "M k"]]:
     """The rows of `keys` that are most similar to each query, and how similar; of equal ones those that come first.
 
-    Args:
-        keys: of unit length.
-        queries: of unit length.
-        k: how many, at most N.
+    All are of unit length; `k` is at most N.
     """
     best = torch.empty(len(queries), 0, dtype=torch.int64, device=keys.device)
     for first in range(0, len(keys), _KEYS):

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 from dataclasses import dataclass
 from typing import Any
 
@@ -11,7 +12,7 @@ from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
 from vitreg.common.progress import OnProgress
-from vitreg.probes.heads.logistic import choose_logistic, fit_logistic
+from vitreg.probes.heads.logistic import choose_logistic
 from vitreg.probes.protocols import SingleTokenConfig
 from vitreg.probes.results.score import ProbeResult, Score
 from vitreg.probes.store.feature_store import FeatureStore
@@ -41,13 +42,6 @@ def single_token(
 
     All kinds are compared on the images whose patch tokens were kept. Outliers are fitted and judged on those that
     have one; an image that has none counts for nothing there.
-
-    Args:
-        train: what is fitted on.
-        val: what accuracies are of.
-        config: by default a `SingleTokenConfig()`.
-        device: on which classifiers are fitted.
-        on_progress: called with the number of classifiers done and their total.
 
     Returns:
         Top-1 for every kind of token, with the standard deviation over draws of patches.
@@ -81,48 +75,36 @@ def _judge(
 ) -> tuple[Score, dict[str, Any]]:
     """The accuracy of one kind of token."""
     details: dict[str, Any] = {"num_train": len(train.rows), "num_val": len(val.rows)}
-    scarce = min(len(train.rows), len(val.rows))
     # Classes none of whose images has such a token cannot be told from it: their validation images count as wrong.
     present, labels = classes.train[train.rows].unique(return_inverse=True)
-    if scarce < config.min_images or len(present) < 2:
-        reason = (
-            f"only {len(train.rows)} training and {len(val.rows)} validation images have one"
-            if scarce < config.min_images
-            else "all training images that have one are of one class"
-        )
-        return Score.none("top-1", reason, unit="%", subject=name), details
+    missing = "all training images that have one are of one class" if len(present) < 2 else ""
+    if min(len(train.rows), len(val.rows)) < config.min_images:
+        missing = f"only {len(train.rows)} training and {len(val.rows)} validation images have one"
+    if missing:
+        return Score.none("top-1", missing, unit="%", subject=name), details
     labels, truth = labels.to(device), classes.val[val.rows]
-    C, accuracies, right = 0.0, [], torch.zeros(len(val.rows), dtype=torch.float64)
-    for draw, (features, queries) in enumerate(zip(train.draws, val.draws, strict=True)):
+    logistic = config.logistic
+    accuracies, right = [], torch.zeros(len(val.rows), dtype=torch.float64)
+    for features, queries in zip(train.draws, val.draws, strict=True):
         check_finite(features, f"the {name} in the training store")
         check_finite(queries, f"the {name} in the validation store")
-        features = features.to(device)
-        if draw == 0:
-            chosen = choose_logistic(features, labels, len(present), config.logistic)
-            C, logistic = chosen.C, chosen.logistic
+        chosen = choose_logistic(features.to(device), labels, len(present), logistic)
+        if not accuracies:
             details |= {
-                "C": C,
+                "C": chosen.C,
                 "held_back_accuracies": [[c, accuracy] for c, accuracy in chosen.accuracies.items()],
-                "converged": logistic.converged,
-                "num_iterations": logistic.num_iterations,
+                "converged": chosen.logistic.converged,
+                "num_iterations": chosen.logistic.num_iterations,
             }
-        else:
-            logistic = fit_logistic(
-                features,
-                labels,
-                len(present),
-                C=C,
-                max_iter=config.logistic.max_iter,
-                tolerance=config.logistic.tolerance,
-            )
-        hits = present[logistic.predict(queries.to(device)).cpu()] == truth
+            # It holds for all draws.
+            logistic = dataclasses.replace(logistic, C=(chosen.C,))
+        hits = present[chosen.logistic.predict(queries.to(device)).cpu()] == truth
         right += hits.double() / len(train.draws)
         accuracies.append(100 * hits.double().mean().item())
     details |= {"num_classes": len(present), "accuracies": accuracies}
     sums = np.zeros((len(classes.val), 2))
     sums[val.rows.numpy()] = np.stack([right.numpy(), np.ones(len(right))], 1)
-    draws = tuple(accuracies) if name in _DRAWN else ()
-    return Score("top-1", sums, unit="%", subject=name, draws=draws), details
+    return Score("top-1", sums, unit="%", subject=name, draws=tuple(accuracies) if name in _DRAWN else ()), details
 
 
 def _kinds(store: FeatureStore, config: SingleTokenConfig, split: int) -> dict[str, _Kind]:

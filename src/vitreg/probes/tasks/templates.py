@@ -13,10 +13,8 @@ _NO_WORD = re.compile(r"(n\d{8}|\d+)")
 def sentences(templates: str | tuple[str, ...], name: str) -> list[str]:
     """A class name in every template.
 
-    Args:
-        templates: `"openai"`, the 80 that CLIP's figures on ImageNet are of; `"simple"`, the 7 that do nearly as
-            well; or one's own, in which `{}` stands for the class.
-        name: of the class.
+    `"openai"` are the 80 that CLIP's figures on ImageNet are of, `"simple"` the 7 that do nearly as well; in one's own
+    `{}` stands for the class.
 
     Raises:
         ValueError: there are no such templates, or open_clip is not installed.
@@ -35,21 +33,16 @@ def sentences(templates: str | tuple[str, ...], name: str) -> list[str]:
 
 
 def class_names(classes: Sequence[str]) -> tuple[str, ...]:
-    """What to call a data set's classes in a sentence.
+    """What to call a data set's classes in a sentence: spaces for underscores, the first of WordNet's synonyms.
 
-    Args:
-        classes: names of its folders or labels, in their order.
-
-    Returns:
-        The names, with spaces for underscores; of synonyms, which WordNet separates by commas, the first. Where a
-        thousand classes have numbers or WordNet ids for names, they are ImageNet's in their customary order, and the
-        names are open_clip's.
+    Where a thousand classes have numbers or WordNet ids for names, they are ImageNet's in their customary order, and
+    the names are open_clip's.
 
     Raises:
         ValueError: the classes are numbers or WordNet ids of some other set.
     """
     if not classes:
-        raise ValueError("the pictures have no classes; zero-shot classification needs labels")
+        raise ValueError("the images have no classes; zero-shot classification needs labels")
     if wordless := [name for name in classes if _NO_WORD.fullmatch(name)]:
         if len(classes) == 1000 and len(wordless) == 1000:
             return tuple(import_open_clip().IMAGENET_CLASSNAMES)
@@ -61,11 +54,7 @@ def class_names(classes: Sequence[str]) -> tuple[str, ...]:
 
 
 def import_open_clip() -> Any:
-    """The package.
-
-    Raises:
-        ValueError: it is not installed.
-    """
+    """The package; a `ValueError` where it is not installed."""
     try:
         import open_clip
     except ImportError as error:

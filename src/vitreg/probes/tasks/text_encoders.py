@@ -30,12 +30,7 @@ class TextEncoder(Protocol):
 
 @dataclass(frozen=True)
 class OpenClipText:
-    """The text side of an open_clip model, CLIP or SigLIP.
-
-    Attributes:
-        model: has `encode_text`.
-        tokenizer: the model's own (`open_clip.get_tokenizer`).
-    """
+    """The text side of an open_clip model, CLIP or SigLIP, with its own tokenizer."""
 
     model: Any
     tokenizer: Callable[[list[str]], Int[Tensor, "S L"]]

@@ -41,7 +41,7 @@ def zero_shot(
         vit: the model they are of; its projection is applied to them.
         text: the text tower that was trained beside it (`load_text_encoder`).
         names: of the classes, in the order of the labels; by default those of the images (`class_names`).
-        config: how classes are put into words; by default a `ZeroShotConfig()`.
+        config: how classes are put into words.
         on_progress: called with the number of classes done and their total.
 
     Raises:
@@ -82,16 +82,7 @@ def zero_shot(
 
 @torch.inference_mode()
 def image_embeddings(store: FeatureStore, vit: VisionTransformer) -> Float[Tensor, "N E"]:
-    """The images' normalized embeddings, from what the model's own pooling made of them.
-
-    Args:
-        store: their features.
-        vit: the model they are of.
-
-    Raises:
-        ValueError: they are of another model.
-    """
-    # As `Origin.of` has it: weights are the same under any name and preprocessing.
+    """The images' normalized embeddings, from what the pooling of their model made of them; of no other model."""
     if StoredModel.of(vit).digest != store.model.digest:
         raise ValueError(f"{store.path} holds features of another model, {store.model}; give that model")
     pooled = store.pooled
