@@ -141,11 +141,11 @@ class DenseSet(ImageFiles):
 
 
 def raise_if_any(what: str, found: Sequence[str]) -> None:
-    """One error for what is wrong with several files.
+    """Refuses several files in one sentence.
 
     Args:
-        what: is wrong, of several files.
-        found: a sentence about each file, maybe none.
+        what: is wrong with them.
+        found: the files, or a sentence about each; none is well.
 
     Raises:
         ValueError: there are some; it counts them and has the first ones.
@@ -179,15 +179,10 @@ def folder_pairs(images: Path, targets: Path) -> list[Pair]:
 
 
 def listed_pairs(listed: Path, of: str, pair: Callable[[str], tuple[Path, Path]]) -> list[Pair]:
-    """The pairs that a list names, one a line.
-
-    Args:
-        listed: the file.
-        of: what lies beside it, for the message.
-        pair: the paths that a line stands for.
+    """The pairs that a list names: `pair` has the paths that a line stands for, and `of` what lies beside the list.
 
     Raises:
-        ValueError: there is no such file, or files that it names do not exist.
+        ValueError: there is no such list, or files that it names do not exist.
     """
     pairs = [pair(line) for line in read_list(listed, of)]
     raise_if_any(

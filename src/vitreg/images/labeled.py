@@ -72,12 +72,7 @@ class ImageSet(ABC):
 
 
 class Subset(ImageSet):
-    """Some images of a set.
-
-    Args:
-        images: the set.
-        indices: which of its images.
-    """
+    """Some images of a set, by their indices."""
 
     def __init__(self, images: ImageSet, indices: NDArray[np.int64]) -> None:
         self._images, self._indices = images, indices

@@ -15,18 +15,12 @@ _MOST = 10**7
 def classes_of(labels: array[int], names: tuple[str, ...], source: str) -> tuple[str, ...]:
     """Names of the classes that labels are numbers of; the numbers themselves where no names are known.
 
-    Args:
-        labels: class number of every image.
-        names: those that are known, maybe none.
-        source: for messages.
-
-    Returns:
-        Names in the order of the labels; none where every label is -1, which is how test sets hide them.
+    There are none without labels, nor where every label is -1, which is how test sets hide them.
 
     Raises:
         ValueError: a label is negative or has no name.
     """
-    lowest, highest = min(labels, default=0), max(labels, default=0)
+    lowest, highest = min(labels, default=-1), max(labels, default=-1)
     if lowest == highest == -1:
         return ()
     if lowest < 0:
@@ -57,12 +51,6 @@ def read_class_names(folder: Path) -> tuple[str, ...]:
 
 def check_same_classes(train: tuple[str, ...], held_out: tuple[str, ...], train_name: str, held_out_name: str) -> None:
     """Refuses labels that mean different classes.
-
-    Args:
-        train: names of the classes.
-        held_out: those of another part of the images.
-        train_name: for messages.
-        held_out_name: for messages.
 
     Raises:
         ValueError: the two have different classes; the message says which.

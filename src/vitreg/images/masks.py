@@ -114,10 +114,11 @@ def _open_folder(folder: Path, num_classes: int | None, ignored: tuple[int, ...]
     train, val = open_folders(folder, "masks", f"{', '.join(_RELEASED)}:PATH", SegmentationSet)
     if not names:
         if num_classes is None:
-            uncounted = [IGNORED, *ignored]
-            num_classes = 1 + max(
-                train.map_targets(lambda mask: int(mask[~np.isin(mask, uncounted)].max(initial=0)), range(len(train)))
-            )
+
+            def largest(mask: np.ndarray) -> int:
+                return int(mask[~np.isin(mask, (IGNORED, *ignored))].max(initial=0))
+
+            num_classes = 1 + max(train.map_targets(largest, range(len(train))))
         names = {number: str(number) for number in range(num_classes)}
     ignored += tuple(number for number, name in names.items() if name.lower() in _UNCOUNTED)
     train, val = train.with_classes(names, ignored), val.with_classes(names, ignored)
@@ -161,11 +162,8 @@ def _voc2012(folder: Path) -> Parts:
 
     def part(name: str) -> SegmentationSet:
         listed = root / "ImageSets" / "Segmentation" / f"{name}.txt"
-        pairs = listed_pairs(
-            listed,
-            "VOCdevkit",
-            lambda line: (root / "JPEGImages" / f"{line}.jpg", root / "SegmentationClass" / f"{line}.png"),
-        )
+        images, masks = root / "JPEGImages", root / "SegmentationClass"
+        pairs = listed_pairs(listed, "VOCdevkit", lambda line: (images / f"{line}.jpg", masks / f"{line}.png"))
         return SegmentationSet(str(listed), pairs).with_classes(dict(enumerate(_VOC.split())))
 
     return part("train"), part("val")

@@ -48,18 +48,20 @@ class ParquetImages(ImageSet):
         """
         self._files = tuple(files)
         self.source = source_of(files)
-        self._columns = [_open_columns(file) for file in files]
+        tables = [_open_columns(file) for file in files]
         labels, names = array("q"), read_class_names(files[0].parent)
-        for file, columns in zip(files, self._columns, strict=True):
-            if columns.column_names != self._columns[0].column_names:
+        for file, columns in zip(files, tables, strict=True):
+            if columns.column_names != tables[0].column_names:
                 raise ValueError(f"{file} and {files[0]} have different columns; give files of one data set")
             if "label" in columns.column_names:
                 labels.frombytes(_labels(columns["label"], file).to_numpy().tobytes())
                 names = names or tuple(json.loads(columns.schema.metadata[b"names"]))
-        self._starts = [0, *accumulate(map(len, self._columns))]
+        self._images = [columns["image"] for columns in tables]
+        self._captions = [columns["caption"] for columns in tables if "caption" in columns.column_names]
+        self._starts = [0, *accumulate(map(len, tables))]
         if not len(self):
             raise ValueError(f"{self.source} has no rows; expected one for each image")
-        self.classes = classes_of(labels, names, self.source) if labels else ()
+        self.classes = classes_of(labels, names, self.source)
         self.labels = labels if self.classes else None
 
     def __reduce__(self) -> tuple[type[ParquetImages], tuple[tuple[Path, ...]]]:
@@ -70,7 +72,7 @@ class ParquetImages(ImageSet):
 
     def image(self, index: int) -> Image.Image:
         file, row = self._place(index)
-        data = self._columns[file]["image"][row].as_buffer()
+        data = self._images[file][row].as_buffer()
         if data is None:
             raise ImageError(f"{self.name(index)} has no bytes; only images inside the file can be read")
         return decode_image(memoryview(data), self.name(index))
@@ -83,10 +85,10 @@ class ParquetImages(ImageSet):
         return str(self._files[self._place(index)[0]])
 
     def captions(self, index: int) -> tuple[str, ...]:
-        file, row = self._place(index)
-        if "caption" not in self._columns[file].column_names:
+        if not self._captions:
             return ()
-        value = self._columns[file]["caption"][row].as_py() or ()
+        file, row = self._place(index)
+        value = self._captions[file][row].as_py() or ()
         return (value,) if isinstance(value, str) else tuple(value)
 
     def _place(self, index: int) -> tuple[int, int]:
@@ -123,7 +125,7 @@ def _open_columns(file: Path) -> pyarrow.Table:
 
 
 def _read_columns(file: Path) -> Iterator[pyarrow.RecordBatch]:
-    """Those columns, a few hundred rows at a time, after an empty batch: there may be no rows."""
+    """Those columns, some rows at a time, after an empty batch: there may be no rows."""
     import pyarrow
     import pyarrow.parquet
     import pyarrow.types as types

@@ -11,7 +11,6 @@ from pathlib import Path
 from typing import Any, BinaryIO
 
 import numpy as np
-from jaxtyping import Int64
 from PIL import Image
 
 from vitreg.common.cache import cached
@@ -27,6 +26,7 @@ _IMAGES = ("jpg", "jpeg", "png", "webp")
 _KEY = re.compile(r"((?:.*/)?[^./]+)\.([^/]+)")
 
 _LARGEST = 2**63 - 1
+_IMAGE, _CAPTION = slice(1, 3), slice(3, 5)
 
 _Member = tuple[int, int]
 
@@ -51,40 +51,38 @@ class TarImages(ImageSet):
         self.source = source_of(archives)
         self._archives = tuple(archives)
         index = cached(archives, ".tars.npz", partial(_write_index, archives), _read_index) or _scan(archives)
-        self._archive, self._image, self._caption = index["archive"], index["image"], index["caption"]
-        self._caption_in = str(index["caption_in"])
+        self._places, self._caption_in = index["places"], str(index["caption_in"])
         self._names = PackedStrings(index["names"].tobytes().decode(errors="surrogateescape").split("\0"))
         labels = array("q", index["labels"].tobytes())
-        self.classes = classes_of(labels, read_class_names(archives[0].parent), self.source) if labels else ()
+        self.classes = classes_of(labels, read_class_names(archives[0].parent), self.source)
         self.labels = labels if self.classes else None
 
     def __len__(self) -> int:
         return len(self._names)
 
     def image(self, index: int) -> Image.Image:
-        return decode_image(self._read(index, self._image), self.name(index))
+        return decode_image(self._read(index, _IMAGE), self.name(index))
 
     def name(self, index: int) -> str:
-        return f"{self._archives[self._archive[index]]}, {self._names[index]}"
+        return f"{self.file(index)}, {self._names[index]}"
 
     def file(self, index: int) -> str:
-        return str(self._archives[self._archive[index]])
+        return str(self._archives[self._places[index, 0]])
 
     def captions(self, index: int) -> tuple[str, ...]:
-        data = self._read(index, self._caption)
-        if not data:
-            return ()
-        is_json = self._caption_in == "json"
-        caption = str(_fields(data, self.name(index)).get("caption", "")) if is_json else data.decode(errors="replace")
-        return (caption.strip(),) if caption.strip() else ()
+        data = self._read(index, _CAPTION)
+        if self._caption_in == "json" and data:
+            caption = str(_fields(data, self.name(index)).get("caption", "")).strip()
+        else:
+            caption = data.decode(errors="replace").strip()
+        return (caption,) if caption else ()
 
-    def _read(self, index: int, members: Int64[np.ndarray, "N 2"]) -> bytes:
+    def _read(self, index: int, columns: slice) -> bytes:
         # A file that is open in several processes shares its position; opening it for each read costs little beside
         # decoding, and no number of archives runs out of file descriptors.
-        index = range(len(self))[index]
         try:
-            with self._archives[self._archive[index]].open("rb", buffering=0) as file:
-                return _read(file, *members[index].tolist())
+            with open(self.file(index), "rb", buffering=0) as file:
+                return _read(file, *self._places[index, columns].tolist())
         except OSError as error:
             raise ImageError(f"{self.name(index)} cannot be read ({error.strerror}); check the archive") from None
 
@@ -99,9 +97,9 @@ def _read_index(path: Path) -> dict[str, np.ndarray]:
 
 
 def _scan(archives: Sequence[Path]) -> dict[str, np.ndarray]:
-    """Of every image its name, the number of its archive, its label, and offset and size of it and its caption."""
+    """Of all images the `names`, `labels` and `places`: number of the archive, offset and size of image and caption."""
     names: list[str] = []
-    archive_of, image_at, caption_at, labels = array("q"), array("q"), array("q"), array("q")
+    places, labels = array("q"), array("q")
     label_in = caption_in = ""
     for number, archive in enumerate(archives):
         before, samples = len(names), _samples(archive)
@@ -116,18 +114,14 @@ def _scan(archives: Sequence[Path]) -> dict[str, np.ndarray]:
                 if label_in or "cls" in members:
                     labels.append(_label(file, members, label_in, where))
                 names.append(f"{key}.{image}")
-                archive_of.append(number)
-                image_at.extend(members[image])
-                caption_at.extend(members.get(caption_in, (0, 0)))
+                places.extend((number, *members[image], *members.get(caption_in, (0, 0))))
         if len(names) == before:
             raise ValueError(f"{archive} holds no image; expected members named KEY.{', KEY.'.join(_IMAGES)}")
     return {
         "names": np.frombuffer("\0".join(names).encode(errors="surrogateescape"), np.uint8),
-        "archive": np.array(archive_of, np.int64),
-        "image": np.array(image_at, np.int64).reshape(-1, 2),
-        "caption": np.array(caption_at, np.int64).reshape(-1, 2),
-        "caption_in": np.array(caption_in),
         "labels": np.array(labels, np.int64),
+        "places": np.array(places, np.int64).reshape(-1, 5),
+        "caption_in": np.array(caption_in),
     }
 
 
