@@ -13,28 +13,13 @@ from collections.abc import Callable, Sequence
 import vitreg
 from vitreg.cli.output import INTERRUPTED, first_line, remember
 
-# The words of a command are its module and its function; help shows what its docstring says first.
-COMMANDS = {
-    "diagnose": "Tell whether a model has artifacts: where, from which block on, and what they do to its attention.",
-    "attention": "Write the attention maps of a block: every head and their mean, as images and as arrays.",
-    "fix": "Move a model's artifacts into registers, without training, and save the fixed model.",
-    "compare": "Show a model before and after: norms, attention, features, and whether the artifacts are gone.",
-    "discover": "Find the main object of every image, without labels or training.",
-    "evaluate all": "Ask every probe with its default protocol, and object discovery: one table, as in the paper.",
-    "evaluate knn": "Classify images by their nearest labeled neighbors: the protocol of DINO and DINOv2.",
-    "evaluate linear": "Train DINOv2's grid of linear classifiers on class token and patches; the best counts.",
-    "evaluate zero-shot": "Classify images by sentences about the classes, with the text tower of a CLIP or SigLIP.",
-    "evaluate tokens": "Classify images from one token: class token, a normal patch, an outlier, a register (Table 1).",
-    "evaluate position": "Ask patches where they are: what normal patches and outliers know of their place (Table 5).",
-    "evaluate reconstruction": "Ask patches for their pixels: what normal patches and outliers hold (Table 5).",
-    "evaluate segmentation": "Name the class of every pixel with a linear head on patch features; mIoU.",
-    "evaluate depth": "Tell the depth of every pixel with a linear head on patch features; RMSE.",
-    "evaluate discovery": "Measure CorLoc: in how many images the box that LOST finds is an object's.",
-    "train": "Train a Vision Transformer with registers, and record when artifacts appear.",
-    "timeline": "Draw when artifacts appear in training runs: norms by block, by step and by model size.",
-    "models": "List checkpoints by name: parameters, patch size, registers, license.",
-    "demo": "Diagnose two small models, without and with registers, fix the first, and discover objects with each.",
-}
+PROBES = ("knn", "linear", "zero-shot", "tokens", "position", "reconstruction", "segmentation", "depth")
+COMMANDS = (
+    *("diagnose", "attention", "fix", "compare", "discover"),
+    *("evaluate all", *(f"evaluate {probe}" for probe in PROBES), "evaluate discovery"),
+    *("train", "timeline", "models", "demo"),
+)
+"""The words of a command are its module and its function; help shows what its docstring says first."""
 
 GROUPS = {"evaluate": "Ask what the features of models are worth, and what their tokens know."}
 """Commands of two words, by the first."""
@@ -115,12 +100,12 @@ def _call(name: str, args: list[str]) -> int:
 
 def _help(group: str) -> str:
     """The commands, or those of a group."""
-    from vitreg.cli.help import commands_help
+    from vitreg.cli.help import commands_help, first_sentence
 
-    names = [(*name.rpartition(" ")[::2], says) for name, says in COMMANDS.items()]
-    lines = {last: says for first, last, says in names if first == group} | ({} if group else GROUPS)
+    names = {name: name.rpartition(" ")[::2] for name in COMMANDS}
+    lines = {word: first_sentence(command(name)) for name, (first, word) in names.items() if first == group}
     about = GROUPS.get(group, "Find the artifacts of any Vision Transformer, and see what they do.")
-    return commands_help(f"vitreg {group}".strip(), about, lines)
+    return commands_help(f"vitreg {group}".strip(), about, lines | ({} if group else GROUPS))
 
 
 if __name__ == "__main__":

@@ -4,11 +4,11 @@ from __future__ import annotations
 
 import dataclasses
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Literal
+from typing import TYPE_CHECKING, Annotated
 
 from tyro.conf import Positional, arg
 
-from vitreg.cli.options import Batching, Images, ModelOptions, Size, writable_folder
+from vitreg.cli.options import Batching, Images, ModelOptions, Runtime, Size, writable_folder
 from vitreg.cli.output import INTERRUPTED, command_line, print_json, print_skipped, progress
 
 if TYPE_CHECKING:
@@ -27,8 +27,7 @@ def compare(
     images: Images,
     *,
     architecture: str | None = None,
-    device: str = "auto",
-    dtype: Literal["float32", "bfloat16", "float16"] = "float32",
+    runtime: Runtime = Runtime(),
     size: Size | None = None,
     out: Path = Path("vitreg-out/compare"),
     reading: Batching = Batching(),
@@ -46,15 +45,15 @@ def compare(
         after: the second model: a fix of it, or one trained with registers.
         images: files, folders or globs.
         architecture: timm's name of the architecture, for files that do not say it.
-        device: cpu, cuda, mps; auto takes a GPU where there is one.
-        dtype: of weights and activations.
+        runtime: where they run.
         size: side of what the models see in pixels, or height and width; by default the first model's.
         out: folder for the report.
         reading: which images, and how many at a time.
         json: print the result as JSON.
     """
     out = writable_folder(out)
-    one, two = (ModelOptions(name, architecture, device, dtype, size).load() for name in (before, after))
+    options = {"architecture": architecture, "size": size, **dataclasses.asdict(runtime)}
+    one, two = (ModelOptions(name, **options).load() for name in (before, after))
     return compare_models(one, two, images, out, reading, json=json)
 
 

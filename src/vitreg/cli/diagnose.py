@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Literal
 
 from vitreg.cli.options import Batching, Images, ModelOptions, writable_folder
 from vitreg.cli.output import INTERRUPTED, command_line, print_json, print_skipped, progress
@@ -19,7 +19,7 @@ def diagnose(
     model: ModelOptions,
     out: Path = Path("vitreg-out/diagnose"),
     threshold: str = "auto",
-    block: str = "auto",
+    block: int | Literal["auto"] = "auto",
     reading: Batching = Batching(),
     json: bool = False,
 ) -> int:
@@ -48,7 +48,7 @@ def diagnose(
             vit,
             images,
             threshold=threshold,
-            block=block if block == "auto" else _integer("--block", block),
+            block=block,
             **dataclasses.asdict(reading),
             keep_partial=True,
             on_progress=on_progress,
@@ -56,13 +56,6 @@ def diagnose(
     report = diagnosis.save(out, command=command_line())
     _print_diagnosis(diagnosis, report, as_json=json)
     return INTERRUPTED if diagnosis.interrupted else 0
-
-
-def _integer(flag: str, text: str) -> int:
-    try:
-        return int(text)
-    except ValueError:
-        raise ValueError(f"{flag} {text!r} is not a block; give auto or a number") from None
 
 
 def _print_diagnosis(diagnosis: Diagnosis, report: Path, *, as_json: bool) -> None:

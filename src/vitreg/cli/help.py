@@ -84,6 +84,11 @@ def explanations(takes: Any) -> dict[str, str]:
     return explained
 
 
+def first_sentence(command: Callable[..., Any]) -> str:
+    """What a command does, in a line."""
+    return (command.__doc__ or "").splitlines()[0]
+
+
 def command_help(name: str, command: Callable[..., Any]) -> str:
     """What `--help` of a command prints; what must be given comes first."""
     found = sorted(flags(command), key=lambda flag: flag.default is not MISSING)

@@ -22,21 +22,30 @@ _locks: list[TextIO | None] = []
 """Of the folders that the command writes to."""
 
 
+@dataclass(frozen=True, kw_only=True)
+class Runtime:
+    """Where models run.
+
+    Attributes:
+        device: cpu, cuda, mps; auto takes a GPU where there is one.
+        dtype: of weights and activations.
+    """
+
+    device: str = "auto"
+    dtype: Literal["float32", "bfloat16", "float16"] = "float32"
+
+
 @dataclass(frozen=True)
-class Checkpoint:
+class Checkpoint(Runtime):
     """The model, and where it runs.
 
     Attributes:
         model: short name (see vitreg models), timm name, hub repository, open_clip:ARCH/PRETRAINED, or a file.
         architecture: timm's name of the architecture, for a file that does not say it.
-        device: cpu, cuda, mps; auto takes a GPU where there is one.
-        dtype: of weights and activations.
     """
 
     model: str
     architecture: str | None = None
-    device: str = "auto"
-    dtype: Literal["float32", "bfloat16", "float16"] = "float32"
 
     def load(self) -> VisionTransformer:
         """The model, ready to look at images."""
@@ -80,7 +89,7 @@ class ModelOptions(Checkpoint):
         return vit
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, kw_only=True)
 class Reading:
     """Which images.
 
@@ -97,7 +106,7 @@ class Reading:
             positive("--limit", self.limit)
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, kw_only=True)
 class Batching(Reading):
     """Which images, and how many at a time.
 

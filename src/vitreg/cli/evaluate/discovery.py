@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json as jsonlib
 import sys
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
 from vitreg.cli.evaluate.options import check_models
-from vitreg.cli.options import Checkpoint, positive, writable_folder
+from vitreg.cli.options import Checkpoint, Runtime, positive, writable_folder
 from vitreg.cli.output import INTERRUPTED, print_json, progress
 from vitreg.common.disk import replace_text
 from vitreg.common.words import safe_name
@@ -23,8 +24,7 @@ def discovery(
     models: tuple[str, ...],
     sweep: tuple[Axis, ...] = (),
     out: Path = Path("vitreg-out/evaluate-discovery"),
-    device: str = "auto",
-    dtype: Literal["float32", "bfloat16", "float16"] = "float32",
+    runtime: Runtime = Runtime(),
     batch_size: int = 8,
     limit: int | None = None,
     json: bool = False,
@@ -43,8 +43,7 @@ def discovery(
         models: names or files, as for --model; the others are compared with the first.
         sweep: any of blocks, facets, normalize, center, bias.
         out: folder for results, and of an earlier run to continue.
-        device: cpu, cuda, mps; auto takes a GPU where there is one.
-        dtype: of weights and activations.
+        runtime: where the models run.
         batch_size: images of equal size at a time.
         limit: so many images only, from all over the set.
         json: print discovery.json.
@@ -65,7 +64,7 @@ def discovery(
     found, names = {}, short_names(models)
     try:
         for name in models:
-            vit = Checkpoint(name, device=device, dtype=dtype).load()
+            vit = Checkpoint(name, **dataclasses.asdict(runtime)).load()
             record = out / f"boxes-{safe_name(name)}.jsonl"
             with progress(f"looking at images with {name}") as on_progress:
                 boxes = find_boxes(

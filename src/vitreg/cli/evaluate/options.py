@@ -6,7 +6,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
-from vitreg.cli.options import Batching, Size, positive, sides
+from vitreg.cli.options import Batching, Runtime, Size, positive, sides
 
 if TYPE_CHECKING:
     from vitreg.probes.evaluation import EvalData
@@ -78,7 +78,7 @@ class EvaluationData:
 
 
 @dataclass(frozen=True, kw_only=True)
-class EvaluationOptions(Batching):
+class EvaluationOptions(Batching, Runtime):
     """Models and images.
 
     Attributes:
@@ -92,8 +92,6 @@ class EvaluationOptions(Batching):
             protocol's: 224, 512 and 480 for the short side of segmentation and depth, zero-shot the checkpoint's own.
         quick: cut the protocols to the data at hand (fewer steps, draws and sentences); such figures are called quick.
         patch_images: keep the patch tokens of so many images (5 GB for a ViT-L/14); segmentation and depth keep all.
-        device: cpu, cuda, mps; auto takes a GPU where there is one.
-        dtype: of weights and activations.
         batch_size: images at a time, when features are computed.
         json: print evaluation.json.
     """
@@ -105,8 +103,6 @@ class EvaluationOptions(Batching):
     size: Size | None = None
     quick: bool = False
     patch_images: int = 10000
-    device: str = "auto"
-    dtype: Literal["float32", "bfloat16", "float16"] = "float32"
     json: bool = False
 
     def __post_init__(self) -> None:
