@@ -178,7 +178,7 @@ def check_batch(batch: Tensor, first: int = 0) -> Float[Tensor, "B 3 H W"]:
     if not batch.is_floating_point():
         raise ValueError(f"images holds {str(batch.dtype).removeprefix('torch.')} values, models take floats; {advice}")
     if batch.numel():
-        lowest, highest = batch.flatten(1).aminmax(dim=1)
+        lowest, highest = batch.flatten(1).amin(1), batch.flatten(1).amax(1)  # `aminmax` takes eight times as long
         if bad := (~(lowest + highest).isfinite()).nonzero().flatten().tolist():
             raise ValueError(
                 f"image {first + bad[0]} (counted from 0) holds values that are not finite, as do {len(bad)} of "

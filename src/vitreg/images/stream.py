@@ -13,6 +13,7 @@ import torch
 from jaxtyping import Float, UInt8
 from torch import Tensor
 
+from vitreg.common.devices import available_cores
 from vitreg.images.ahead import map_ahead
 from vitreg.images.files import ImageFiles
 from vitreg.images.labeled import ImageSet
@@ -53,8 +54,9 @@ _Decoded = tuple[int, _Pixels | ImageError]
 class ImageStream:
     """Batches of preprocessed images, any number of them; iterate as often as you like.
 
-    Threads decode while the model computes. They stay at most `_BATCHES_AHEAD` batches ahead, so memory does
-    not grow with the number of images, and they end with the iteration, also when it is left early.
+    Threads decode while the model computes, at most `_BATCHES_AHEAD` batches ahead, so that memory does not grow with
+    the number of images; where the model needs all cores itself, they decode a batch while it waits for that. They end
+    with the iteration, also when it is left early.
 
     Skipped images are made up for by those that follow: only the last batch may be short. But where images
     come out in different sizes (`Preprocess(crop="none")`), a batch ends where the size changes.
@@ -118,8 +120,16 @@ class ImageStream:
             it is left early.
         """
         skipped = self.skipped = []
-        ahead = _BATCHES_AHEAD * self.batch_size
-        with closing(map_ahead(self._decode, self.numbers, ahead=ahead, num_threads=self.num_threads)) as decoded:
+        # Where the model computes on all cores, it and the threads would wait for each other.
+        in_bursts = torch.device(self.device or "cpu").type == "cpu" and torch.get_num_threads() >= available_cores()
+        decoded = map_ahead(
+            self._decode,
+            self.numbers,
+            ahead=self.batch_size if in_bursts else _BATCHES_AHEAD * self.batch_size,
+            num_threads=self.num_threads,
+            in_bursts=in_bursts,
+        )
+        with closing(decoded):
             for part, members in groupby(decoded, lambda one: one[0] // size):
                 yield part, self._batches(members, skipped)
 

@@ -122,16 +122,7 @@ class Preprocess:
     def normalize(self, pixels: UInt8[Tensor, "*batch 3 h w"]) -> Float[Tensor, "*batch 3 h w"]:
         """Values 0..255 to the model's float32, on the pixels' device: `(pixels / 255 - mean) / std`."""
         scale, shift = self._scale_and_shift(pixels.device)
-        if pixels.device.type != "cpu":
-            return pixels.to(torch.float32).mul_(scale).add_(shift)
-        images = torch.empty(pixels.shape)
-        # Image by image it stays in the cache. And by numpy, because torch's threads would spin, waiting
-        # for the cores `images.ImageStream` decodes on: half a core-millisecond an image on two cores.
-        flat = pixels.reshape(-1, *pixels.shape[-3:]).numpy()
-        for source, target in zip(flat, images.view(flat.shape).numpy(), strict=True):
-            np.multiply(source, scale.numpy(), out=target)
-            target += shift.numpy()
-        return images
+        return pixels.to(torch.float32).mul_(scale).add_(shift)
 
     def unnormalize(self, images: Float[Tensor, "*batch 3 h w"]) -> UInt8[Tensor, "*batch 3 h w"]:
         """Back from the model's values to 0..255, rounded; exact for what `normalize` returned."""
