@@ -14,7 +14,7 @@ from peers import timm_model
 from vitreg import discover_objects
 from vitreg.discovery.protocol import DEFAULT, Protocol
 from vitreg.discovery.summary import describe, hits, summarize
-from vitreg.discovery.sweep import AXES, find_boxes, settings
+from vitreg.discovery.sweep import VALUES, find_boxes, settings
 from vitreg.images import BoxedImage, BoxSet
 
 CHOICES = [Protocol("keys", -1, False, False), Protocol("values", -2, True, True, 0.05), Protocol("tokens", -1, True)]
@@ -45,7 +45,7 @@ def test_the_sweep_of_the_issue_has_48_settings():
 
 
 def test_a_bias_goes_with_normalized_features_only():
-    assert {p.bias for p in settings(AXES) if not p.normalize} == {0.0}
+    assert {p.bias for p in settings(list(VALUES)) if not p.normalize} == {0.0}
     assert len({p.bias for p in settings(["bias", "normalize"]) if p.normalize}) > 5
 
 

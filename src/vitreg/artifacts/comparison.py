@@ -85,13 +85,13 @@ class Comparison(Findings):
 
     def to_dict(self) -> dict[str, Any]:
         """Everything in JSON types; `docs/registers.md` describes the keys."""
-        before, after = self.before.to_dict(), self.after.to_dict()
+        values = to_json(vars(self))
         return {
             "format": "vitreg-comparison/1",
             "version": metadata.version("vitreg"),
             "block": (self.before if self.before.has_artifacts else self.after).block,
-            **{key: before[key] for key in ("grid", "image_size", "num_images", "skipped", "interrupted")},
-            **to_json({**vars(self), "before": before, "after": after}),
+            **{key: values["before"][key] for key in ("grid", "image_size", "num_images", "skipped", "interrupted")},
+            **values,
         }
 
     def _write_page(self, summary: dict[str, Any], path: Path) -> Path:

@@ -27,7 +27,7 @@ from vitreg.artifacts.threshold import parse_rule, threshold_step
 from vitreg.artifacts.verdict import position_kind, write_verdict
 from vitreg.checkpoints import from_module
 from vitreg.common.progress import OnProgress
-from vitreg.images import Batches, Images, SkippedImage
+from vitreg.images import Batches, Images, SkippedImage, no_images
 from vitreg.model import Trace, VisionTransformer
 
 Seen = TypeVar("Seen")
@@ -253,8 +253,7 @@ def look_through(
         for vit, was_training in zip(models, training, strict=True):
             vit.train(was_training)
     if not done:
-        reason = f": {batches.skipped[0].reason}" if batches.skipped else ""
-        raise ValueError(f"there were no images to look at{reason}")
+        raise no_images(batches.skipped)
     return {"skipped": batches.skipped, "interrupted": interrupted, "seconds": time.perf_counter() - start}
 
 

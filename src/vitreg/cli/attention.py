@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Literal
 
 from vitreg.cli.options import Images, ModelOptions, Reading, writable_folder
 from vitreg.cli.output import INTERRUPTED, print_json, print_skipped, progress, unused
+from vitreg.common.json_types import to_json
 
 if TYPE_CHECKING:
     from vitreg import VisionTransformer
@@ -49,7 +50,7 @@ def attention(
         json: print what was written as JSON.
     """
     from vitreg.common.words import counted
-    from vitreg.images import ImageStream, find_images, spaced
+    from vitreg.images import ImageStream, find_images, no_images, spaced
 
     out = writable_folder(out)
     # What follows --queries up to the next flag is taken for a query, images too.
@@ -71,9 +72,9 @@ def attention(
                 on_progress(len(names), len(paths))
         except KeyboardInterrupt:
             interrupted = True
-    skipped = [{"path": str(skip.path), "reason": skip.reason} for skip in stream.skipped]
     if not written and not interrupted:
-        raise ValueError(f"there were no images to look at{': ' + skipped[0]['reason'] if skipped else ''}")
+        raise no_images(stream.skipped)
+    skipped = to_json(stream.skipped)
     if json:
         print_json({"maps": written, "skipped": skipped, "interrupted": interrupted})
     else:

@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Any
 from vitreg.cli.options import Batching, Checkpoint, Images, writable_folder
 from vitreg.cli.output import INTERRUPTED, print_json, print_skipped, progress, unused
 from vitreg.common.disk import replace_text, replacing
+from vitreg.common.json_types import to_json
 from vitreg.discovery.protocol import DEFAULT, Method, Protocol
 
 if TYPE_CHECKING:
@@ -50,7 +51,7 @@ def discover(
     """
     from vitreg.common.words import counted
     from vitreg.discovery.discover import detect, native_stream
-    from vitreg.images import find_images, spaced
+    from vitreg.images import find_images, no_images, spaced
 
     out = writable_folder(out)
     paths = spaced(find_images(images), reading.limit)
@@ -75,9 +76,9 @@ def discover(
                 on_progress(len(entries), len(paths))
         except KeyboardInterrupt:
             interrupted = True
-    skipped = [{"path": str(skip.path), "reason": skip.reason} for skip in stream.skipped]
     if not entries and not interrupted:
-        raise ValueError(f"there were no images to look at{': ' + skipped[0]['reason'] if skipped else ''}")
+        raise no_images(stream.skipped)
+    skipped = to_json(stream.skipped)
     found = {
         "format": "vitreg-detections/1",
         "version": metadata.version("vitreg"),

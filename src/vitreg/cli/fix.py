@@ -10,6 +10,7 @@ from vitreg.cli.compare import compare_models
 from vitreg.cli.options import Batching, Images, ModelOptions, positive, writable_folder
 from vitreg.cli.output import print_json, print_skipped, progress
 from vitreg.common.disk import writing
+from vitreg.common.json_types import to_json
 
 
 def fix(
@@ -55,7 +56,7 @@ def fix(
     batches = Batches(images, vit.preprocess, device=device, **dataclasses.asdict(reading))
     with progress("looking for the units that write them") as on_progress:
         fixed = vitreg.add_test_time_registers(vit, batches, count=count, on_progress=on_progress)
-    skipped = [{"path": str(skip.path), "reason": skip.reason} for skip in batches.skipped]
+    skipped = to_json(batches.skipped)
     if fixed.num_registers == vit.num_registers:
         reason = fixed.config.changes[-1]
         if json:

@@ -4,16 +4,15 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Mapping
-from pathlib import Path
 from typing import Any
-
-import numpy as np
 
 
 def to_json(value: Any) -> Any:
-    """A value in JSON types: dataclasses and named tuples by their fields, arrays to six digits, paths as text."""
-    if isinstance(value, np.ndarray):
-        return np.round(value, 6).tolist()
+    """A value in JSON types: by its `to_dict`, or its fields where it has them; arrays to six digits."""
+    if hasattr(value, "to_dict"):
+        return value.to_dict()
+    if hasattr(value, "tolist"):
+        return value.round(6).tolist()
     if dataclasses.is_dataclass(value):
         value = vars(value)
     elif hasattr(value, "_asdict"):
@@ -22,4 +21,4 @@ def to_json(value: Any) -> Any:
         return {key: to_json(one) for key, one in value.items()}
     if isinstance(value, list | tuple):
         return [to_json(one) for one in value]
-    return str(value) if isinstance(value, Path) else value
+    return value

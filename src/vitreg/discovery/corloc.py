@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-
 import numpy as np
+import torch
 from jaxtyping import Bool, Float64, Shaped
+from torchvision.ops import box_iou
 
 from vitreg.common.bootstrap import RESAMPLES, percentile_interval, resampled_sums
 
@@ -13,21 +13,14 @@ IOU = 0.5
 """Intersection over union from which on an object counts as found."""
 
 
-def iou(box: Sequence[float | int], others: Shaped[np.ndarray, "n 4"]) -> Float64[np.ndarray, " n"]:
-    """Intersection over union of a box with each of others, x0, y0, x1, y1; as `torchvision.ops.box_iou` in float64."""
-    one, many = np.asarray(box, dtype=np.float64), np.asarray(others, dtype=np.float64)
-    sides = np.clip(np.minimum(one[2:], many[:, 2:]) - np.maximum(one[:2], many[:, :2]), 0, None)
-    shared = sides.prod(1)
-    return shared / ((one[2:] - one[:2]).prod() + (many[:, 2:] - many[:, :2]).prod(1) - shared)
-
-
-def is_found(box: Sequence[float | int], truth: Shaped[np.ndarray, "n 4"]) -> bool:
-    """Whether the box has an IoU of at least 0.5 with any box of the truth.
+def are_found(boxes: Shaped[np.ndarray, "boxes 4"], truth: Shaped[np.ndarray, "n 4"]) -> Bool[np.ndarray, " boxes"]:
+    """Whether each box (x0, y0, x1, y1) has an IoU of at least 0.5 with any box of the truth.
 
     CorLoc (Deselaers et al. 2010; `valeoai/LOST`, `main_lost.py`) is the share of images where it does. Images
     without any true box are left out of it.
     """
-    return bool((iou(box, truth) >= IOU).any())
+    found = box_iou(*(torch.as_tensor(many, dtype=torch.float64) for many in (boxes, truth)))
+    return (found >= IOU).any(1).numpy()
 
 
 def bootstrap_interval(

@@ -10,7 +10,7 @@ from typing import Any
 import numpy as np
 from jaxtyping import Bool
 
-from vitreg.discovery.corloc import bootstrap_interval, half, is_found
+from vitreg.discovery.corloc import are_found, bootstrap_interval, half
 from vitreg.discovery.protocol import DEFAULT, Protocol
 from vitreg.images import BoxedImage, BoxSet, image_size
 
@@ -29,9 +29,7 @@ def hits(
     boxes: Sequence[Sequence[Sequence[float | int]]], images: Sequence[BoxedImage]
 ) -> Bool[np.ndarray, "settings n"]:
     """Whether each setting found an object of each image, from boxes by image and setting."""
-    return np.array(
-        [[is_found(box, image.boxes) for box in row] for row, image in zip(boxes, images, strict=True)], dtype=bool
-    ).T
+    return np.stack([are_found(np.array(row), image.boxes) for row, image in zip(boxes, images, strict=True)], axis=1)
 
 
 def summarize(

@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
+import itertools
 import json
 from collections.abc import Sequence
 from dataclasses import asdict
 from pathlib import Path
-from typing import Any, get_args
+from typing import Any
 
 import torch
 
@@ -20,11 +21,14 @@ from vitreg.images import BoxedImage, image_size
 from vitreg.images.files import ImageFiles
 from vitreg.model import VisionTransformer
 
-AXES: tuple[Axis, ...] = get_args(Axis)
-
-LAST_BLOCKS = (-4, -3, -2, -1)
-ATTENTION_FACETS = ("queries", "keys", "values")
-BIASES = (-0.4, -0.3, -0.2, -0.1, -0.05, 0.0, 0.05, 0.1)
+VALUES: dict[Axis, tuple[Any, ...]] = {
+    "blocks": (-4, -3, -2, -1),
+    "facets": ("queries", "keys", "values"),
+    "normalize": (False, True),
+    "center": (False, True),
+    "bias": (-0.4, -0.3, -0.2, -0.1, -0.05, 0.0, 0.05, 0.1),
+}
+"""Of every axis what a sweep goes over."""
 
 Box = list[int]
 
@@ -39,23 +43,14 @@ def settings(axes: Sequence[str]) -> list[Protocol]:
     Raises:
         ValueError: an axis is unknown.
     """
-    if unknown := [axis for axis in axes if axis not in AXES]:
-        raise ValueError(f"sweep {unknown[0]!r} is unknown; choose from {', '.join(AXES)}")
+    if unknown := [axis for axis in axes if axis not in VALUES]:
+        raise ValueError(f"sweep {unknown[0]!r} is unknown; choose from {', '.join(VALUES)}")
     if not axes:
         return []
-    blocks = LAST_BLOCKS if "blocks" in axes else (DEFAULT.block,)
-    facets = ATTENTION_FACETS if "facets" in axes else (DEFAULT.facet,)
-    lengths = (False, True) if "normalize" in axes else (DEFAULT.normalize,)
-    centers = (False, True) if "center" in axes else (DEFAULT.center,)
-    biases = BIASES if "bias" in axes else (0.0,)
-    return [
-        Protocol(facet, block, normalize, center, bias)
-        for block in blocks
-        for facet in facets
-        for normalize in lengths
-        for center in centers
-        for bias in (biases if normalize else (0.0,))
-    ]
+    fixed: tuple[Any, ...] = (DEFAULT.block, DEFAULT.facet, DEFAULT.normalize, DEFAULT.center, 0.0)
+    chosen = (values if axis in axes else (one,) for (axis, values), one in zip(VALUES.items(), fixed, strict=True))
+    every = [Protocol(facet, block, *rest) for block, facet, *rest in itertools.product(*chosen)]
+    return [protocol for protocol in every if protocol.normalize or not protocol.bias]
 
 
 def find_boxes(

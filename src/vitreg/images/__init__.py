@@ -10,7 +10,7 @@ from vitreg.images.labeled import ImageSet, Subset, spaced, spaced_indices
 from vitreg.images.masks import IGNORED, SegmentationSet, open_segmentation
 from vitreg.images.reading import EXTENSIONS, MAX_PIXELS, ImageError, as_rgb, find_images, image_size, read_image
 from vitreg.images.sets import check_classes, open_image_set, open_split
-from vitreg.images.stream import ImageBatch, ImageStream, SkippedImage
+from vitreg.images.stream import ImageBatch, ImageStream, SkippedImage, no_images
 
 __all__ = [
     "EXTENSIONS",
@@ -38,6 +38,7 @@ __all__ = [
     "image_size",
     "in_memory",
     "map_ahead",
+    "no_images",
     "open_box_set",
     "open_depth",
     "open_image_set",

@@ -31,6 +31,15 @@ class SkippedImage:
     reason: str
     number: int = field(default=-1, compare=False)
 
+    def to_dict(self) -> dict[str, str]:
+        """As results list it."""
+        return {"path": str(self.path), "reason": self.reason}
+
+
+def no_images(skipped: Sequence[SkippedImage]) -> ValueError:
+    """The error where no image was left to look at."""
+    return ValueError(f"there were no images to look at{f': {skipped[0].reason}' if skipped else ''}")
+
 
 @dataclass(frozen=True, eq=False)
 class ImageBatch:
