@@ -15,8 +15,8 @@ from vitreg.checkpoints.weight_names import TIMM
 from vitreg.checkpoints.weights import split, tensor_for
 from vitreg.model import RopeConfig, VisionTransformer, ViTConfig
 
-# What a timm architecture need not match: free, or said elsewhere.
-_FREE = ("name", "architecture", "changes", "preprocess", "position_interpolation")
+# What an architecture of another library need not match: free, or said elsewhere.
+FREE = ("name", "architecture", "changes", "preprocess", "position_interpolation")
 
 
 def to_timm_state(vit: VisionTransformer) -> tuple[dict[str, Tensor], dict[str, Any]]:
@@ -52,7 +52,7 @@ def timm_architecture(config: ViTConfig) -> tuple[str, dict[str, Any], nn.Module
         "eva02_base_patch14_224",  # RoPE, norms inside attention and MLP
         "vit_small_patch16_dinov3",  # RoPE, epsilon 1e-5
     )
-    differences: list[list[str]] = []
+    nearest: list[list[str]] = []
     for name in dict.fromkeys((config.architecture, *generic)):
         if not timm.is_model(name):
             continue
@@ -66,14 +66,14 @@ def timm_architecture(config: ViTConfig) -> tuple[str, dict[str, Any], nn.Module
                 empty = timm.create_model(name, **kwargs)
         except AssertionError:  # timm's parallel blocks refuse norms inside attention and MLP
             continue
-        different = _differences(config, from_timm(empty).config)
+        different = differences(config, from_timm(empty).config)
         if not different:
             return name, kwargs, empty
-        differences.append(different)
-    raise _unsupported(", ".join(min(differences, key=len)))
+        nearest.append(different)
+    raise _unsupported(", ".join(min(nearest, key=len)))
 
 
-def _differences(ours: ViTConfig, theirs: ViTConfig) -> list[str]:
+def differences(ours: ViTConfig, theirs: ViTConfig, free: tuple[str, ...] = FREE) -> list[str]:
     """Fields in which an architecture cannot be what the config asks for, as `name=value`."""
     found = []
     for field in dataclasses.fields(ViTConfig):
@@ -86,7 +86,7 @@ def _differences(ours: ViTConfig, theirs: ViTConfig) -> list[str]:
             continue  # written as zeros, or ones, where the architecture has it
         elif (field.name == "key_bias" and not ours.qkv_bias) or (field.name == "head_bias" and not ours.num_classes):
             continue
-        if a != b and field.name not in _FREE:
+        if a != b and field.name not in free:
             found.append(f"{field.name}={a!r}")
     return found
 

@@ -11,11 +11,11 @@ import torch
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
-from vitreg.checkpoints.from_transformers import ACTIVATIONS, ATTRIBUTES, check_class, dinov3_rope
+from vitreg.checkpoints.from_transformers import ACTIVATIONS, ATTRIBUTES, check_class, dinov3_rope, from_transformers
 from vitreg.checkpoints.hub import import_optional, quiet_transformers
 from vitreg.checkpoints.processors import processor_from_preprocess
 from vitreg.checkpoints.state import UnsupportedByFormat
-from vitreg.checkpoints.to_timm import snap, theta_of, timm_architecture
+from vitreg.checkpoints.to_timm import FREE, differences, snap, theta_of, timm_architecture
 from vitreg.checkpoints.weights import split, tensor_for
 from vitreg.common.disk import replace_text, replacing
 from vitreg.model import VisionTransformer, ViTConfig
@@ -33,6 +33,11 @@ def to_transformers_folder(vit: VisionTransformer, folder: Path) -> None:
     options = {"add_pooling_layer": False} if name == "ViTModel" else {}
     with torch.device("meta"):  # weights follow; the random ones would take a minute for a giant model
         model = kind(kind.config_class(**kwargs), **options)
+    # What reads back as another model has a part that no refusal below names. CLIP norms a pooled class token, and
+    # heads that read less than transformers' are widened.
+    free = (*FREE, "pool", "pool_heads", "final_norm", "fc_norm")
+    if different := differences(vit.config, from_transformers(model).config, free):
+        raise _unsupported(vit.config, ", ".join(different))
     names, weights = check_class(kind).family.names, split(vit)
     state = {key: _tensor(weights, names.ours(key), like, vit.config) for key, like in model.state_dict().items()}
     model.load_state_dict(state, assign=True)
