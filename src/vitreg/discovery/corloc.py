@@ -19,7 +19,7 @@ def are_found(boxes: Shaped[np.ndarray, "boxes 4"], truth: Shaped[np.ndarray, "n
     CorLoc (Deselaers et al. 2010; `valeoai/LOST`, `main_lost.py`) is the share of images where it does. Images
     without any true box are left out of it.
     """
-    found = box_iou(*(torch.as_tensor(many, dtype=torch.float64) for many in (boxes, truth)))
+    found = box_iou(torch.as_tensor(boxes, dtype=torch.float64), torch.as_tensor(truth, dtype=torch.float64))
     return (found >= IOU).any(1).numpy()
 
 

@@ -9,7 +9,6 @@ from itertools import islice
 import numpy as np
 import torch
 import torch.nn.functional as F
-from jaxtyping import Float
 from torch import Tensor
 
 from vitreg.artifacts import BlockNorms, Diagnosis
@@ -54,8 +53,8 @@ class HeldBack:
         images = list(islice((image for batch, _ in batches for image in batch), MOST))
         if not images:
             raise ValueError("none of the images that are held back to judge a fix can be read; give more, or others")
-        self._batches = [torch.stack(chunk) for chunk in _chunks(images, 16)]
-        self.num_images = sum(map(len, self._batches))
+        self._batches = torch.stack(images).split(16)
+        self.num_images = len(images)
         self._features = [vit.pool(vit(batch)).float() for batch in self._batches]
         self._limits = torch.tensor([outlier_limit(block) for block in diagnosis.blocks])
         self.original = self.effect(vit).outliers
@@ -63,8 +62,7 @@ class HeldBack:
     @torch.inference_mode()
     def effect(self, vit: VisionTransformer) -> Effect:
         """How many outliers a changed model has, and how far it is from the original."""
-        above, similarity = torch.zeros(len(self._limits)), 0.0
-        num_patches = 0
+        above, similarity, num_patches = torch.zeros(len(self._limits)), 0.0, 0
         for batch, original in zip(self._batches, self._features, strict=True):
             trace = vit.trace(batch)
             norms = trace.patch_norms.flatten(1).cpu()
@@ -82,12 +80,8 @@ def outlier_limit(block: BlockNorms) -> float:
     """
     if block.threshold is None:
         return float("inf")
-    edges, counts = np.array(block.histogram[0]), np.array(block.histogram[1])
-    clean = np.where(edges[:-1] * edges[1:] < block.threshold**2, counts, 0)
+    edges = np.array(block.histogram.edges)
+    clean = np.where(edges[:-1] * edges[1:] < block.threshold**2, block.histogram.counts, 0)
     below = np.cumsum(clean)
     p99 = edges[1:][np.searchsorted(below, 0.99 * below[-1])]
     return float(min(block.threshold, max(2 * p99, edges[1:][clean > 0].max())))
-
-
-def _chunks(images: list[Float[Tensor, "3 H W"]], size: int) -> list[list[Tensor]]:
-    return [images[i : i + size] for i in range(0, len(images), size)]

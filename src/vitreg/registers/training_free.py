@@ -93,11 +93,7 @@ def add_test_time_registers(
 
 
 def _search(
-    vit: VisionTransformer,
-    images: Images,
-    count: int,
-    batch_size: int,
-    on_progress: OnProgress | None,
+    vit: VisionTransformer, images: Images, count: int, batch_size: int, on_progress: OnProgress | None
 ) -> VisionTransformer:
     """Choose units and weight by the images, and move."""
     device = next(vit.parameters()).device
@@ -127,11 +123,8 @@ def _search(
     held_back = HeldBack(vit, diagnosis, rest)
     units, num_ranked = _choose_units(vit, finding, diagnosis, held_back, count, on_progress)
     if not units:
-        return _unchanged(
-            vit,
-            f"Moving up to {num_ranked} MLP units of blocks 0 to {diagnosis.onset_block} removes no outliers, so "
-            f"something else writes them. Use a checkpoint trained with registers.",
-        )
+        reason = f"Moving up to {num_ranked} MLP units of blocks 0 to {diagnosis.onset_block} removes no outliers, so "
+        return _unchanged(vit, f"{reason}something else writes them. Use a checkpoint trained with registers.")
     weight, effect = _choose_weight(vit, units, count, held_back, diagnosis)
     they_are, leave = ("It is", "leaves") if len(units) == 1 else ("They are", "leave")
     said = (
