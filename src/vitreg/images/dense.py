@@ -23,8 +23,6 @@ _NAMED = 3
 _HEADERS_AHEAD = 256
 _TARGETS_AHEAD = 32
 
-PARTS = ("train", "val")
-
 Pair = tuple[str, str]
 Targets = TypeVar("Targets", bound="DenseSet")
 Read = TypeVar("Read")
@@ -207,7 +205,6 @@ def open_folders(
     """
     if not folder.is_dir():
         raise ValueError(f"{folder} is not a folder; give one with train/ and val/, or {released}")
-    train, val = (
-        make(str(folder / part), folder_pairs(folder / part / "images", folder / part / targets)) for part in PARTS
-    )
+    parts = folder / "train", folder / "val"
+    train, val = (make(str(part), folder_pairs(part / "images", part / targets)) for part in parts)
     return train, val

@@ -31,7 +31,8 @@ class DepthSet(DenseSet):
         It may be the custom to judge by the middle of the images (`eigen_crop`; Eigen et al. 2014).
         """
         super().__init__(source, pairs)
-        self.scale, self.eigen_crop = self.meaning = scale, eigen_crop
+        self.scale, self.eigen_crop = scale, eigen_crop
+        self.meaning = scale, eigen_crop
 
     def target(self, index: int) -> Float32[np.ndarray, "H W"]:
         """Meters; 0 where nothing was measured.
