@@ -25,7 +25,6 @@ from vitreg.images import (
     Images,
     ImageStream,
     SkippedImage,
-    as_rgb,
     check_batch,
     find_images,
     image_size,
@@ -104,24 +103,23 @@ def discover_objects(
     protocol = Protocol(facet, block, normalize, center, bias, k_patches)
     vit = from_module(vit)
     device = next(vit.parameters()).device
-    parts: Iterable[Tensor] | None = None
     opened = in_memory(images)
     if opened is not None:
         keep = replace(vit.preprocess, crop="pad", multiple_of=1)
-        parts = (keep(as_rgb(image)).unsqueeze(0) for image in opened)
+        batches = ImageStream(opened, keep, batch_size=batch_size, strict=True, device=device)
     elif isinstance(images, Tensor | np.ndarray):
         parts = check_batch(torch.as_tensor(images)).split(batch_size)
-    if parts is not None:
         batches = (ImageBatch(p.to(device), [], [], [(p.shape[-2], p.shape[-1])] * len(p)) for p in parts)
-        return [d for _, found in detect(vit, batches, protocol, method=method, max_objects=max_objects) for d in found]
-    if not isinstance(images, str | Path | list | tuple):
+    elif isinstance(images, str | Path | list | tuple):
+        paths = find_images(images)
+        stream = native_stream(vit, paths, batch_size=batch_size, strict=True)
+        by_path: dict[Path, Detection] = {}
+        for batch, found in detect(vit, stream, protocol, method=method, max_objects=max_objects):
+            by_path.update(zip(batch.paths, found, strict=True))
+        return [replace(by_path[path], path=path) for path in paths]
+    else:
         raise ValueError(f"images is a {type(images).__name__}; give a batch, files, or open images in a list")
-    paths = find_images(images)
-    stream = native_stream(vit, paths, batch_size=batch_size, strict=True)
-    by_path: dict[Path | None, Detection] = {}
-    for _, found in detect(vit, stream, protocol, method=method, max_objects=max_objects):
-        by_path.update((detection.path, detection) for detection in found)
-    return [by_path[path] for path in paths]
+    return [d for _, found in detect(vit, batches, protocol, method=method, max_objects=max_objects) for d in found]
 
 
 def native_stream(vit: VisionTransformer, paths: Sequence[Path], *, batch_size: int, strict: bool) -> ImageStream:
@@ -168,8 +166,7 @@ def detect(
         for i, size in enumerate(batch.sizes):
             regions = find_regions(features[i], grid, protocol, method=method, max_objects=max_objects)
             first, *others = (Detection(r.box(patch, *size), r.seed, r.mask, r.degree) for r in regions)
-            path = batch.paths[i] if batch.paths else None
-            detections.append(replace(first, others=tuple(others), path=path))
+            detections.append(replace(first, others=tuple(others)))
         yield batch, detections
 
 

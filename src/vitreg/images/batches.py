@@ -1,9 +1,10 @@
-"""Images in whatever form they come, as batches on the model's device."""
+"""What users hand in, in whatever form, as batches on the model's device."""
 
 from __future__ import annotations
 
 import os
 from collections.abc import Callable, Iterable, Iterator, Sequence
+from threading import Lock
 from typing import Any
 
 import numpy as np
@@ -12,7 +13,8 @@ from jaxtyping import Float
 from PIL import Image
 from torch import Tensor
 
-from vitreg.images.labeled import spaced_indices
+from vitreg.images.files import ImageFiles
+from vitreg.images.labeled import ImageSet, spaced_indices
 from vitreg.images.reading import as_rgb, find_images
 from vitreg.images.stream import ImageBatch, ImageStream, SkippedImage
 from vitreg.model.preprocess import Preprocess
@@ -64,28 +66,23 @@ class Batches:
         self._preprocess, self._device = preprocess, device
         self._limit, self._select = limit, select
         self._stream: ImageStream | None = None
+        self._source: Iterable[Any] = ()
         if isinstance(images, str | os.PathLike):
             images = [images]
-        opened = in_memory(images)
-        if opened is not None:
-            chosen = [opened[i] for i in self._numbers(len(opened))]
-            self._source: Iterable[Any] = [chosen[i : i + batch_size] for i in range(0, len(chosen), batch_size)]
+        of_set: ImageSet | None = in_memory(images)
+        strict = strict or of_set is not None
+        if of_set is None and isinstance(images, list | tuple) and images and isinstance(images[0], str | os.PathLike):
+            of_set = ImageFiles("the files that were given", map(str, find_images(images)))
+        if of_set is not None:
+            numbers = self._numbers(len(of_set))
+            self._stream = ImageStream(
+                of_set, preprocess, numbers=numbers, batch_size=batch_size, strict=strict, device=device
+            )
         elif isinstance(images, Tensor | np.ndarray):
             batch = check_batch(torch.as_tensor(images))
             self._source = batch[self._numbers(len(batch))].split(batch_size)
-        elif isinstance(images, list | tuple) and images and isinstance(images[0], str | os.PathLike):
-            paths = find_images(images)
-            self._stream = ImageStream(
-                [paths[i] for i in self._numbers(len(paths))],
-                preprocess,
-                batch_size=batch_size,
-                strict=strict,
-                device=device,
-            )
         else:
-            if not isinstance(images, Iterable):
-                what = "None" if images is None else type(images).__name__
-                raise ValueError(f"images is {what}; give a batch, files, open images in a list, or a DataLoader")
+            assert not isinstance(images, Image.Image)
             self._source = images
             if isinstance(images, Batches) and select is None:
                 self.total = images.total
@@ -117,22 +114,24 @@ class Batches:
         first = 0
         for source in self._source:
             batch = check_batch(self._tensor(source), first)
-            numbers = range(first, first + len(batch))[: None if self._limit is None else max(0, self._limit - first)]
-            first += len(batch)
-            rows = [row for row, i in enumerate(numbers) if self._select is None or self._select(i)]
+            rows = [row for row in range(len(batch)) if self._uses(first + row)]
             if rows:
-                batch = batch if len(rows) == len(batch) else batch[rows]
-                yield batch.to(self._device), [f"image {numbers[row] + 1}" for row in rows]
+                used = batch if len(rows) == len(batch) else batch[rows]
+                yield used.to(self._device), [f"image {first + row + 1}" for row in rows]
+            first += len(batch)
             if self._limit is not None and first >= self._limit:
                 return
+
+    def _uses(self, number: int) -> bool:
+        """Whether this image of an iterable is used."""
+        return (self._limit is None or number < self._limit) and (self._select is None or self._select(number))
 
     def _tensor(self, source: Any) -> Tensor:
         """The images of an open image, a list of such, or what a DataLoader yields."""
         if isinstance(source, ImageBatch):
             return source.images
-        opened = in_memory(source)
-        if opened is not None:
-            return torch.stack([self._preprocess(as_rgb(image)) for image in opened])
+        if (opened := in_memory(source)) is not None:
+            return torch.stack([self._preprocess(opened.image(i)) for i in range(len(opened))])
         if isinstance(source, list | tuple) and source:
             source = source[0]
         if not isinstance(source, Tensor | np.ndarray):
@@ -143,19 +142,36 @@ class Batches:
         return torch.as_tensor(source)
 
 
-def in_memory(images: object) -> Sequence[Any] | None:
+class _OpenImages(ImageSet):
+    source = "the images that were given"
+
+    def __init__(self, images: Sequence[Any]) -> None:
+        self._images, self._lock = images, Lock()
+
+    def __len__(self) -> int:
+        return len(self._images)
+
+    def image(self, index: int) -> Image.Image:
+        with self._lock:  # the same image may be given twice, and two threads cannot load it at once
+            return as_rgb(self._images[index])
+
+    def name(self, index: int) -> str:
+        return f"image {index + 1}"
+
+
+def in_memory(images: object) -> ImageSet | None:
     """The images that are pixels: of Pillow, or 8-bit arrays `[H, W, 3]` or `[B, H, W, 3]`. None if these are not.
 
     The first of a list or tuple decides.
     """
-    if isinstance(images, np.ndarray) and images.dtype == np.uint8 and images.shape[-1] in (3, 4):
-        return [images] if images.ndim == 3 else list(images)
     if isinstance(images, Image.Image):
-        return [images]
+        return _OpenImages([images])
+    if isinstance(images, np.ndarray) and images.dtype == np.uint8 and images.shape[-1] in (3, 4):
+        return _OpenImages([images] if images.ndim == 3 else list(images))
     if isinstance(images, list | tuple) and images:
         first = images[0]
-        if isinstance(first, Image.Image) or (isinstance(first, np.ndarray) and in_memory(first) and first.ndim == 3):
-            return images
+        if isinstance(first, Image.Image) or (isinstance(first, np.ndarray) and first.ndim == 3 and in_memory(first)):
+            return _OpenImages(images)
     return None
 
 

@@ -51,13 +51,8 @@ class ImageBatch:
     sizes: list[tuple[int, int]]
 
 
-@dataclass(frozen=True, eq=False)
-class _Pixels:
-    values: UInt8[Tensor, "3 h w"]
-    size: tuple[int, int]
-
-
-_Decoded = tuple[int, _Pixels | ImageError]
+_Decoded = tuple[int, UInt8[np.ndarray, "3 h w"] | ImageError, tuple[int, int]]
+"""Number of an image, its pixels when preprocessed, and its size before."""
 
 
 class ImageStream:
@@ -143,35 +138,34 @@ class ImageStream:
                 yield part, self._batches(members, skipped)
 
     def _batches(self, decoded: Iterable[_Decoded], skipped: list[SkippedImage]) -> Iterator[ImageBatch]:
-        batch: list[tuple[int, _Pixels]] = []
-        for number, pixels in decoded:
+        batch: list[_Decoded] = []
+        shape: tuple[int, ...] = ()
+        for number, pixels, size in decoded:
             if isinstance(pixels, ImageError):
                 if self.strict:
                     raise pixels
-                skipped.append(SkippedImage(self._path(number), str(pixels), number))
+                skipped.append(SkippedImage(Path(self.images.name(number)), str(pixels), number))
                 continue
-            if batch and batch[0][1].values.shape != pixels.values.shape:
+            if batch and shape != pixels.shape:
                 yield self._collate(batch)
                 batch = []
-            batch.append((number, pixels))
+            batch.append((number, pixels, size))
+            shape = pixels.shape
             if len(batch) == self.batch_size:
                 yield self._collate(batch)
                 batch = []
         if batch:
             yield self._collate(batch)
 
-    def _collate(self, batch: list[tuple[int, _Pixels]]) -> ImageBatch:
-        numbers, pixels = zip(*batch, strict=True)
-        values = torch.from_numpy(np.stack([one.values.numpy() for one in pixels]))
-        images = self.preprocess.normalize(values.to(self.device))
-        return ImageBatch(images, list(numbers), list(map(self._path, numbers)), [one.size for one in pixels])
-
-    def _path(self, number: int) -> Path:
-        return Path(self.images.name(number))
+    def _collate(self, batch: list[_Decoded]) -> ImageBatch:
+        numbers, pixels, sizes = map(list, zip(*batch, strict=True))
+        stacked = torch.from_numpy(np.stack(pixels))  # torch's threads would take the cores of those that decode
+        images = self.preprocess.normalize(stacked.to(self.device))
+        return ImageBatch(images, numbers, [Path(self.images.name(number)) for number in numbers], sizes)
 
     def _decode(self, number: int) -> _Decoded:
         try:
             image = self.images.image(number)
-            return number, _Pixels(self.preprocess.pixels(image), (image.height, image.width))
+            return number, self.preprocess.pixels(image).numpy(), (image.height, image.width)
         except ImageError as error:
-            return number, error
+            return number, error, (0, 0)
