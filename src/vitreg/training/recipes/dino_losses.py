@@ -100,8 +100,9 @@ def ibot_loss(
 
 
 def gather_features(features: Float[Tensor, "B D"]) -> Float[Tensor, "G D"]:
-    """The features of all processes. Gradients go back and are summed, so that, averaged over the processes, what all
-    of them compute from the whole is as if one had computed it.
+    """The features of all processes, whose gradients go back to them and are summed.
+
+    What all of them compute from the whole is then, averaged over the processes, as if one had computed it.
     """
     return torch.cat(all_gather(features.contiguous())) if dist.is_initialized() else features
 

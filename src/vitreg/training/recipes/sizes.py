@@ -28,14 +28,7 @@ SIZES: dict[str, tuple[int, int, int, int]] = {
 
 
 def sized(size: Size, *, patch_size: int, image_size: int, num_registers: int, **fields: Any) -> ViTConfig:
-    """The config of a size, to be trained from scratch.
-
-    Args:
-        size: a key of `SIZES`.
-        patch_size: in pixels.
-        image_size: side of the (square) images in pixels.
-        num_registers: 4 in the paper.
-        fields: others of `ViTConfig`.
+    """The config of a size, to be trained from scratch on square images, with other `fields` of `ViTConfig`.
 
     Raises:
         ValueError: an unknown size, or an image size that is no multiple of the patch size.
@@ -66,13 +59,9 @@ class Chosen(TypedDict, total=False):
 
 @dataclass(frozen=True)
 class Scale:
-    """How large a model sees how many images.
+    """How large a model (as for `sized`) sees how many images.
 
     Attributes:
-        num_images: in the set.
-        size, image_size, patch_size: of the model, as for `sized`.
-        batch_size: images a step.
-        epochs: passes over the images.
         num_steps: the length where there are no epochs; after `choose` it is the length.
     """
 
