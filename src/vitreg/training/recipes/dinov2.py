@@ -10,6 +10,7 @@ from typing import Unpack
 import torch
 from torch import Tensor, nn
 
+from vitreg.checkpoints.hub import import_optional
 from vitreg.model import Masked, Tokens, VisionTransformer, ViTConfig
 from vitreg.training.engine.config import OptimizerConfig, TrainingConfig
 from vitreg.training.engine.distributed import ema_update
@@ -24,7 +25,6 @@ from vitreg.training.recipes.dino_losses import (
     gather_features,
     ibot_loss,
 )
-from vitreg.training.recipes.multi_crop import require_lightly
 from vitreg.training.recipes.sizes import Chosen, Scale, smoke_form
 
 
@@ -107,7 +107,7 @@ class DINOv2(Method):
                 f"self-distillation trains a model with a class token and without a head; this one has "
                 f"class_token={model.class_token} and num_classes={model.num_classes}"
             )
-        require_lightly()
+        import_optional("lightly", "self-distillation", "train")
         from lightly.loss.koleo_loss import KoLeoLoss
 
         self.config = config

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import importlib.util
 import random
 
 import torch
@@ -12,6 +11,7 @@ from torch import Tensor
 from torchvision import transforms
 from torchvision.transforms.v2.functional import pil_to_tensor
 
+from vitreg.checkpoints.hub import import_optional
 from vitreg.model import ViTConfig
 from vitreg.training.engine.method import Augmentation, Batch, Sample
 from vitreg.training.recipes.configs import MultiCropConfig
@@ -38,7 +38,7 @@ class MultiCrop(Augmentation):
     """
 
     def __init__(self, model: ViTConfig, config: MultiCropConfig) -> None:
-        require_lightly()
+        import_optional("lightly", "self-distillation", "train")
         from lightly.transforms.gaussian_blur import GaussianBlur
         from lightly.transforms.solarize import RandomSolarization
 
@@ -80,16 +80,6 @@ class MultiCrop(Augmentation):
 
     def _normalize(self, crops: list[Image.Image]) -> Tensor:
         return self.model.preprocess.normalize(torch.stack([pil_to_tensor(crop) for crop in crops]))
-
-
-def require_lightly() -> None:
-    """Its transforms and KoLeo are DINOv2's.
-
-    Raises:
-        ValueError: it is not installed.
-    """
-    if importlib.util.find_spec("lightly") is None:
-        raise ValueError('self-distillation needs lightly: pip install "vitreg[train]"')
 
 
 def locate_hidden(mask: Bool[Tensor, "B 2 N"]) -> Batch:
