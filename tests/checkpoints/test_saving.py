@@ -189,6 +189,8 @@ def test_what_timm_lacks_is_refused(tmp_path):
         ({"norm_eps": 1e-12, "attention_norm": True}, r"norm_eps=1e-12; save with format='vitreg'"),
         (DINO | {"pool": "token+mean"}, r"pool='token\+mean'"),
         ({"norm_pre": True}, "patch_bias=True"),
+        (SIGLIP | SWIGLU, "format 'timm' cannot express .*gated_mlp=True; save with format='vitreg'"),
+        (ROPE | {"pool": "attention"}, "format 'timm' cannot express pool='attention'; save with format='vitreg'"),
     ):
         with pytest.raises(CheckpointError, match=message):
             save(model(**options), tmp_path / "model.safetensors", format="timm")
@@ -283,6 +285,15 @@ def test_open_clips_order_of_norm_and_pool_becomes_clips(tmp_path):
         (EVA_ROPE, "RoPE other than DINOv3's"),
         ({"layer_scale": True, "mlp_dim": 65}, "MLP of 65 units"),
         (CLIP | AFTER_POOL | {"num_classes": 3}, "bias of its projection"),
+        (
+            CLIP | AFTER_POOL | {"patch_bias": True, "layer_scale": True},
+            "express patch_bias=True, layer_scale=True; save",
+        ),
+        ({"learned_positions": False}, "express learned_positions=False; save"),
+        (ROPE | {"learned_positions": True}, "express learned_positions=True; save"),
+        (ROPE | {"norm_pre": True}, "express norm_pre=True; save"),
+        (SIGLIP | SWIGLU | AFTER_POOL, "final_norm=False, fc_norm=True, .*gated_mlp=True; save"),
+        (SWIGLU | {"mlp_dim": 88, "activation": "gelu"}, "express activation='gelu'; save"),
     ],
 )
 def test_what_transformers_lacks_is_refused(options, message, tmp_path):

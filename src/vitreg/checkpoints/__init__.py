@@ -1,11 +1,10 @@
 """Weights in and out: one file per dialect of state dicts."""
 
-from vitreg.checkpoints.from_module import from_module
 from vitreg.checkpoints.from_open_clip import from_open_clip
 from vitreg.checkpoints.from_state_dict import from_state_dict
 from vitreg.checkpoints.from_timm import from_timm
 from vitreg.checkpoints.from_transformers import from_transformers
-from vitreg.checkpoints.loading import load
+from vitreg.checkpoints.loading import from_module, load
 from vitreg.checkpoints.registry import list_models
 from vitreg.checkpoints.saving import save
 from vitreg.checkpoints.state import CheckpointError

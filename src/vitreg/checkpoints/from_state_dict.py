@@ -13,7 +13,7 @@ from vitreg.checkpoints import registry
 from vitreg.checkpoints.files import unwrap
 from vitreg.checkpoints.from_timm import empty_model, from_timm, unknown_name
 from vitreg.checkpoints.state import CheckpointError, check_keys, conversion_errors
-from vitreg.model import VisionTransformer
+from vitreg.model import VisionTransformer, ViTConfig
 
 
 def from_state_dict(
@@ -88,15 +88,10 @@ def _model_of_size(name: str, base: str, weights: Mapping[str, Tensor], model_kw
     """A timm model without memory for weights, of the size and with the head of this state dict."""
     import timm
 
-    options: dict[str, Any] = {}
-    head = weights.get("head.weight", weights.get("visual.proj", weights.get("proj")))
-    if head is None:
-        options["num_classes"] = 0
-    else:
-        options["num_classes"] = head.shape[0] if "head.weight" in weights else head.shape[1]
-    if not options["num_classes"]:
-        options |= registry.official_options(base)
-    options |= model_kwargs
+    head, projection = weights.get("head.weight"), weights.get("visual.proj", weights.get("proj"))
+    num_classes = head.shape[0] if head is not None else projection.shape[1] if projection is not None else 0
+    options = {} if num_classes else registry.official_options(base)
+    options |= {"num_classes": num_classes, **model_kwargs}
     known = name if timm.models.is_model_pretrained(name) else base
     model = empty_model(known, **options)
     positions = next((weights[key] for key in _POSITIONS if key in weights), None)
@@ -134,13 +129,14 @@ def _translate(weights: dict[str, Tensor], model: Any) -> dict[str, Tensor]:
     return vision_transformer.checkpoint_filter_fn(weights, model, adapt_layer_scale=True)
 
 
-def _official(vit: VisionTransformer, dialect: str, weights: Mapping[str, Tensor], row: registry.Model | None) -> Any:
+def _official(
+    vit: VisionTransformer, dialect: str, weights: Mapping[str, Tensor], row: registry.Model | None
+) -> ViTConfig:
     """The config with what the official repository does differently from timm."""
     config = vit.config
-    if dialect == "DINOv2" and not config.num_registers:
-        config = dataclasses.replace(config, position_interpolation=registry.OFFICIAL_POSITIONS)
-    elif row is not None and row.interpolation is not None:
-        config = dataclasses.replace(config, position_interpolation=row.interpolation)
+    first_dinov2 = dialect == "DINOv2" and not config.num_registers
+    if rule := registry.OFFICIAL_POSITIONS if first_dinov2 else row and row.interpolation:
+        config = dataclasses.replace(config, position_interpolation=rule)
     periods = weights.get("rope_embed.periods")
     if config.rope is not None and periods is not None:
         # The official buffer is rounded to bfloat16, and the weights were trained with it.

@@ -1,4 +1,4 @@
-"""One function for every source of weights."""
+"""One function for every name of weights, one for every model in memory."""
 
 from __future__ import annotations
 
@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from torch import nn
 
 from vitreg.checkpoints import registry
 from vitreg.checkpoints.files import WEIGHT_FILES, is_vitreg_file, read_weights
@@ -24,6 +25,8 @@ from vitreg.checkpoints.weight_names import TRANSFORMERS
 from vitreg.common.devices import resolve_device
 from vitreg.common.renamed import current_tensors
 from vitreg.model import Preprocess, VisionTransformer
+
+_CONVERTERS = {"timm": from_timm, "transformers": from_transformers, "open_clip": from_open_clip}
 
 
 def load(
@@ -53,6 +56,25 @@ def load(
     """
     vit = _load(str(source), architecture)
     return vit.to(device=None if device is None else resolve_device(device), dtype=dtype).eval()
+
+
+def from_module(model: object) -> VisionTransformer:
+    """The model itself where it is ours, compiled or not; a conversion of one of timm, transformers or open_clip.
+
+    Raises:
+        CheckpointError: the model is of another kind, or has a part that vitreg does not implement.
+    """
+    model = getattr(model, "_orig_mod", model)
+    if isinstance(model, VisionTransformer):
+        return model
+    convert = _CONVERTERS.get(type(model).__module__.partition(".")[0])
+    if convert is None or not isinstance(model, nn.Module):
+        what = f"vitreg.load({model!r})" if isinstance(model, str) else "vitreg.load(NAME), or vitreg.from_state_dict"
+        raise CheckpointError(
+            f"a {type(model).__name__} is no model that vitreg reads; give one of timm, transformers or open_clip, or "
+            f"{what}"
+        )
+    return convert(model)
 
 
 def _load(source: str, architecture: str | None) -> VisionTransformer:

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from vitreg.checkpoints.from_timm import POOLS, from_timm
-from vitreg.checkpoints.state import UnsupportedByFormat
+from vitreg.checkpoints.state import CheckpointError, UnsupportedByFormat
 from vitreg.checkpoints.weight_names import TIMM
 from vitreg.checkpoints.weights import split, tensor_for
 from vitreg.model import RopeConfig, VisionTransformer, ViTConfig
@@ -64,13 +64,13 @@ def timm_architecture(config: ViTConfig) -> tuple[str, dict[str, Any], nn.Module
         try:
             with torch.device("meta"):
                 empty = timm.create_model(name, **kwargs)
-        except AssertionError:  # timm's parallel blocks refuse norms inside attention and MLP
+            different = differences(config, from_timm(empty).config)
+        except (AssertionError, CheckpointError):  # timm refuses norms inside parallel blocks, we other attention pools
             continue
-        different = differences(config, from_timm(empty).config)
         if not different:
             return name, kwargs, empty
         nearest.append(different)
-    raise _unsupported(", ".join(min(nearest, key=len)))
+    raise _unsupported(", ".join(min(nearest, key=len, default=[f"pool={config.pool!r}"])))
 
 
 def differences(ours: ViTConfig, theirs: ViTConfig, free: tuple[str, ...] = FREE) -> list[str]:

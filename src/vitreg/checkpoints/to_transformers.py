@@ -33,9 +33,9 @@ def to_transformers_folder(vit: VisionTransformer, folder: Path) -> None:
     options = {"add_pooling_layer": False} if name == "ViTModel" else {}
     with torch.device("meta"):  # weights follow; the random ones would take a minute for a giant model
         model = kind(kind.config_class(**kwargs), **options)
-    # What reads back as another model has a part that no refusal below names. CLIP norms a pooled class token, and
-    # heads that read less than transformers' are widened.
-    free = (*FREE, "pool", "pool_heads", "final_norm", "fc_norm")
+    # What reads back as another model has a part that the class lacks. Heads that read less than transformers' are
+    # widened, and of a class token it is the same whether it is normed before it is taken or after that.
+    free = (*FREE, "pool", "pool_heads", *(("final_norm", "fc_norm") if name.startswith("CLIP") else ()))
     if different := differences(vit.config, from_transformers(model).config, free):
         raise _unsupported(vit.config, ", ".join(different))
     names, weights = check_class(kind).family.names, split(vit)
@@ -67,7 +67,7 @@ def _tensor(weights: Mapping[str, Tensor], name: str | None, like: Tensor, confi
         head = weights[name]
         nothing = torch.zeros_like(head)
         return torch.cat((nothing, head) if config.pool == "mean" else (head, nothing), dim=1)
-    if config.final_norm:  # of a class token alone it is the same before and after it is taken
+    if config.final_norm:
         name = name.replace("fc_norm.", "norm.")
     return tensor_for(weights, name, like)
 
@@ -98,8 +98,6 @@ def _transformers_class(vit: VisionTransformer) -> tuple[str, dict[str, Any]]:
         raise_if_any(
             {
                 "RoPE other than DINOv3's": snap(dinov3_rope(theta, len(c.rope.frequencies)), c.rope) != c.rope,
-                "RoPE and learned positions": c.learned_positions,
-                "DINOv3 with other norms or tokens": not c.class_token or c.norm_pre or c.fc_norm or not c.final_norm,
                 "a head on DINOv3": c.num_classes > 0,
             }
         )
@@ -107,18 +105,11 @@ def _transformers_class(vit: VisionTransformer) -> tuple[str, dict[str, Any]]:
         biases |= {"proj_bias": c.proj_bias, "mlp_bias": c.mlp_bias}
         options = {"rope_theta": theta, "use_gated_mlp": c.gated_mlp, "num_register_tokens": c.num_registers}
         return "DINOv3ViTModel", wide | biases | options
-    raise_if_any({"no positions": not c.learned_positions})
     if not c.class_token or c.norm_pre:
-        raise_if_any(
-            {
-                "registers without DINOv2's class token and first norm": c.num_registers > 0,
-                "LayerScale or a gated MLP in CLIP or SigLIP": c.layer_scale or c.gated_mlp,
-            }
-        )
+        raise_if_any({"registers without DINOv2's class token and first norm": c.num_registers > 0})
     if not c.class_token:
         raise_if_any(
             {
-                "SigLIP with other norms": not c.final_norm or c.fc_norm or c.norm_pre,
                 "a head after the attention pool": c.pool == "attention" and bool(head),
                 "an attention pool with other heads": c.pool_heads not in (0, c.num_heads),
             }
@@ -131,7 +122,6 @@ def _transformers_class(vit: VisionTransformer) -> tuple[str, dict[str, Any]]:
         raise_if_any(
             {
                 "CLIP with another pool": c.pool != "token" or c.final_norm == c.fc_norm,
-                "CLIP with a bias of its patches": c.patch_bias,
                 "CLIP with a bias of its projection": bias is not None and bool(bias.any()),
             }
         )
@@ -154,8 +144,6 @@ def _transformers_class(vit: VisionTransformer) -> tuple[str, dict[str, Any]]:
 
 
 def _dinov2_ratio(c: ViTConfig) -> int:
-    if c.gated_mlp and c.activation != "silu":
-        raise _unsupported(c, f"a gated MLP with {c.activation}")
     for ratio in range(1, 17):  # transformers keeps two thirds of a gated one, rounded up to a multiple of 8
         wide = c.embed_dim * ratio
         if ((int(wide * 2 / 3) + 7) // 8 * 8 if c.gated_mlp else wide) == c.mlp_dim:
