@@ -23,7 +23,7 @@ from vitreg.checkpoints.saving import config_from_metadata
 from vitreg.checkpoints.state import CheckpointError, build
 from vitreg.checkpoints.weight_names import TRANSFORMERS
 from vitreg.common.devices import resolve_device
-from vitreg.common.renamed import current_tensors
+from vitreg.common.renamed import with_new_names
 from vitreg.model import Preprocess, VisionTransformer
 
 _CONVERTERS = {"timm": from_timm, "transformers": from_transformers, "open_clip": from_open_clip}
@@ -118,7 +118,7 @@ def _named(vit: VisionTransformer, name: str) -> VisionTransformer:
 def _from_file(path: Path, architecture: str | None, name: str) -> VisionTransformer:
     state, metadata = read_weights(path)
     if (config := config_from_metadata(metadata)) is not None:
-        vit = build(config, current_tensors(state), str(path))
+        vit = build(config, with_new_names(state), str(path))
         return vit if config.name else _named(vit, name)
     named = _architecture_of(name)
     if named is None or registry.find(named) is None:  # a short name also says whose position rule it is

@@ -37,18 +37,13 @@ def accepts_old_names(config: Config) -> Config:
     return config
 
 
-def current_tensors(state: Mapping[str, Any]) -> dict[str, Any]:
-    """A state dict under the names of today."""
-    return {_replaced(name, _TENSORS): value for name, value in state.items()}
-
-
 def has_old_names(names: list[str]) -> bool:
     """Whether tensors are called as in 0.1."""
-    return any(_replaced(name, _TENSORS) != name for name in names)
+    return with_new_names(names) != names
 
 
 def with_old_names(value: Any) -> Any:
-    """The nested state of a checkpoint as 0.1 wrote it: the same tensors under their old names."""
+    """A state dict, the nested state of a checkpoint or a list of names as 0.1 wrote it: with tensors' old names."""
     return _renested(value, {new: old for old, new in _TENSORS.items()})
 
 
