@@ -2,12 +2,11 @@
 
 from __future__ import annotations
 
-import json
 import os
 from pathlib import Path
 from typing import Any, ClassVar
 
-from vitreg.common.disk import replace_text
+from vitreg.common.disk import write_json
 
 
 class Findings:
@@ -48,5 +47,5 @@ class Findings:
         summary = self.to_dict() | ({"command": command} if command else {})
         folder = Path(folder).expanduser()
         page = self._write_page(summary, folder / "report.html")
-        replace_text(folder / self._json_name, json.dumps(summary, indent=1))
+        write_json(folder / self._json_name, summary)
         return page

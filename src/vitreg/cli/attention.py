@@ -78,7 +78,7 @@ def attention(
     if json:
         print_json({"maps": written, "skipped": skipped, "interrupted": interrupted})
     else:
-        print_skipped([skip["reason"] for skip in skipped])
+        print_skipped(stream.skipped)
         print(f"{counted(len(written), 'map')} in {out}")
     return INTERRUPTED if interrupted else 0
 

@@ -9,10 +9,10 @@ from typing import TYPE_CHECKING, Annotated
 from tyro.conf import Positional, arg
 
 from vitreg.cli.options import Batching, Images, ModelOptions, Runtime, Size, writable_folder
-from vitreg.cli.output import INTERRUPTED, command_line, print_json, print_skipped, progress
+from vitreg.cli.output import INTERRUPTED, command_line, print_findings, progress
 
 if TYPE_CHECKING:
-    from vitreg import Comparison, VisionTransformer
+    from vitreg import VisionTransformer
 
 
 Before = Annotated[Positional[str], arg(metavar="A")]
@@ -65,35 +65,17 @@ def compare_models(
     reading: Batching,
     *,
     json: bool,
-    result: dict[str, object] | None = None,
+    besides: dict[str, object] | None = None,
 ) -> int:
-    """Compare, write and print; `result` is what a command that did more has to say in its JSON."""
+    """Compare, write and print; `besides` is what a command that did more has to say in its JSON."""
     import vitreg
     from vitreg.report import comparison_figure
 
     with progress("comparing") as on_progress:
-        comparison = vitreg.compare(
-            before,
-            after,
-            images,
-            **dataclasses.asdict(reading),
-            keep_partial=True,
-            on_progress=on_progress,
-        )
+        options = {**dataclasses.asdict(reading), "keep_partial": True, "on_progress": on_progress}
+        comparison = vitreg.compare(before, after, images, **options)
     path = comparison.save(out, command=command_line())
     summary = comparison.to_dict()
     comparison_figure(summary, comparison.before.examples, comparison.after.examples, out / "comparison.png")
-    if json:
-        print_json({**(result or {}), **summary, "command": command_line(), "report": str(path)})
-    else:
-        _print_comparison(comparison, path)
+    print_findings(comparison, comparison.before.skipped, path, as_json=json, besides=besides or {})
     return INTERRUPTED if comparison.before.interrupted else 0
-
-
-def _print_comparison(comparison: Comparison, report: Path) -> None:
-    from vitreg.common.words import counted
-
-    for sentence in comparison.verdict:
-        print(sentence)
-    print_skipped([skip.reason for skip in comparison.before.skipped])
-    print(f"{counted(comparison.before.num_images, 'image')} in {comparison.seconds:.1f} s; the report is {report}")

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import dataclasses
-import json as jsonlib
 import math
 import time
 from collections.abc import Sequence
@@ -15,7 +14,7 @@ from typing import TYPE_CHECKING, Any
 
 from vitreg.cli.options import Checkpoint, writable_folder
 from vitreg.cli.output import command_line, print_json, status
-from vitreg.common.disk import replace_text
+from vitreg.common.disk import write_json
 
 if TYPE_CHECKING:
     import numpy as np
@@ -59,7 +58,7 @@ def demo(out: Path = Path("vitreg-out/demo"), json: bool = False) -> int:
     summary["command"] = command_line()
     report = write_side_by_side(summary, photographs, out / "report.html")
     side_by_side_figure(summary, photographs, out / "demo.png")
-    replace_text(out / "demo.json", jsonlib.dumps(summary, indent=1))
+    write_json(out / "demo.json", summary)
     if json:
         print_json({**summary, "report": str(report)})
         return 0

@@ -4,13 +4,10 @@ from __future__ import annotations
 
 import dataclasses
 from pathlib import Path
-from typing import TYPE_CHECKING, Literal
+from typing import Literal
 
 from vitreg.cli.options import Batching, Images, ModelOptions, writable_folder
-from vitreg.cli.output import INTERRUPTED, command_line, print_json, print_skipped, progress
-
-if TYPE_CHECKING:
-    from vitreg import Diagnosis
+from vitreg.cli.output import INTERRUPTED, command_line, print_findings, progress
 
 
 def diagnose(
@@ -54,18 +51,5 @@ def diagnose(
             on_progress=on_progress,
         )
     report = diagnosis.save(out, command=command_line())
-    _print_diagnosis(diagnosis, report, as_json=json)
+    print_findings(diagnosis, diagnosis.skipped, report, as_json=json, besides={})
     return INTERRUPTED if diagnosis.interrupted else 0
-
-
-def _print_diagnosis(diagnosis: Diagnosis, report: Path, *, as_json: bool) -> None:
-    from vitreg.common.words import counted
-
-    if as_json:
-        print_json({**diagnosis.to_dict(), "command": command_line(), "report": str(report)})
-        return
-
-    for sentence in diagnosis.verdict:
-        print(sentence)
-    print_skipped([skip.reason for skip in diagnosis.skipped])
-    print(f"{counted(diagnosis.num_images, 'image')} in {diagnosis.seconds:.1f} s; the report is {report}")

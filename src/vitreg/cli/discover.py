@@ -3,14 +3,13 @@
 from __future__ import annotations
 
 import dataclasses
-import json as jsonlib
 from importlib import metadata
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from vitreg.cli.options import Batching, Checkpoint, Images, writable_folder
 from vitreg.cli.output import INTERRUPTED, print_json, print_skipped, progress, unused
-from vitreg.common.disk import replace_text, replacing
+from vitreg.common.disk import replacing, write_json
 from vitreg.common.json_types import to_json
 from vitreg.discovery.protocol import DEFAULT, Method, Protocol
 
@@ -90,12 +89,12 @@ def discover(
         "skipped": skipped,
         "interrupted": interrupted,
     }
-    replace_text(out / "detections.json", jsonlib.dumps(found, indent=1))
-    replace_text(out / "coco.json", jsonlib.dumps(_coco(found["images"]), indent=1))
+    write_json(out / "detections.json", found)
+    write_json(out / "coco.json", _coco(found["images"]))
     if json:
         print_json(found)
     else:
-        print_skipped([skip["reason"] for skip in skipped])
+        print_skipped(stream.skipped)
         num = sum(len(entry["objects"]) for entry in found["images"])
         print(f"{counted(num, 'object')} in {counted(len(entries), 'image')}; see {out}")
     return INTERRUPTED if interrupted else 0

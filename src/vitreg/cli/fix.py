@@ -62,7 +62,7 @@ def fix(
         if json:
             print_json({"fixed": False, "reason": reason, "skipped": skipped})
         else:
-            print_skipped([skip["reason"] for skip in skipped])
+            print_skipped(batches.skipped)
             print(f"{reason}\nNothing was written.")
         return 0
     vitreg.save(fixed, out)
@@ -75,10 +75,10 @@ def fix(
         "skipped": skipped,
     }
     if not json:
-        print_skipped([skip["reason"] for skip in skipped] if report is None else [])
+        print_skipped(batches.skipped if report is None else ())
         print(f"{fixed.config.changes[-1]}\nThe fixed model is {out}")
     if report is None:
         if json:
             print_json(result)
         return 0
-    return compare_models(vit, fixed, images, report, reading, json=json, result=result)
+    return compare_models(vit, fixed, images, report, reading, json=json, besides=result)

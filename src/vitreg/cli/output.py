@@ -8,13 +8,18 @@ import json
 import shlex
 import sys
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from typing import TYPE_CHECKING
 
-from vitreg.common.words import duration
+from vitreg.common.words import counted, duration
 
 if TYPE_CHECKING:
+    from pathlib import Path
+
     from rich.console import Console
+
+    from vitreg import Comparison, Diagnosis
+    from vitreg.images.stream import SkippedImage
 
 INTERRUPTED = 130
 """Exit status after Ctrl-C."""
@@ -59,14 +64,32 @@ def print_json(value: object) -> None:
     print(json.dumps(value, indent=1))
 
 
-def print_skipped(reasons: list[str]) -> None:
-    """The first 20 files that were left out, and why."""
-    if reasons:
-        print(f"skipped {len(reasons)} file{'s' if len(reasons) > 1 else ''}:")
-        for reason in reasons[:20]:
-            print(f"  {reason}")
-        if len(reasons) > 20:
-            print(f"  and {len(reasons) - 20} more")
+def print_skipped(skipped: Sequence[SkippedImage]) -> None:
+    """The first 20 files that could not be read, and why."""
+    if skipped:
+        print(f"skipped {counted(len(skipped), 'file')}:")
+        for skip in skipped[:20]:
+            print(f"  {skip.reason}")
+        if len(skipped) > 20:
+            print(f"  and {len(skipped) - 20} more")
+
+
+def print_findings(
+    found: Diagnosis | Comparison,
+    skipped: Sequence[SkippedImage],
+    report: Path,
+    *,
+    as_json: bool,
+    besides: dict[str, object],
+) -> None:
+    """Sentences, or JSON with what a command that did more has to say besides."""
+    if as_json:
+        print_json({**besides, **found.to_dict(), "command": command_line(), "report": str(report)})
+        return
+    for sentence in found.verdict:
+        print(sentence)
+    print_skipped(skipped)
+    print(f"{counted(found.num_images, 'image')} in {found.seconds:.1f} s; the report is {report}")
 
 
 @contextlib.contextmanager

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json as jsonlib
 from pathlib import Path
 from typing import Annotated
 
@@ -10,7 +9,7 @@ from tyro.conf import Positional, arg
 
 from vitreg.cli.options import writable_folder
 from vitreg.cli.output import print_json
-from vitreg.common.disk import replace_text
+from vitreg.common.disk import write_json
 
 Runs = Annotated[Positional[list[Path]], arg(metavar="RUN")]
 
@@ -33,7 +32,7 @@ def timeline(runs: Runs, *, out: Path = Path("vitreg-out/timeline"), json: bool 
 
     found = read_timeline(runs)
     out = writable_folder(out)
-    replace_text(out / "timeline.json", jsonlib.dumps(found, indent=1))
+    write_json(out / "timeline.json", found)
     timeline_figure(found, out / "timeline.png")
     if json:
         print_json(found)

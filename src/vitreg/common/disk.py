@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import errno
+import json
 import os
 import re
 import shutil
@@ -54,6 +55,11 @@ def replace_text(path: Path, text: str) -> None:
     with replacing(path) as temporary:
         # Names of files need not be text, and must not cost what was computed.
         temporary.write_text(text, encoding="utf-8", errors="backslashreplace")
+
+
+def write_json(path: Path, value: object) -> None:
+    """Write what JSON can hold; as `replacing`."""
+    replace_text(path, json.dumps(value, indent=1))
 
 
 @contextlib.contextmanager

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import dataclasses
-import json as jsonlib
 import sys
 from pathlib import Path
 from typing import Any
@@ -11,7 +10,7 @@ from typing import Any
 from vitreg.cli.evaluate.options import check_models
 from vitreg.cli.options import Checkpoint, Runtime, positive, writable_folder
 from vitreg.cli.output import INTERRUPTED, print_json, progress
-from vitreg.common.disk import replace_text
+from vitreg.common.disk import write_json
 from vitreg.common.words import safe_name
 from vitreg.discovery.protocol import DEFAULT, Axis
 
@@ -75,7 +74,7 @@ def discovery(
         print(f"vitreg: interrupted; the same command continues, {out} keeps what is done", file=sys.stderr)
         return INTERRUPTED
     summary = summarize(found, protocols, labeled, data=data, boxed=boxed, swept=swept)
-    replace_text(out / "discovery.json", jsonlib.dumps(summary, indent=1))
+    write_json(out / "discovery.json", summary)
     sweep_figure(summary, out / "discovery.png")
     if json:
         print_json(summary)

@@ -20,7 +20,7 @@ from vitreg.cli.evaluate.options import VARIANTS, EvaluationData, EvaluationOpti
 from vitreg.cli.options import Checkpoint, writable_folder
 from vitreg.cli.output import INTERRUPTED, command_line, print_json, progress
 from vitreg.common.devices import resolve_device
-from vitreg.common.disk import replace_text
+from vitreg.common.disk import replace_text, write_json
 from vitreg.common.words import safe_name
 from vitreg.images import BoxedImage, BoxSet, open_box_set
 from vitreg.images.files import ImageFiles
@@ -191,7 +191,7 @@ def _write(summary: dict[str, Any], answers: Sequence[Answer], out: Path) -> Non
     from vitreg.report import DenseImage, write_evaluation
     from vitreg.report import Table as Grid
 
-    replace_text(out / "evaluation.json", jsonlib.dumps(summary, indent=1))
+    write_json(out / "evaluation.json", summary)
     replace_text(out / "evaluation.csv", write_csv(summary))
     replace_text(out / "evaluation.md", markdown(summary))
     names = {model["source"]: model["name"] for model in summary["models"]}
