@@ -292,7 +292,7 @@ EVALUATION = (
     "--batch-size --json"
 )
 TRAIN = (
-    "RECIPE --data --val --registers --arch --out --resume --smoke --size --patch-size --batch-size --epochs "
+    "RECIPE --data --val --limit --registers --arch --out --resume --smoke --size --patch-size --batch-size --epochs "
     "--steps --lr --weight-decay --warmup-steps --drop-path --ema-decay --seed --accumulation --dtype --sharding "
     "--compile --gradient-checkpointing --log-every --checkpoint-every --diagnose-every --workers --device --json "
     "--optimizer --final-lr --final-weight-decay --layer-decay --clip-norm --beta2 --eps --layer-scale --num-diagnosed"

@@ -121,6 +121,14 @@ def test_train_tells_what_it_did_and_its_model_can_be_used(classes, tmp_path, ca
     assert run("train", "--resume", out, *SMALL[-4:], "--json") == 0
     told = json.loads(capsys.readouterr().out)
     assert (told["finished"], told["log"]["step"], told["diagnosis"]["step"]) == (True, 5, 5)
+    # Fewer images, of all classes, which a resumed run goes on with.
+    few = tmp_path / "few"
+    assert run("train", *args, "--limit", "9", "--out", few) == 0
+    stored = json.loads((few / "config.json").read_text())["data"]
+    assert (stored["limit"], stored["num_images"], len(stored["classes"])) == (9, 9, 2)
+    assert run("train", "--resume", few, *SMALL[-4:]) == 0
+    assert run("train", "--resume", few, "--limit", "8") == 2
+    assert "leave out --limit," in capsys.readouterr().err
     # Another recipe, other settings, another run in its place.
     assert run("train", "clip", "--resume", out) == 2
     assert "is a run of deit3, not of clip" in sentence(capsys)
@@ -147,6 +155,7 @@ def test_train_tells_what_it_did_and_its_model_can_be_used(classes, tmp_path, ca
         (["deit3", "--data", "DATA", "--batch-size", "7"], "choose a multiple of 2"),
         (["deit3", "--data", "DATA", "--batch-size", "0"], "batch_size is 0"),
         (["deit3", "--data", "DATA", "--epochs", "0"], "epochs is 0"),
+        (["deit3", "--data", "DATA", "--limit", "0"], "--limit 0 must be at least 1"),
         (["deit3", "--data", "DATA", "--steps", "0"], "num_steps is 0"),
         (["deit3", "--data", "DATA", "--size", "40"], "image size 40 is not a multiple"),
         (["deit3", "--data", "DATA", "--registers", "-1"], "num_registers is -1"),

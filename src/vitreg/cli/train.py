@@ -15,6 +15,7 @@ from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 from tyro.conf import Positional, arg
 
+from vitreg.cli.options import positive
 from vitreg.cli.output import INTERRUPTED, print_json, progress
 from vitreg.cli.overrides import changed, flags_of, overrides
 from vitreg.training.engine.config import LoopConfig, OptimizerConfig, TrainingConfig
@@ -34,6 +35,7 @@ class RunOptions:
     Attributes:
         data: class folders, Parquet files, WebDataset tars or captions.csv; or a folder with train and val parts.
         val: held-out images; by default those in --data, or a twentieth of it, at most 1000.
+        limit: train on so many images only, from all over the set.
         out: the run's folder, a new one.
         resume: folder of a run to go on with.
         smoke: a small form of the recipe that takes two minutes on two CPU cores.
@@ -45,6 +47,7 @@ class RunOptions:
 
     data: str | None = None
     val: str | None = None
+    limit: int | None = None
     out: Path = Path("vitreg-out/train")
     resume: Path | None = None
     smoke: bool = False
@@ -52,6 +55,10 @@ class RunOptions:
     workers: int | None = None
     device: str = "auto"
     json: bool = False
+
+    def __post_init__(self) -> None:
+        if self.limit is not None:
+            positive("--limit", self.limit)
 
 
 @dataclass(frozen=True)
@@ -125,7 +132,7 @@ def train(
         return _conclude(folder, done, as_json=run.json)
     if recipe is None or run.data is None:
         raise ValueError("give a recipe and --data, as in: vitreg train deit3 --data imagenet/; or --resume RUN")
-    opened = training.open_data(run.data, run.val, seed=given.get("seed", 0), device=run.device)
+    opened = training.open_data(run.data, run.val, limit=run.limit, seed=given.get("seed", 0), device=run.device)
     images = opened.images
     config = configured(recipe, run, shape, given, num_images=len(images), num_classes=len(images.classes))
     with _telling(RunFolder(run.out), quiet=run.json) as tell:
@@ -164,7 +171,7 @@ def _check_resumed(
     stored = folder.describe()["recipe"]
     if recipe not in (None, stored):
         raise ValueError(f"{folder.path} is a run of {stored}, not of {recipe}; leave the recipe out, or start anew")
-    chosen = dataclasses.asdict(shape) | {"smoke": run.smoke or None, "epochs": run.epochs}
+    chosen = dataclasses.asdict(shape) | {"smoke": run.smoke or None, "limit": run.limit, "epochs": run.epochs}
     flags = [*flags_of({name: value for name, value in chosen.items() if value is not None}), *flags_of(given)]
     if flags:
         raise ValueError(

@@ -9,7 +9,7 @@ from importlib import metadata
 from pathlib import Path
 from typing import Any
 
-from vitreg.images import ImageSet, check_classes, open_image_set, open_split
+from vitreg.images import ImageSet, Subset, check_classes, open_image_set, open_split, spaced_indices
 from vitreg.training.data.samples import default_workers, hold_out
 from vitreg.training.engine.config import TrainingConfig
 from vitreg.training.engine.distributed import Distributed
@@ -28,15 +28,24 @@ class TrainingData:
         held_out: to diagnose and evaluate on.
         train: where they are.
         val: where the held-out ones are, unless they are a part of the others.
+        limit: how many of those to train on are used, if not all.
     """
 
     images: ImageSet
     held_out: ImageSet
     train: str
     val: str | None
+    limit: int | None = None
 
 
-def open_data(data: str | Path, val: str | Path | None = None, *, seed: int = 0, device: str = "auto") -> TrainingData:
+def open_data(
+    data: str | Path,
+    val: str | Path | None = None,
+    *,
+    limit: int | None = None,
+    seed: int = 0,
+    device: str = "auto",
+) -> TrainingData:
     """Images to train on, and others to diagnose and evaluate on.
 
     Of the processes that `torchrun` started, the first looks for them and tells the others what is where.
@@ -44,6 +53,7 @@ def open_data(data: str | Path, val: str | Path | None = None, *, seed: int = 0,
     Args:
         data: class folders, Parquet files, WebDataset tars or a `captions.csv`; or a folder with a `train` and a `val`.
         val: held-out images; by default those in `data`, or else a twentieth of it, at most 1000.
+        limit: train on so many images only, from all over the set.
         seed: decides which twentieth.
         device: as of `train`.
 
@@ -57,7 +67,9 @@ def open_data(data: str | Path, val: str | Path | None = None, *, seed: int = 0,
             held_out = open_image_set(val)
             check_classes(images, held_out)
         images, held_out = (images, held_out) if held_out is not None else hold_out(images, seed)
-        return TrainingData(images, held_out, _place(data), None if val is None else _place(val))
+        if limit is not None:
+            images = Subset(images, spaced_indices(len(images), limit))
+        return TrainingData(images, held_out, _place(data), None if val is None else _place(val), limit)
 
     return Distributed.join(device).on_rank_zero(look)
 
@@ -100,6 +112,7 @@ def train(
         source: dict[str, Any] = {
             "train": data.train,
             "val": data.val,
+            "limit": data.limit,
             "num_images": len(data.images),
             "classes": list(data.images.classes),
         }
@@ -144,7 +157,8 @@ def resume(
         raise ValueError(f"{folder.config} was changed ({error}); restore it from a copy") from error
     processes = Distributed.join(device)
     try:
-        opened = open_data(data or before["train"], val or before["val"], seed=config.seed, device=device)
+        places, limit = (data or before["train"], val or before["val"]), before.get("limit")
+        opened = open_data(*places, limit=limit, seed=config.seed, device=device)
         images = opened.images
         if len(images) != before["num_images"] or list(images.classes) != before["classes"]:
             raise ValueError(
