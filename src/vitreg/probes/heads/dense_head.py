@@ -5,6 +5,7 @@ from __future__ import annotations
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import closing
+from itertools import count
 from typing import Any, ClassVar, Generic, TypeVar
 
 import numpy as np
@@ -75,46 +76,51 @@ def training_size(store: FeatureStore | DenseFeatures) -> tuple[int, int]:
     return UPSAMPLING * store.grid[0], UPSAMPLING * store.grid[1]
 
 
-def num_steps(config: SegmentationConfig | DepthConfig, num_images: int) -> int:
-    """As given; by default the paper's epochs, but on small sets no fewer steps than a head needs to converge."""
-    if config.steps is not None and config.steps < 1:
-        raise ValueError(f"steps is {config.steps}; it must be at least 1, or None for {config.epochs} epochs")
-    return config.steps or max(MIN_STEPS, config.epochs * num_images // config.head_batch_size)
-
-
 def train_head(
-    head: LinearHead,
     features: DenseFeatures,
     targets: Shaped[np.ndarray, "N H W"],
+    num_outputs: int,
     per_pixel: Callable[[Tensor, Tensor], Tensor],
-    loss: Callable[[Tensor, Tensor], Tensor],
-    optimizer: torch.optim.Optimizer,
-    schedule: LRScheduler,
+    loss: Callable[[Tensor, Tensor, int], Tensor],
+    schedule: Callable[[torch.optim.Optimizer, int], LRScheduler],
     config: SegmentationConfig | DepthConfig,
-    steps: int,
+    device: torch.device | str,
     *,
+    batch_norm: bool,
+    betas: tuple[float, float] = (0.9, 0.999),
     clip: float | None = None,
     on_progress: OnProgress | None = None,
-) -> None:
-    """Train it on features that are as they are: computed once, so images are not augmented.
+) -> tuple[LinearHead, dict[str, Any]]:
+    """Train a head with AdamW on features that are as they are: computed once, so images are not augmented.
 
     Args:
-        head: trained in place, on the device it is on, and in evaluation mode afterwards.
         features: of all images.
         targets: of the same.
+        num_outputs: of the head, a pixel.
         per_pixel: what is made of upsampled logits `[n, H, W, K]` and targets `[n, H, W]`: one number a pixel.
-        loss: of these numbers and targets.
-        optimizer: of the head's parameters.
-        schedule: of its learning rate, a step each.
-        config: has the images of a step and the seed of their order.
-        steps: of the optimizer.
+        loss: of these numbers, targets, and the step, from 0.
+        schedule: of the learning rate of an optimizer, in so many steps.
+        config: has the learning rate, the images of a step, the number of steps and the seed.
+        device: that trains.
+        batch_norm: of the head.
+        betas: of AdamW.
         clip: largest norm of the gradient; None for any.
         on_progress: called with steps done and their total.
+
+    Returns:
+        The head, in evaluation mode, and what it was trained on, in JSON types.
 
     Raises:
         ValueError: it has diverged: the largest of logits that are no numbers would be some class all the same.
     """
-    device = head.linear.weight.device
+    if config.steps is not None and config.steps < 1:
+        raise ValueError(f"steps is {config.steps}; it must be at least 1, or None for {config.epochs} epochs")
+    num_images = len(features)
+    # By default the paper's epochs, but on small sets no fewer steps than a head needs to converge.
+    steps = config.steps or max(MIN_STEPS, config.epochs * num_images // config.head_batch_size)
+    head = LinearHead(features.channels, num_outputs, batch_norm=batch_norm, seed=config.seed).to(device)
+    optimizer = torch.optim.AdamW(head.parameters(), lr=config.lr, betas=betas, weight_decay=config.weight_decay)
+    rates, numbers = schedule(optimizer, steps), count()
     upsampling = Upsampling(features.grid, targets.shape[1:], device)
 
     def load(rows: Tensor) -> tuple[Tensor, Tensor]:
@@ -125,17 +131,16 @@ def train_head(
         logits = head(tokens)
         at_once = max(1, AT_ONCE // (truth[0].numel() * logits.shape[-1]))
         parts = zip(logits.split(at_once), truth.split(at_once), strict=True)
-        numbers = torch.cat([per_pixel(upsampling(part), of_part) for part, of_part in parts])
-        descend(loss(numbers, truth), optimizer, schedule, clip)
+        found = torch.cat([per_pixel(upsampling(part), of_part) for part, of_part in parts])
+        descend(loss(found, truth, next(numbers)), optimizer, rates, clip)
 
-    rng, num_images = np.random.default_rng(config.seed), len(features)
+    rng = np.random.default_rng(config.seed)
     order = shuffled(lambda _: torch.from_numpy(rng.permutation(num_images)), num_images, config.head_batch_size, steps)
-    head.train()
     with closing(map_ahead(load, order, ahead=_BATCHES_AHEAD, num_threads=1)) as batches:
         fit(zip(batches), step, steps, on_progress=on_progress)
     if not all(parameter.isfinite().all() for parameter in head.parameters()):
         raise ValueError(f"the head is not finite after {steps} steps; train it with a lower lr")
-    head.eval()
+    return head.eval(), {"steps": steps, "train_images": num_images, "blocks": list(config.blocks)}
 
 
 class DensePredictor(ABC, Generic[Config]):

@@ -25,13 +25,7 @@ _FIRST_ROUND = 25
 
 @dataclass(frozen=True, eq=False)
 class Logistic:
-    """A fitted classifier.
-
-    Attributes:
-        weight, bias: of the logits.
-        num_iterations: of L-BFGS.
-        converged: whether the gradient is within the tolerance, or as small as rounding lets it be.
-    """
+    """A fitted classifier, and whether its gradient is within the tolerance, or as small as rounding lets it be."""
 
     weight: Float[Tensor, "K D"]
     bias: Float[Tensor, " K"]
@@ -74,14 +68,8 @@ def fit_logistic(
     L-BFGS sees the weights in coordinates in which the mean of the Hessian's blocks, one for each class, is the
     identity. This does not change the optimum, and features of Vision Transformers are badly conditioned otherwise.
 
-    Args:
-        features: on the device on which the products are computed.
-        labels: class of every row.
-        num_classes: each of which has rows.
-        C: inverse strength of the penalty.
-        max_iter: of L-BFGS.
-        tolerance: largest element of the gradient of the mean loss at the end, as scikit-learn's `tol`.
-        start: where to start, by default at zero.
+    Products are computed where the features are. A fit ends when no element of the gradient of the mean loss is larger
+    than `tolerance`, as scikit-learn's `tol`; it begins at zero, or at `start`.
 
     Raises:
         ValueError: a class has no rows, there is one class only, or features are not finite.
@@ -101,38 +89,30 @@ def choose_logistic(
 
     From the smallest C to the largest, each fit starts where the one before ended.
 
-    Args:
-        features: on the device on which the products are computed.
-        labels: class of every row.
-        num_classes: each of which has rows.
-        config: by default a `LogisticConfig()`.
-        on_progress: called with the number of fits done and their total.
+    `on_progress` is called with the number of fits done and their total.
 
     Raises:
         ValueError: as `fit_logistic`.
     """
     config = config or LogisticConfig()
     check_every_class(labels, num_classes)
-    C, accuracies, start = config.C[0], {}, None
+    on_progress = on_progress or (lambda done, total: None)
+    C, accuracies, start, total = config.C[0], {}, None, len(config.C) + 1
     if len(config.C) > 1:
-        path = sorted(config.C)
         held = _held_back(labels, config.held_back, config.held_back_seed)
         problem = _Problem(features[~held], labels[~held], num_classes)
         worse = 0
-        for candidate in path:
+        for candidate in sorted(config.C):
             start = problem.fit(candidate, config.max_iter, config.tolerance, start)
             right = start.predict(features[held]) == labels[held]
             accuracies[candidate] = 100 * right.cpu().double().mean().item()
-            if on_progress is not None:
-                on_progress(len(accuracies), len(path) + 1)
-            best = max(accuracies.values())
-            worse = worse + 1 if accuracies[candidate] < best else 0
+            on_progress(len(accuracies), total)
+            worse = worse + 1 if accuracies[candidate] < max(accuracies.values()) else 0
             if worse == config.patience:
                 break
         C = max(accuracies, key=accuracies.__getitem__)
     logistic = _Problem(features, labels, num_classes).fit(C, config.max_iter, config.tolerance)
-    if on_progress is not None:
-        on_progress(len(config.C) + 1, len(config.C) + 1)
+    on_progress(total, total)
     return Chosen(C, accuracies, logistic)
 
 

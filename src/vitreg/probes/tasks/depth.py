@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from itertools import count
 from typing import Any, Literal
 
 import numpy as np
@@ -16,14 +15,7 @@ from torch.optim.lr_scheduler import OneCycleLR
 
 from vitreg.common.progress import OnProgress
 from vitreg.images import DepthSet
-from vitreg.probes.heads.dense_head import (
-    DensePredictor,
-    LinearHead,
-    Upsampling,
-    num_steps,
-    train_head,
-    training_size,
-)
+from vitreg.probes.heads.dense_head import DensePredictor, LinearHead, Upsampling, train_head, training_size
 from vitreg.probes.protocols import DepthConfig
 from vitreg.probes.results.score import ProbeResult, Score
 from vitreg.probes.store.dense_features import DenseFeatures, check_stores, read_targets
@@ -94,23 +86,24 @@ def fit_depth(
     measured = truth[truth > 0]
     if not len(measured):
         raise _no_depth(targets, config)
-    steps = num_steps(config, len(features))
-    head = LinearHead(features.channels, config.bins, batch_norm=config.batch_norm, seed=config.seed).to(device)
-    optimizer = torch.optim.AdamW(head.parameters(), lr=config.lr, weight_decay=config.weight_decay)
-    schedule = OneCycleLR(optimizer, config.lr, total_steps=steps + 1, pct_start=_WARMUP, div_factor=1000)
-    numbers = count()
 
-    def loss(found: Tensor, truth: Tensor) -> Tensor:
+    def loss(found: Tensor, truth: Tensor, step: int) -> Tensor:
         counted = truth > 0
-        return sig_loss(found[counted], truth[counted], mean_only=next(numbers) < _MEAN_ONLY_STEPS)
+        return sig_loss(found[counted], truth[counted], mean_only=step < _MEAN_ONLY_STEPS)
 
-    def meters(logits: Tensor, _: Tensor) -> Tensor:
-        return expected_depth(logits, config)
-
-    train_head(
-        head, features, truth, meters, loss, optimizer, schedule, config, steps, clip=_CLIP, on_progress=on_progress
+    head, details = train_head(
+        features,
+        truth,
+        config.bins,
+        lambda logits, _: expected_depth(logits, config),
+        loss,
+        lambda optimizer, steps: OneCycleLR(optimizer, config.lr, steps + 1, pct_start=_WARMUP, div_factor=1000),
+        config,
+        device,
+        batch_norm=config.batch_norm,
+        clip=_CLIP,
+        on_progress=on_progress,
     )
-    details = {"steps": steps, "train_images": len(features), "blocks": list(config.blocks)}
     return DepthEstimator(head, config, float(measured.mean(dtype=np.float64)), details)
 
 

@@ -20,7 +20,6 @@ from vitreg.probes.heads.dense_head import (
     DensePredictor,
     LinearHead,
     Upsampling,
-    num_steps,
     train_head,
     training_size,
 )
@@ -75,18 +74,17 @@ def fit_segmentation(
         raise ValueError(
             f"{targets.source} has pixels of {(seen > 0).sum()} class; a head needs at least 2 to train on"
         )
-    steps, warmup = num_steps(config, len(features)), config.warmup
-    head = LinearHead(features.channels, len(names), batch_norm=True, seed=config.seed).to(device)
-    optimizer = torch.optim.AdamW(head.parameters(), lr=config.lr, betas=config.betas, weight_decay=config.weight_decay)
-    # Linear warm-up times linear decay, as mmsegmentation's poly schedule of power 1.
-    schedule = LambdaLR(optimizer, lambda i: min(1.0, (i + 1) / max(1, round(warmup * steps))) * (1 - i / steps))
-    train_head(head, features, masks, _per_pixel, _mean, optimizer, schedule, config, steps, on_progress=on_progress)
-    details = {
-        "steps": steps,
-        "train_images": len(features),
-        "blocks": list(config.blocks),
-        "classes_not_in_training": [name for name, count in zip(names, seen, strict=True) if not count],
-    }
+
+    def schedule(optimizer: torch.optim.Optimizer, steps: int) -> LambdaLR:
+        """Linear warm-up times linear decay, as mmsegmentation's poly schedule of power 1."""
+        rise = max(1, round(config.warmup * steps))
+        return LambdaLR(optimizer, lambda step: min(1.0, (step + 1) / rise) * (1 - step / steps))
+
+    head, details = train_head(
+        features, masks, len(names), _per_pixel, _mean, schedule, config, device,
+        batch_norm=True, betas=config.betas, on_progress=on_progress,
+    )  # fmt: skip
+    details["classes_not_in_training"] = [name for name, count in zip(names, seen, strict=True) if not count]
     return Segmenter(head, names, config, details)
 
 
@@ -149,7 +147,7 @@ def _per_pixel(logits: Float[Tensor, "n H W K"], masks: UInt8[Tensor, "n H W"]) 
     return flat.view(masks.shape)
 
 
-def _mean(entropies: Float[Tensor, "n H W"], masks: UInt8[Tensor, "n H W"]) -> Float[Tensor, ""]:
+def _mean(entropies: Float[Tensor, "n H W"], masks: UInt8[Tensor, "n H W"], step: int) -> Float[Tensor, ""]:
     # The mean of no pixel at all would be NaN.
     return entropies.sum() / (masks != IGNORED).sum().clamp(min=1)
 
