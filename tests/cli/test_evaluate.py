@@ -325,7 +325,7 @@ def test_a_full_disk_is_one_sentence(folders, tmp_path, capsys, monkeypatch):
     def full(*_):
         raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
 
-    monkeypatch.setattr("vitreg.probes.store.shards.save_file", full)
+    monkeypatch.setattr("vitreg.probes.store.tensor_file.save_file", full)
     assert run("evaluate", "knn", "--data", folders, "--models", PAIR[0], "--out", tmp_path / "out") != 0
     error = capsys.readouterr().err.strip().splitlines()[-1]
     assert "space" in error.lower()

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import dataclasses
-import json
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from importlib import metadata
@@ -11,15 +10,14 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import torch
 from jaxtyping import Shaped, UInt8
-from safetensors import SafetensorError, safe_open
-from safetensors.numpy import save_file
 
-from vitreg.common.disk import replacing
 from vitreg.common.words import safe_name
 from vitreg.model import VisionTransformer
 from vitreg.probes.catalogue import QUICK
 from vitreg.probes.results.score import ProbeResult, Score
+from vitreg.probes.store.tensor_file import UNREADABLE, open_tensors, write_tensors
 
 
 @dataclass(frozen=True)
@@ -28,16 +26,11 @@ class Asked:
 
     Attributes:
         probe: its name, with `QUICK` behind it where its protocol was cut.
-        settings: of the probe.
         model: what it was loaded from.
-        weights: digest of weights and architecture.
+        weights: `StoredModel.digest`.
         architecture: in words; a model and its fix have the same.
-        num_registers: of the model.
-        task: kind of the data.
         images: where the training images are from.
-        num_train, num_val: how many there are.
-        data: digest of images, labels and targets.
-        preprocess: what is done to images, in words.
+        data: `StoredData.digest` of images and labels, digests of targets, and names of the classes.
         size: height and width that the model sees; None where images keep their own.
         version: of vitreg.
     """
@@ -117,9 +110,8 @@ def save_answer(path: Path, answer: Answer) -> None:
     arrays = {f"sums.{i}": score.sums for i, score in enumerate(result.scores)}
     for number, shown in answer.shown.items():
         arrays |= {f"{name}.{number}": getattr(shown, name) for name in _ARRAYS}
-    arrays = {name: np.ascontiguousarray(array) for name, array in arrays.items()}
-    with replacing(path) as temporary:
-        save_file(arrays, temporary, {"vitreg": json.dumps(note)})
+    tensors = {name: torch.tensor(array) for name, array in arrays.items()}
+    write_tensors(path, tensors, note)
 
 
 def load_answer(path: Path, asked: Asked) -> Answer | None:
@@ -131,9 +123,8 @@ def load_answer(path: Path, asked: Asked) -> Answer | None:
 def read_answer(path: Path) -> Answer | None:
     """The answer in a file, whatever was asked; None where it is damaged or something else."""
     try:
-        with safe_open(path, framework="np") as file:
-            note = json.loads((file.metadata() or {})["vitreg"])
-            arrays = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
+        with open_tensors(path) as (file, note):
+            arrays = {name: file.get_tensor(name).numpy() for name in file.keys()}  # noqa: SIM118
         scores = tuple(
             Score(**{**values, "sums": arrays[f"sums.{i}"], "draws": tuple(values["draws"])})
             for i, values in enumerate(note["scores"])
@@ -143,7 +134,7 @@ def read_answer(path: Path) -> Answer | None:
             for number, name in note["shown"].items()
         }
         return Answer(Asked(**note["asked"]), ProbeResult(note["probe"], scores, note["details"]), shown)
-    except (OSError, SafetensorError, ValueError, KeyError, TypeError):
+    except UNREADABLE:
         return None
 
 

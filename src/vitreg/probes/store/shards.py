@@ -2,17 +2,14 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
-from safetensors import SafetensorError, safe_open
-from safetensors.torch import save_file
+from safetensors import safe_open
 from torch import Tensor
 
-from vitreg.common.disk import replacing
+from vitreg.probes.store.tensor_file import UNREADABLE, open_tensors, write_tensors
 
 
 @dataclass(frozen=True)
@@ -60,9 +57,7 @@ def write_shard(
         "with_patches": len(tensors["patch_rows"]),
         "skipped": [[image.number, image.name, image.reason] for image in skipped],
     }
-    with replacing(shard_path(folder, index)) as temporary:
-        # One entry: safetensors writes several in no order.
-        save_file(dict(tensors), temporary, {"vitreg": json.dumps(note)})
+    write_tensors(shard_path(folder, index), tensors, note)
 
 
 def open_shard(folder: Path, index: int, origin: str) -> Shard:
@@ -73,14 +68,12 @@ def open_shard(folder: Path, index: int, origin: str) -> Shard:
     """
     path = shard_path(folder, index)
     try:
-        # This also compares the file's length with what its header says.
-        with safe_open(path, framework="pt") as file:
+        with open_tensors(path) as (file, note):
             names = frozenset(file.keys())
-            note: dict[str, Any] = json.loads((file.metadata() or {})["vitreg"])
         skipped = tuple(Skipped(*image) for image in note["skipped"])
         shard = Shard(path, int(note["images"]), int(note["with_patches"]), names, skipped)
         belongs = (note["origin"], note["index"]) == (origin, index)
-    except (OSError, SafetensorError, ValueError, KeyError, TypeError) as error:
+    except UNREADABLE as error:
         raise ValueError(f"{path} is damaged or missing ({error}); delete it and run the feature pass again") from error
     if not belongs:
         raise ValueError(f"{path} belongs to another store; delete it and run the feature pass again")

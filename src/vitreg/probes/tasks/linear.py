@@ -8,21 +8,18 @@ import time
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
-from typing import Any
 
 import torch
 from jaxtyping import Float
-from safetensors import SafetensorError, safe_open
-from safetensors.torch import save
 from torch import Tensor
 
-from vitreg.common.disk import replacing
 from vitreg.common.progress import OnProgress
 from vitreg.probes.heads.linear_grid import LinearGrid
 from vitreg.probes.heads.training import fit
 from vitreg.probes.protocols import LinearConfig
 from vitreg.probes.results.score import ProbeResult, Score
 from vitreg.probes.store.feature_store import FeatureStore
+from vitreg.probes.store.tensor_file import UNREADABLE, open_tensors, write_tensors
 from vitreg.probes.tasks.classes import check_classes, check_finite
 
 _FORMAT = "vitreg-linear/1"
@@ -163,26 +160,23 @@ class _State:
         start, iteration = time.monotonic(), self._grid.iteration
         if iteration == self._config.num_iterations or start >= self._next:
             note = {"format": _FORMAT, **self._origin, "iteration": iteration}
-            tensors = {name: tensor.cpu() for name, tensor in self._grid.tensors.items()}
-            with replacing(self._path) as temporary:
-                temporary.write_bytes(save(tensors, {"vitreg": json.dumps(note)}))
+            write_tensors(self._path, {name: tensor.cpu() for name, tensor in self._grid.tensors.items()}, note)
             # A large state on a slow disk must not be most of the work.
             self._next = (now := time.monotonic()) + max(self._seconds, 20 * (now - start))
         return False
 
     def _read(self) -> None:
         try:
-            with safe_open(self._path, framework="pt") as file:
-                note: dict[str, Any] = json.loads((file.metadata() or {})["vitreg"])
-                if note["format"] != _FORMAT:
-                    raise KeyError(_FORMAT)
-                for name, ours in self._origin.items():
-                    if note[name] != ours:
-                        raise ValueError(
-                            f"{self._path} is of other {name}: {note[name]}, not {ours}; choose another file"
-                        )
-                for name, tensor in self._grid.tensors.items():
-                    tensor.copy_(file.get_tensor(name))
-            self._grid.iteration = int(note["iteration"])
-        except (OSError, SafetensorError, KeyError, TypeError, json.JSONDecodeError) as error:
+            with open_tensors(self._path) as (file, note):
+                tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
+            theirs = {name: note[name] for name in ("format", *self._origin, "iteration")}
+            if theirs["format"] != _FORMAT:
+                raise ValueError(f"it is not of format {_FORMAT}")
+        except UNREADABLE as error:
             raise ValueError(f"{self._path} is damaged or no state of a linear probe ({error}); delete it") from error
+        for name, ours in self._origin.items():
+            if theirs[name] != ours:
+                raise ValueError(f"{self._path} is of other {name}: {theirs[name]}, not {ours}; choose another file")
+        for name, tensor in self._grid.tensors.items():
+            tensor.copy_(tensors[name])
+        self._grid.iteration = theirs["iteration"]
