@@ -50,10 +50,6 @@ class _Pace:
 def first_steps(ask: Callable[[OnProgress], ProbeResult], on_progress: OnProgress) -> tuple[ProbeResult | None, float]:
     """Ask a probe for two seconds, or two steps where these take longer.
 
-    Args:
-        ask: asks it, and calls what it is given with what is done.
-        on_progress: called with the same.
-
     Returns:
         Its answer, if that was enough, else None and how many seconds it will take from the start.
     """

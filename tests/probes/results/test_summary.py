@@ -11,8 +11,7 @@ from typing import Any
 import numpy as np
 import pytest
 
-from vitreg.probes.results.earlier import with_earlier
-from vitreg.probes.results.result_cache import Answer, Asked, Shown, load_answer, save_answer
+from vitreg.probes.results.result_cache import Answer, Asked, Shown, load_answer, save_answer, with_earlier
 from vitreg.probes.results.score import ProbeResult, Score
 from vitreg.probes.results.summary import Evaluated, pair_up, summarize
 from vitreg.probes.results.tables import LEGEND, headline_table, markdown, write_csv

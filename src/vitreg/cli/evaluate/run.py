@@ -27,8 +27,7 @@ from vitreg.images.files import ImageFiles
 from vitreg.probes.catalogue import PROBES
 from vitreg.probes.choosing import choose
 from vitreg.probes.evaluation import EvalData, PassConfig, evaluate
-from vitreg.probes.results.earlier import with_earlier
-from vitreg.probes.results.result_cache import Answer, Asked, save_answer
+from vitreg.probes.results.result_cache import Answer, Asked, save_answer, with_earlier
 from vitreg.probes.results.score import ProbeResult, Score
 from vitreg.probes.results.summary import Evaluated, summarize
 from vitreg.probes.results.tables import LEGEND, headline_table, markdown, tables, write_csv

@@ -166,15 +166,10 @@ class DensePredictor(ABC, Generic[Config]):
     def predict(
         self, stores: FeatureStore | Sequence[FeatureStore], targets: DenseSet, rows: Iterable[int]
     ) -> Iterator[tuple[int, Shaped[np.ndarray, "H W"]]]:
-        """The value of every pixel, class or meters, at the image's own resolution.
+        """Positions of images in the set that the stores are of, and the value of every pixel, class or meters.
 
-        Args:
-            stores: of the same images, in one size or, for segmentation, several, whose probabilities are averaged.
-            targets: the set they were made of.
-            rows: among the images that have patch tokens.
-
-        Returns:
-            The image's position in the set, and its values.
+        Values are at the image's own resolution. For segmentation, stores may be several, of the same images in several
+        sizes, whose probabilities are averaged. Rows are among the images that have patch tokens.
         """
         features = self._features(stores)
         for row in rows:

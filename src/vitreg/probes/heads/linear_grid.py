@@ -19,13 +19,7 @@ class LinearGrid:
 
     The gradient and SGD are written out: with autograd every weight would be in memory twice more, and read twice more.
 
-    Args:
-        features: a row for each image.
-        inputs: columns of the features, for every kind of input; they may overlap.
-        labels: class of every image.
-        num_classes: of the images.
-        config: how they are trained.
-        device: on which.
+    Every kind of input is some columns of the features, which may overlap.
 
     Attributes:
         iteration: the next one.

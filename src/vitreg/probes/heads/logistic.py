@@ -81,7 +81,7 @@ def choose_logistic(
     features: Float[Tensor, "N D"],
     labels: Int[Tensor, " N"],
     num_classes: int,
-    config: LogisticConfig | None = None,
+    config: LogisticConfig = LogisticConfig(),
     *,
     on_progress: OnProgress | None = None,
 ) -> Chosen:
@@ -94,7 +94,6 @@ def choose_logistic(
     Raises:
         ValueError: as `fit_logistic`.
     """
-    config = config or LogisticConfig()
     check_every_class(labels, num_classes)
     on_progress = on_progress or (lambda done, total: None)
     C, accuracies, start, total = config.C[0], {}, None, len(config.C) + 1

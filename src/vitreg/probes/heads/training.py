@@ -50,12 +50,8 @@ def shuffled(
 ) -> Iterator[Int[Tensor, " B"]]:
     """Rows of the batches that are left: one pass over all rows after another, each in an order of its own.
 
-    Args:
-        order: of a pass, by its number from 0; asked for once, as the passes come.
-        num_rows: of a pass.
-        batch_size: rows of a batch, which may begin in one pass and end in the next.
-        num_batches: in all.
-        done: batches of an earlier run.
+    The order of a pass is asked for once, by its number from 0. A batch may begin in one pass and end in the next. Of
+    the `num_batches` so many are `done`.
     """
     number, position = divmod(done * batch_size, num_rows)
     waiting = order(number)[position:]

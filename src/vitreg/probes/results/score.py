@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from statistics import stdev
 from typing import Any, Literal
@@ -84,11 +84,7 @@ class Score:
         """
         if self._num_counted < 2:
             return math.nan, math.nan
-        resampled = self._figure(resampled_sums(self.sums))
-        if len(self.draws) > 1:
-            resampled += error_of_mean(self.draws)
-        low, high = percentile_interval(resampled)
-        return float(low), float(high)
+        return _interval(self._figure(resampled_sums(self.sums)), self.draws)
 
     def minus(self, other: Score) -> Difference | None:
         """How much it differs from another model's on the same images, resampled in pairs.
@@ -112,10 +108,8 @@ class Score:
         if self._num_counted < 2 or len(self.draws) != len(other.draws) or len(self.draws) == 1:
             return None
         resampled = self._figure(resampled_sums(self.sums)) - other._figure(resampled_sums(other.sums))
-        if self.draws:
-            resampled += error_of_mean([mine - theirs for mine, theirs in zip(self.draws, other.draws, strict=True)])
-        low, high = percentile_interval(resampled)
-        return Difference(self.value - other.value, (float(low), float(high)))
+        draws = [mine - theirs for mine, theirs in zip(self.draws, other.draws, strict=True)]
+        return Difference(self.value - other.value, _interval(resampled, draws))
 
     @property
     def _num_counted(self) -> int:
@@ -132,6 +126,12 @@ class Score:
             else:
                 figure = sums[:, 0] / sums[:, 1]
         return 100 * figure if self.unit == "%" else figure
+
+
+def _interval(resampled: Float64[np.ndarray, " R"], draws: Sequence[float]) -> tuple[float, float]:
+    """Of a figure on resamples, with what its random choices leave open, where there are several."""
+    low, high = percentile_interval(resampled + error_of_mean(draws) if len(draws) > 1 else resampled)
+    return float(low), float(high)
 
 
 @dataclass(frozen=True)

@@ -37,11 +37,7 @@ def summarize(models: Sequence[Evaluated], notes: Sequence[str] = ()) -> dict[st
 
     A model with registers is compared with the nearest one before it that has fewer and is otherwise alike, which makes
     the pairs of the paper's tables. Intervals are 95 % bootstrap intervals over the validation images, those of
-    differences paired.
-
-    Args:
-        models: in the order of the table.
-        notes: what else is to be said.
+    differences paired. `notes` are what else is to be said.
     """
     pairs = pair_up([model.model for model in models])
     rows = [

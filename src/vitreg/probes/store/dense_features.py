@@ -35,10 +35,7 @@ class DenseFeatures:
     def __init__(self, store: FeatureStore, blocks: Sequence[int], *, with_cls: bool = False) -> None:
         """Maps the files.
 
-        Args:
-            store: whose.
-            blocks: whose tokens are concatenated.
-            with_cls: put the class token of the same block behind every patch, where the model has one.
+        `with_cls` puts the class token of the same block behind every patch, where the model has one.
 
         Raises:
             ValueError: the store lacks patch tokens or a block, or its images were cropped.
@@ -89,10 +86,7 @@ def read_targets(targets: DenseSet, numbers: Sequence[int], size: tuple[int, int
 def check_stores(train: FeatureStore, val: Sequence[FeatureStore], targets: tuple[DenseSet, DenseSet]) -> None:
     """Refuse what does not go together, and targets that a head could not be judged by, before it is trained.
 
-    Args:
-        train: features to train on.
-        val: features of one set of images, the first in the size of `train`.
-        targets: the sets that they should be of.
+    The stores to judge by are of one set of images, the first in the size of `train`.
 
     Raises:
         ValueError: models, preprocessing or images differ, or some targets cannot be used; it names the first ones.

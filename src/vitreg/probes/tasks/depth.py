@@ -51,7 +51,7 @@ def linear_depth(
     train: FeatureStore,
     val: FeatureStore,
     targets: tuple[DepthSet, DepthSet],
-    config: DepthConfig | None = None,
+    config: DepthConfig = DepthConfig(),
     *,
     device: torch.device | str = "cpu",
     on_progress: OnProgress | None = None,
@@ -72,13 +72,12 @@ def linear_depth(
 def fit_depth(
     train: FeatureStore,
     targets: DepthSet,
-    config: DepthConfig | None = None,
+    config: DepthConfig = DepthConfig(),
     *,
     device: torch.device | str = "cpu",
     on_progress: OnProgress | None = None,
 ) -> DepthEstimator:
     """The head alone, for whoever wants its predictions, too; arguments and errors as of `linear_depth`."""
-    config = config or DepthConfig()
     features = DenseFeatures(train, config.blocks, with_cls=True)
     truth = read_targets(targets, features.numbers, training_size(train))
     # What does not count becomes a hole.

@@ -14,12 +14,9 @@ _MEAN_WEIGHT = 0.15
 def sig_loss(
     predicted: Float[Tensor, " pixels"], truth: Float[Tensor, " pixels"], *, mean_only: bool
 ) -> Float[Tensor, ""]:
-    """The scale-invariant loss as DINOv2 has it: `sqrt(var(g) + 0.15 mean(g)^2)` of the difference of logarithms.
+    """The scale-invariant loss as DINOv2 has it: `sqrt(var(g) + 0.15 mean(g)^2)` of differences of log meters.
 
-    Args:
-        predicted: meters, above 0.
-        truth: likewise.
-        mean_only: leave out the variance, as in the first steps.
+    The variance is left out in the first steps.
     """
     if len(truth) < 2:
         return predicted.sum() * 0

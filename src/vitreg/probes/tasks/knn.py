@@ -21,7 +21,7 @@ _LAST_ROW = 2**32 - 1
 def knn(
     train: FeatureStore,
     val: FeatureStore,
-    config: KNNConfig | None = None,
+    config: KNNConfig = KNNConfig(),
     *,
     device: torch.device | str = "cpu",
     on_progress: OnProgress | None = None,
@@ -36,7 +36,6 @@ def knn(
     Raises:
         ValueError: the stores are not of one model and the same classes.
     """
-    config = config or KNNConfig()
     classes = check_classes(train, val)
     keys, queries = _features(train).to(device), _features(val).to(device)
     usable = tuple(k for k in config.k if k <= len(keys))

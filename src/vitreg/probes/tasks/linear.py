@@ -25,15 +25,15 @@ from vitreg.probes.tasks.classes import check_classes, check_finite
 _FORMAT = "vitreg-linear/1"
 
 
-def linear_blocks(depth: int, config: LinearConfig | None = None) -> tuple[int, ...]:
+def linear_blocks(depth: int, config: LinearConfig = LinearConfig()) -> tuple[int, ...]:
     """The blocks that a store must have, counted from the end; all of them where the model has fewer."""
-    return tuple(range(-min(max((config or LinearConfig()).blocks), depth), 0))
+    return tuple(range(-min(max(config.blocks), depth), 0))
 
 
 def linear(
     train: FeatureStore,
     val: FeatureStore,
-    config: LinearConfig | None = None,
+    config: LinearConfig = LinearConfig(),
     *,
     state: Path | None = None,
     save_seconds: float = 10.0,
@@ -57,7 +57,6 @@ def linear(
     Raises:
         ValueError: the stores are not of one model and the same classes, lack a block, or `state` is of something else.
     """
-    config = config or LinearConfig()
     classes = check_classes(train, val)
     inputs = _inputs(train, config)
     grid = LinearGrid(*_table(train, inputs), classes.train, classes.num_classes, config, device)

@@ -131,11 +131,7 @@ class Positions:
 def subject_sums(
     batches: Iterable[tuple[Mapping[Subject, Float[Tensor, "n P F"]], Bool[Tensor, "n P"]]],
 ) -> dict[Subject, np.ndarray]:
-    """Sums over the patches of every image, and last the number of these patches, by subject.
-
-    Args:
-        batches: figures of every patch by subject, and which patches are outliers.
-    """
+    """By subject, sums of figures over the patches of every image, and last the number of these patches."""
     found: dict[Subject, list[Tensor]] = defaultdict(list)
     for figures, outlier in batches:
         for subject, of_each in figures.items():

@@ -32,7 +32,7 @@ from vitreg.probes.tasks.patch_kinds import Group, Positions, Subject, marked_pa
 def position(
     train: FeatureStore,
     val: FeatureStore,
-    config: PositionConfig | None = None,
+    config: PositionConfig = PositionConfig(),
     *,
     device: torch.device | str = "cpu",
     on_progress: OnProgress | None = None,
@@ -45,7 +45,6 @@ def position(
     Raises:
         ValueError: the stores are of different models or lack patch tokens of the block, or too few images have any.
     """
-    config = config or PositionConfig()
     train.check_same_model(val)
     val = val.with_threshold_of(train)
     positions = Positions.of(train, val, config.block)

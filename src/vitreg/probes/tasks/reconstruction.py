@@ -35,7 +35,7 @@ def reconstruction(
     val: FeatureStore,
     train_images: ImageSet,
     val_images: ImageSet,
-    config: ReconstructionConfig | None = None,
+    config: ReconstructionConfig = ReconstructionConfig(),
     *,
     device: torch.device | str = "cpu",
     on_progress: OnProgress | None = None,
@@ -54,7 +54,6 @@ def reconstruction(
     Raises:
         ValueError: the stores are of different models, of other images than given, or lack patch tokens of the block.
     """
-    config = config or ReconstructionConfig()
     train.check_same_model(val)
     val = val.with_threshold_of(train)
     for store, images in ((train, train_images), (val, val_images)):

@@ -33,7 +33,7 @@ def linear_segmentation(
     train: FeatureStore,
     val: FeatureStore | Sequence[FeatureStore],
     targets: tuple[SegmentationSet, SegmentationSet],
-    config: SegmentationConfig | None = None,
+    config: SegmentationConfig = SegmentationConfig(),
     *,
     device: torch.device | str = "cpu",
     on_progress: OnProgress | None = None,
@@ -59,13 +59,12 @@ def linear_segmentation(
 def fit_segmentation(
     train: FeatureStore,
     targets: SegmentationSet,
-    config: SegmentationConfig | None = None,
+    config: SegmentationConfig = SegmentationConfig(),
     *,
     device: torch.device | str = "cpu",
     on_progress: OnProgress | None = None,
 ) -> Segmenter:
     """The head alone, for whoever wants its predictions, too; arguments and errors as of `linear_segmentation`."""
-    config = config or SegmentationConfig()
     features = DenseFeatures(train, config.blocks)
     masks = read_targets(targets, features.numbers, training_size(train))
     names = targets.class_names

@@ -33,7 +33,7 @@ class _Kind:
 def single_token(
     train: FeatureStore,
     val: FeatureStore,
-    config: SingleTokenConfig | None = None,
+    config: SingleTokenConfig = SingleTokenConfig(),
     *,
     device: torch.device | str = "cpu",
     on_progress: OnProgress | None = None,
@@ -49,7 +49,6 @@ def single_token(
     Raises:
         ValueError: the stores are not of one model and the same classes, hold no patch tokens, or not the block.
     """
-    config = config or SingleTokenConfig()
     classes = check_classes(train, val)
     fitted, judged = _kinds(train, config, 0), _kinds(val.with_threshold_of(train), config, 1)
     total, done = sum(len(kind.draws) for kind in fitted.values()), 0

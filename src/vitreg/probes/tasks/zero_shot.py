@@ -30,7 +30,7 @@ def zero_shot(
     vit: VisionTransformer,
     text: TextEncoder,
     names: Sequence[str] | None = None,
-    config: ZeroShotConfig | None = None,
+    config: ZeroShotConfig = ZeroShotConfig(),
     *,
     on_progress: OnProgress | None = None,
 ) -> ProbeResult:
@@ -48,7 +48,6 @@ def zero_shot(
         ValueError: the images have no labels, the names are no words or too few, the features are of another model,
             or the text tower has another width.
     """
-    config = config or ZeroShotConfig()
     labels = val.labels
     if labels is None:
         raise ValueError(f"{val.path} has no labels; zero-shot classification needs images with classes")
