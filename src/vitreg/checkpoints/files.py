@@ -35,8 +35,6 @@ def read_weights(path: Path) -> tuple[StateDict, dict[str, str]]:
 
 def is_vitreg_file(path: Path) -> bool:
     """Whether a file is there that `save` wrote in vitreg's own format."""
-    if not path.is_file():
-        return False
     try:
         with safe_open(path, framework="pt") as file:
             return (file.metadata() or {}).get("format") == "vitreg"

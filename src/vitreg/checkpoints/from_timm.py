@@ -160,25 +160,24 @@ def _rope(model: Any) -> RopeConfig | None:
     interleaved = not model.blocks[0].attn.rotate_half  # what is applied; older ropes do not say it
     swap_axes = getattr(rope, "grid_indexing", "ij") == "xy"
     num = rope.dim // 4
+    # From the attributes, not the buffer: the model may have no memory yet (device "meta").
+    exponents = torch.arange(num, dtype=torch.float32, device="cpu") / num
     if _is(rope, "RotaryEmbeddingDinoV3"):
-        check_supported(
-            rope.normalize_coords == "separate", f"RoPE coordinates normalized by {rope.normalize_coords!r}"
-        )
-        # From the attributes, not the buffer: the model may have no memory yet (device "meta").
+        normalized = rope.normalize_coords
+        check_supported(normalized == "separate", f"RoPE coordinates normalized by {normalized!r}")
         if rope.min_period is not None and rope.max_period is not None:
             ratio = rope.max_period / rope.min_period
             periods = rope.min_period * ratio ** torch.linspace(0, 1, num, device="cpu")
         else:
-            exponents = 2.0 * torch.arange(num, dtype=torch.float32, device="cpu") / (rope.dim // 2)
             periods = rope.temperature**exponents
         frequencies = tuple((2 * math.pi / periods).tolist())
         return RopeConfig(frequencies, "centered", rope.grid_offset, None, interleaved, swap_axes)
     check_supported(_is(rope, "RotaryEmbeddingCat"), f"RoPE of type {type(rope).__name__}")
     grid_type = getattr(rope, "grid_type", "pixel" if rope.in_pixels else "index")  # the attribute is of timm 1.0.31
     check_supported(grid_type == "index", f"RoPE over a {grid_type!r} grid")
-    frequencies = 1.0 / rope.temperature ** (torch.arange(num, dtype=torch.float32, device="cpu") / num)
+    frequencies = tuple((1.0 / rope.temperature**exponents).tolist())
     reference = tuple(rope.ref_feat_shape) if rope.ref_feat_shape is not None else None
-    return RopeConfig(tuple(frequencies.tolist()), "index", rope.grid_offset, reference, interleaved, swap_axes)
+    return RopeConfig(frequencies, "index", rope.grid_offset, reference, interleaved, swap_axes)
 
 
 def empty_model(name: str, **options: Any) -> Any:

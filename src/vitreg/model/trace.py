@@ -166,15 +166,15 @@ class Recorder:
 
     def finish(self, tokens: Tokens) -> Trace:
         """Name the parts of everything that was recorded."""
-        norms = self._split(torch.stack(self.norms).unsqueeze(-1))
+        cls_norms, register_norms, patch_norms = self._parts(torch.stack(self.norms))
         kept = {name: self._in_order(values) for name, values in self.kept.items()}
         patches = kept.pop("patches", None)
         return Trace(
             tokens=tokens,
             blocks=self.blocks,
-            patch_norms=norms.patches.squeeze(-1).unflatten(-1, self.grid),
-            cls_norms=None if norms.cls is None else norms.cls.squeeze(-1),
-            register_norms=norms.registers.squeeze(-1),
+            patch_norms=patch_norms,
+            cls_norms=cls_norms,
+            register_norms=register_norms,
             attention=self._named_rows() if self.attention else None,
             patches=patches,
             embeddings=self.embeddings,
@@ -183,13 +183,8 @@ class Recorder:
         )
 
     def _named_rows(self) -> AttentionRows:
-        parts = self._split(self._in_order(self.attention).unsqueeze(-1))
-        return AttentionRows(
-            queries=tuple(name for _, name in self.rows),
-            to_patches=parts.patches.squeeze(-1).unflatten(-1, self.grid),
-            to_registers=parts.registers.squeeze(-1),
-            to_cls=None if parts.cls is None else parts.cls.squeeze(-1),
-        )
+        to_cls, to_registers, to_patches = self._parts(self._in_order(self.attention))
+        return AttentionRows(tuple(name for _, name in self.rows), to_patches, to_registers, to_cls)
 
     def _in_order(self, values: list[Tensor]) -> Tensor:
         """Blocks run from first to last; the caller may have asked for them in another order, or twice."""
@@ -197,6 +192,12 @@ class Recorder:
         if len(values) == 1 == len(self.blocks):
             return values[0].unsqueeze(0)
         return torch.stack([values[ran.index(block)] for block in self.blocks])
+
+    def _parts(self, values: Float[Tensor, "*B T"]) -> tuple[Tensor | None, Tensor, Tensor]:
+        """One number a token: of the class token, the registers and the patches, these by row and column."""
+        parts = self._split(values.unsqueeze(-1))
+        cls = None if parts.cls is None else parts.cls.squeeze(-1)
+        return cls, parts.registers.squeeze(-1), parts.patches.squeeze(-1).unflatten(-1, self.grid)
 
     def _split(self, sequence: Tensor) -> Tokens:
         return Tokens.split(sequence, class_token=self.config.class_token, grid=self.grid, normed=False)
