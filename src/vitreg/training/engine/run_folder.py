@@ -30,11 +30,13 @@ class RunFolder:
 
     def __init__(self, path: str | os.PathLike[str]) -> None:
         self.path = Path(path).expanduser()
-        self.config, self.log, self.diagnoses = (
-            self.path / name for name in ("config.json", "log.jsonl", "diagnosis.jsonl")
-        )
-        self.checkpoints, self.model = self.path / "checkpoints", self.path / "model.safetensors"
-        self.tensorboard, self.skipped = self.path / "tensorboard", self.path / "skipped.txt"
+        self.config = self.path / "config.json"
+        self.log = self.path / "log.jsonl"
+        self.diagnoses = self.path / "diagnosis.jsonl"
+        self.skipped = self.path / "skipped.txt"
+        self.tensorboard = self.path / "tensorboard"
+        self.checkpoints = self.path / "checkpoints"
+        self.model = self.path / "model.safetensors"
         self._lock: TextIO | None = None
 
     def create(self, description: dict[str, Any]) -> None:

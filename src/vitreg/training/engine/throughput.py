@@ -41,20 +41,17 @@ def matrix_rate(device: torch.device, dtype: torch.dtype, seconds: float = 0.5) 
     """Floating-point operations a second of a large matrix product: what a step is measured against."""
     import torch
 
+    def wait() -> None:
+        if device.type != "cpu":
+            torch.accelerator.synchronize(device)
+
     side = 8192 if device.type == "cuda" else 1024
     a, b = (torch.randn(side, side, device=device, dtype=dtype) for _ in range(2))
     best, start = float("inf"), time.perf_counter()
     while time.perf_counter() - start < seconds:
-        _wait(device)
+        wait()
         before = time.perf_counter()
         torch.mm(a, b)
-        _wait(device)
+        wait()
         best = min(best, time.perf_counter() - before)
     return 2 * side**3 / best
-
-
-def _wait(device: torch.device) -> None:
-    import torch
-
-    if device.type != "cpu":
-        torch.accelerator.synchronize(device)
