@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
+from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Literal, TextIO
@@ -13,6 +15,8 @@ from vitreg.cli.output import first_line, status
 from vitreg.common.disk import lock, unlock, writing
 
 if TYPE_CHECKING:
+    import torch
+
     from vitreg import VisionTransformer
 
 Images = Annotated[Positional[list[str]], arg(metavar="IMAGES")]
@@ -34,6 +38,17 @@ class Runtime:
     device: str = "auto"
     dtype: Literal["float32", "bfloat16", "float16"] = "float32"
 
+    @contextlib.contextmanager
+    def using(self) -> Iterator[torch.device]:
+        """The device; that it cannot be used is one sentence."""
+        from vitreg.common.devices import resolve_device
+
+        device = resolve_device(self.device)
+        try:
+            yield device
+        except RuntimeError as error:
+            raise ValueError(f"cannot use device {self.device!r}: {first_line(error)}") from error
+
 
 @dataclass(frozen=True)
 class Checkpoint(Runtime):
@@ -52,19 +67,10 @@ class Checkpoint(Runtime):
         import torch
 
         import vitreg
-        from vitreg.common.devices import resolve_device
 
-        device = resolve_device(self.device)
-        with status(f"loading {self.model}"):
-            try:
-                return vitreg.load(
-                    self.model,
-                    architecture=self.architecture,
-                    device=device,
-                    dtype=getattr(torch, self.dtype),
-                )
-            except RuntimeError as error:
-                raise ValueError(f"cannot use device {self.device!r}: {first_line(error)}") from error
+        with status(f"loading {self.model}"), self.using() as device:
+            dtype = getattr(torch, self.dtype)
+            return vitreg.load(self.model, architecture=self.architecture, device=device, dtype=dtype)
 
 
 @dataclass(frozen=True)

@@ -108,13 +108,16 @@ def _models(options: EvaluationOptions, probes: Mapping[str, Any]) -> Iterator[t
 
     All are loaded before the first is used, so that a wrong name ends the command now, not at night.
     """
-    device, loaded = resolve_device(options.device), {}
+    resolve_device(options.device)
+    loaded: dict[str, VisionTransformer] = {}
     for source in options.models:
         loaded[source] = vit = Checkpoint(source, device="cpu", dtype=options.dtype).load()
         for probe, settings in probes.items():
             FeaturesConfig(PROBES[probe].blocks(settings, vit.config.depth)).for_depth(vit.config.depth)
     for source in options.models:
-        yield source, loaded.pop(source).to(device)
+        with options.using() as device:
+            vit = loaded.pop(source).to(device)
+        yield source, vit
 
 
 def _say_on_stderr(sentence: str) -> None:
