@@ -26,7 +26,7 @@ from torch import Tensor
 
 import vitreg
 from vitreg.cli.discover import discover
-from vitreg.cli.options import Checkpoint
+from vitreg.cli.options import Batching, Checkpoint
 from vitreg.discovery.discover import native_stream
 from vitreg.discovery.lost import lost
 from vitreg.images import find_images
@@ -99,7 +99,7 @@ def against_forward(folder: str, repeats: int, limit: int) -> None:
     def command(overlays: bool) -> None:
         with tempfile.TemporaryDirectory() as out, contextlib.redirect_stdout(io.StringIO()):
             names = [str(path) for path in paths]
-            discover(names, model=Ready(""), out=Path(out), overlays=overlays, batch_size=1)
+            discover(names, model=Ready(""), out=Path(out), overlays=overlays, reading=Batching(batch_size=1))
 
     times = interleaved({"forward": forward, "command": lambda: command(True), "bare": lambda: command(False)}, repeats)
     print(

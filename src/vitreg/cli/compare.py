@@ -14,10 +14,7 @@ from vitreg.cli.output import INTERRUPTED, command_line, print_findings, progres
 if TYPE_CHECKING:
     from vitreg import VisionTransformer
 
-
 Before = Annotated[Positional[str], arg(metavar="A")]
-
-
 After = Annotated[Positional[str], arg(metavar="B")]
 
 
