@@ -6,8 +6,8 @@ from collections.abc import Sequence
 
 from vitreg.artifacts.comparison import BlockChange, Comparison, Outcome
 from vitreg.artifacts.diagnosis import Diagnosis
-from vitreg.artifacts.verdict import cannot_tell
-from vitreg.common.words import counted, number, percent
+from vitreg.artifacts.verdict import cannot_tell, interrupted
+from vitreg.common.words import number, percent
 
 REMOVED = 1e-4
 """Share of outlier patches, in every block, up to which artifacts count as removed."""
@@ -36,9 +36,7 @@ def write_comparison_verdict(comparison: Comparison) -> tuple[str, ...]:
     if c.outcome in ("partly removed", "not removed"):
         sentences += _why(c)
     sentences += _attention(c) + _registers(c) + _features(c)
-    if c.before.interrupted:
-        sentences.append(f"The run was interrupted: all this is from {counted(c.before.num_images, 'image')}.")
-    return tuple(sentences)
+    return tuple(sentences + interrupted(c.before))
 
 
 def _nothing(c: Comparison) -> list[str]:
@@ -57,10 +55,8 @@ def _outliers(c: Comparison) -> list[str]:
     block = c.blocks[c.before.block]
     if not block.outlier_fraction_before:  # a block that was asked for
         block = max(c.blocks, key=lambda b: b.outlier_fraction_before)
-    verb = f"are {c.outcome}"
-    if c.outcome == "cannot tell":
-        verb = "are no more seen"
-    elif c.outcome == "not removed" and not _is_fix(c):
+    verb = "are no more seen" if c.outcome == "cannot tell" else f"are {c.outcome}"
+    if c.outcome == "not removed" and not _is_fix(c):
         verb = "are in the second model too"
     same = "The two models are the same. " if c.same_model and c.outcome == "not removed" else ""
     return [
@@ -82,13 +78,13 @@ def _why(c: Comparison) -> list[str]:
     )
     if not _is_fix(c):
         return [text + "."]
-    onset = c.before.onset_block or 0
+    onset, text = c.before.onset_block or 0, f"{text}. It appears in block {left[0]}"
     if left[0] > onset:
-        text += f". It appears in block {left[0]}, later than before ({onset}): units of that block write it."
+        text += f", later than before ({onset}): units of that block write it."
     elif left[0] < onset:
-        text += f". It appears in block {left[0]}, before block {onset}, where the artifacts were: the change made it."
+        text += f", before block {onset}, where the artifacts were: the change made it."
     else:
-        text += f". It appears in block {left[0]} as before: other units, or attention, write it too."
+        text += " as before: other units, or attention, write it too."
     return [text + " More images may show which; a checkpoint trained with registers has none."]
 
 
@@ -117,14 +113,9 @@ def _registers(c: Comparison) -> list[str]:
         f"{'have norms' if several else 'has a norm'} of {', '.join(number(float(n)) for n in norms[block])}"
     )
     share = c.blocks[block].attention_on_registers_after
-    return [
-        text
-        + (
-            f" and take{'' if several else 's'} {percent(share)} of the class token's attention."
-            if share is not None
-            else "."
-        )
-    ]
+    if share is not None:
+        text += f" and take{'' if several else 's'} {percent(share)} of the class token's attention"
+    return [text + "."]
 
 
 def _features(c: Comparison) -> list[str]:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Literal
+
 import numpy as np
 import torch
 import torch.nn.functional as F
@@ -42,8 +44,7 @@ class NormStatistics:
         self._attention = zeros(depth, NUM_BINS)
         self._attention_to_registers = zeros(depth)
         self._has_attention = False
-        self._register_norms: Tensor | None = None
-        self._cls_norms: Tensor | None = None
+        self._token_norms: dict[str, Tensor] = {}
 
     @torch.inference_mode()
     def update(self, trace: Trace) -> None:
@@ -73,9 +74,9 @@ class NormStatistics:
         add_counts(self._similarity, rows, bins, similarity.flatten(1).expand_as(norms))
         if trace.attention is not None and trace.attention.to_cls is not None:
             self._add_attention(trace, rows, bins)
-        self._register_norms = _accumulate(self._register_norms, trace.register_norms.to(self._device))
-        if trace.cls_norms is not None:
-            self._cls_norms = _accumulate(self._cls_norms, trace.cls_norms.unsqueeze(-1).to(self._device))
+        for name, values in (("registers", trace.register_norms), ("cls", trace.cls_norms)):
+            if values is not None and values.numel():
+                self._token_norms[name] = self._token_norms.get(name, 0) + values.to(self._device).double().sum(1)
 
     def _add_attention(self, trace: Trace, rows: Tensor, bins: Tensor) -> None:
         """What the class token pays to each norm. A block attends to what the block before it wrote."""
@@ -134,20 +135,10 @@ class NormStatistics:
             return None
         return float(self._attention_to_registers[block] / self.num_images)
 
-    def mean_register_norms(self) -> NDArray[np.float64]:
-        """`[L, R]`."""
-        assert self._register_norms is not None
-        return (self._register_norms / self.num_images).cpu().numpy()
-
-    def mean_cls_norms(self) -> NDArray[np.float64] | None:
-        """`[L]`, None without a class token."""
-        return None if self._cls_norms is None else (self._cls_norms / self.num_images).squeeze(-1).cpu().numpy()
-
-
-def _accumulate(total: Tensor | None, values: Tensor) -> Tensor:
-    """Sum over the batch axis of `[L, B, R]`, added to what there is."""
-    added = values.double().sum(1)
-    return added if total is None else total + added
+    def mean_token_norms(self, name: Literal["registers", "cls"]) -> NDArray[np.float64] | None:
+        """Of each register `[L, R]`, or of the class token `[L]`; None where there is none."""
+        total = self._token_norms.get(name)
+        return None if total is None else (total / self.num_images).cpu().numpy()
 
 
 def neighbour_similarity(embeddings: Float[Tensor, "B N D"], grid: tuple[int, int]) -> Float[Tensor, "B h w"]:

@@ -40,9 +40,12 @@ def write_verdict(diagnosis: Diagnosis) -> tuple[str, ...]:
     sentences += _registers(diagnosis)
     if diagnosis.status == "artifacts":
         sentences += _advice(diagnosis)
-    if diagnosis.interrupted:
-        sentences.append(f"The run was interrupted: all this is from {counted(diagnosis.num_images, 'image')}.")
-    return tuple(sentences)
+    return tuple(sentences + interrupted(diagnosis))
+
+
+def interrupted(d: Diagnosis) -> list[str]:
+    """That there could have been more images."""
+    return [f"The run was interrupted: all this is from {counted(d.num_images, 'image')}."] if d.interrupted else []
 
 
 def cannot_tell(d: Diagnosis) -> str:
@@ -128,16 +131,13 @@ def _places(d: Diagnosis) -> list[str]:
 def _clean(d: Diagnosis) -> list[str]:
     last = d.blocks[-1]
     worst = max(d.blocks, key=lambda b: b.max / b.median if b.median else 0.0)
+    name, blocks = d.model["name"], f"its {len(d.blocks)} blocks"
     if d.threshold_rule.startswith("automatic"):
-        found = (
-            f"No artifacts in {d.model['name']}: in none of its {len(d.blocks)} blocks do the norms of the patches "
-            f"split into two modes ({d.threshold_rule})."
-        )
+        split = f"in none of {blocks} do the norms of the patches split into two modes"
+        found = f"No artifacts in {name}: {split} ({d.threshold_rule})."
     else:
-        found = (
-            f"No patch of {d.model['name']} reaches the threshold that was asked for ({d.threshold_rule}) after any of "
-            f"its {len(d.blocks)} blocks."
-        )
+        asked = f"the threshold that was asked for ({d.threshold_rule})"
+        found = f"No patch of {name} reaches {asked} after any of {blocks}."
     excess = (
         f"After the last block the median norm is {number(last.median)} and the largest {number(last.max)}; the "
         f"largest excess, {worst.max / worst.median if worst.median else 0:.1f} times the median, is in block "
