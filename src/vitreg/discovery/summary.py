@@ -8,7 +8,7 @@ from importlib import metadata
 from typing import Any
 
 import numpy as np
-from jaxtyping import Bool
+from jaxtyping import Bool, Shaped
 
 from vitreg.discovery.corloc import are_found, bootstrap_interval, half
 from vitreg.discovery.protocol import DEFAULT, Protocol
@@ -55,7 +55,7 @@ def summarize(
     """
     whole = [[[0, 0, width, height]] for height, width in (image_size(image.path) for image in images)]
     rows = [protocols.index(protocol) for protocol in swept]
-    models = {name: _model(name, share, protocols, rows) for name, share in found.items()}
+    default = protocols.index(DEFAULT)
     first, *others = found
     return {
         "format": "vitreg-discovery/1",
@@ -66,56 +66,36 @@ def summarize(
         "missing_images": [str(path) for path in boxed.missing],
         "whole_image": _share(hits(whole, images)[0]),
         "protocol": asdict(DEFAULT),
-        "models": list(models.values()),
+        "models": [
+            {"model": name, **_measured(hit, default, rows), **(_sweep(hit[rows], swept) if rows else {})}
+            for name, hit in found.items()
+        ],
         "differences": [
-            {"model": name, "minus": first, **_differences(found[name], found[first], protocols, rows)}
+            {"model": name, "minus": first, **_measured(found[name].astype(float) - found[first], default, rows)}
             for name in others
         ],
     }
 
 
-def _model(name: str, found: Bool[np.ndarray, "settings n"], protocols: Sequence[Protocol], rows: list[int]) -> Any:
-    summary: dict[str, Any] = {"model": name, "protocol": _share(found[protocols.index(DEFAULT)])}
-    if not rows:
-        return summary
+def _measured(values: Shaped[np.ndarray, "settings n"], default: int, rows: list[int]) -> dict[str, Any]:
+    """In the protocol, and in the mean of the settings of a sweep."""
+    return {"protocol": _share(values[default])} | ({"mean": _share(values[rows].mean(0))} if rows else {})
+
+
+def _sweep(found: Bool[np.ndarray, "rows n"], protocols: Sequence[Protocol]) -> dict[str, Any]:
+    """Every setting, the best one, and the best one on one half of the images judged on the other."""
     chosen = half(found.shape[1])
-    swept = found[rows]
-    best, choice = int(swept.mean(1).argmax()), int(swept[:, chosen].mean(1).argmax())
-    intervals = bootstrap_interval(100 * swept)
+    best, choice = int(found.mean(1).argmax()), int(found[:, chosen].mean(1).argmax())
+    named = [{"name": describe(protocol), "setting": asdict(protocol)} for protocol in protocols]
     entries = [
-        {
-            "name": describe(protocols[row]),
-            "setting": asdict(protocols[row]),
-            "corloc": 100 * float(found[row].mean()),
-            "interval": intervals[:, i].tolist(),
-        }
-        for i, row in enumerate(rows)
+        {**name, "corloc": 100 * float(hit.mean()), "interval": interval.tolist()}
+        for name, hit, interval in zip(named, found, bootstrap_interval(100 * found).T, strict=True)
     ]
-    return {
-        **summary,
-        "mean": _share(swept.mean(0)),
-        "best": entries[best],
-        "halves": {
-            "name": describe(protocols[rows[choice]]),
-            "setting": asdict(protocols[rows[choice]]),
-            "on_the_half_that_chose_it": _share(swept[choice, chosen]),
-            "on_the_other_half": _share(swept[choice, ~chosen]),
-        },
-        "settings": entries,
+    halves = {
+        "on_the_half_that_chose_it": _share(found[choice, chosen]),
+        "on_the_other_half": _share(found[choice, ~chosen]),
     }
-
-
-def _differences(
-    ours: Bool[np.ndarray, "settings n"],
-    theirs: Bool[np.ndarray, "settings n"],
-    protocols: Sequence[Protocol],
-    rows: list[int],
-) -> dict[str, Any]:
-    default = protocols.index(DEFAULT)
-    difference: dict[str, Any] = {"protocol": _share(ours[default].astype(float) - theirs[default])}
-    if rows:
-        difference["mean"] = _share(ours[rows].mean(0) - theirs[rows].mean(0))
-    return difference
+    return {"best": entries[best], "halves": named[choice] | halves, "settings": entries}
 
 
 def _share(values: np.ndarray) -> dict[str, Any]:

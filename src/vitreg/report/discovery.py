@@ -115,16 +115,8 @@ def sweep_figure(summary: Mapping[str, Any], path: Path, *, most: int = 48) -> P
         low, high = np.array([entries[m]["interval"] for _, entries in lines]).T
         # An interval of percentiles need not hold the mean it is of, if only by a rounding.
         reach = np.clip([shares - low, high - shares], 0, None)
-        axes.errorbar(
-            shares,
-            places,
-            xerr=reach,
-            fmt="o",
-            markersize=4,
-            elinewidth=1,
-            color=f"C{m}",
-            label=shorten(model["model"], 80),
-        )
+        style = {"fmt": "o", "markersize": 4, "elinewidth": 1, "color": f"C{m}"}
+        axes.errorbar(shares, places, xerr=reach, label=shorten(model["model"], 80), **style)
     whole = summary["whole_image"]["corloc"]
     axes.axvline(whole, color="grey", linestyle=":", label=f"box around the whole image, {whole:.1f}")
     axes.set_yticks(range(len(lines)), [name for name, _ in lines], fontsize=8)

@@ -83,17 +83,9 @@ def mark(axes: Axes, place: float, text: str = "") -> None:
     low, high = axes.get_xlim()
     late = place > (low + high) / 2
     axes.axvline(place, color=OUTLIER, linewidth=1, linestyle=DASHES)
-    axes.annotate(
-        text,
-        (place, 1),
-        xycoords=("data", "axes fraction"),
-        xytext=(-4 if late else 4, -1),
-        textcoords="offset points",
-        ha="right" if late else "left",
-        va="top",
-        fontsize=8,
-        color=OUTLIER,
-    )
+    offset, side = (-4, "right") if late else (4, "left")
+    style = {"ha": side, "va": "top", "fontsize": 8, "color": OUTLIER}
+    axes.annotate(text, (place, 1), (offset, -1), ("data", "axes fraction"), "offset points", **style)
 
 
 def log_ticks(low: float, high: float) -> list[float]:
@@ -132,18 +124,8 @@ def share_axis(axes: Axes, most: float, labeled: bool) -> None:
 
 def _label(axes: Axes, text: str) -> None:
     """Beside the axis, at the same distance whatever its numbers are."""
-    axes.annotate(
-        text,
-        (0, 0.5),
-        xycoords="axes fraction",
-        xytext=(-39, 0),
-        textcoords="offset points",
-        rotation=90,
-        ha="center",
-        va="center",
-        fontsize=8.5,
-        color=QUIET,
-    )
+    style = {"rotation": 90, "ha": "center", "va": "center", "fontsize": 8.5, "color": QUIET}
+    axes.annotate(text, (0, 0.5), (-39, 0), "axes fraction", "offset points", **style)
 
 
 def _shares(block: Block) -> np.ndarray:

@@ -149,23 +149,20 @@ def _draw_blocks(axes: Axes, run: Run, blocks: Sequence[Block], scale: ColorScal
 
 def _draw_steps(axes: Axes, strip: Axes, run: Run, blocks: Sequence[Block], end: int, scale: ColorScale) -> None:
     """Norms by training step, and below them the share of the patches that are outliers."""
-    from matplotlib.ticker import FuncFormatter, MaxNLocator
+    from matplotlib.ticker import MaxNLocator
 
     steps = [diagnosis["step"] for diagnosis in run["diagnoses"]]
     spans = _spans(steps, end)
     for (left, right), block in zip(spans, blocks, strict=True):
         draw_column(axes, left, right, block, scale)
     draw_registers(axes, steps, blocks)
-    strip.plot(
-        steps, [block["outlier_fraction"] for block in blocks], color=OUTLIER, linewidth=1.3, marker=".", clip_on=False
-    )
+    shares = [block["outlier_fraction"] for block in blocks]
+    strip.plot(steps, shares, color=OUTLIER, linewidth=1.3, marker=".", clip_on=False)
     for each in (axes, strip):
         each.set_xlim(-0.03 * end, 1.03 * end)
         each.xaxis.set_major_locator(MaxNLocator(5, integer=True, steps=[1, 2, 5, 10]))
     axes.tick_params(labelbottom=False)
-    strip.xaxis.set_major_formatter(
-        FuncFormatter(lambda step, _: f"{step / 1000:g}k" if step >= 10000 else f"{step:g}")
-    )
+    strip.xaxis.set_major_formatter(lambda step, _: f"{step / 1000:g}k" if step >= 10000 else f"{step:g}")
     strip.set_xlabel("training step", labelpad=2, fontsize=8.5, color=QUIET)
     if run["first_step"] is not None:
         begin = max(spans[steps.index(run["first_step"])][0], -0.03 * end)
@@ -183,11 +180,8 @@ def _spans(steps: Sequence[int], end: int) -> list[tuple[float, float]]:
     """Columns around the steps: as wide as steps usually are apart, and never into the next."""
     apart = np.diff(steps)
     usual = max(float(np.median(apart)), 0.01 * end) if len(apart) else 0.1 * end
-    before = [usual, *apart]
-    after = [*apart, usual]
-    return [
-        (step - min(usual, b) / 2, step + min(usual, a) / 2) for step, b, a in zip(steps, before, after, strict=True)
-    ]
+    gaps = np.array([usual, *apart, usual], dtype=float).clip(max=usual) / 2
+    return [(step - gap, step + next_gap) for step, gap, next_gap in zip(steps, gaps[:-1], gaps[1:], strict=True)]
 
 
 def _sorted_by_model(runs: Sequence[Run]) -> tuple[str, list[int], list[str]]:
