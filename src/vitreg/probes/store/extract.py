@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import os
 from collections.abc import Iterable, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import closing
 from pathlib import Path
 
@@ -133,13 +134,23 @@ class _Pass:
         training = self._vit.training
         self._vit.eval()
         try:
-            with closing(stream.parts(size)) as shards:
+            # A file is written while the next is computed: half of the time is waiting for the disk.
+            with ThreadPoolExecutor(1) as writer, closing(stream.parts(size)) as shards:
+                written: Future[None] | None = None
                 for shard, batches in shards:
-                    self._write(shard, batches, stream.skipped)
+                    content = self._content(batches, stream.skipped)
+                    if written is not None:
+                        written.result()
+                    written = writer.submit(write_shard, self._folder, shard, self._manifest.id, *content)
+                if written is not None:
+                    written.result()
         finally:
             self._vit.train(training)
 
-    def _write(self, shard: int, batches: Iterable[ImageBatch], skipped: list[SkippedImage]) -> None:
+    def _content(
+        self, batches: Iterable[ImageBatch], skipped: list[SkippedImage]
+    ) -> tuple[dict[str, Tensor], tuple[Skipped, ...]]:
+        """What a shard holds."""
         before = len(skipped)
         parts: list[dict[str, Tensor]] = []
         numbers: list[int] = []
@@ -154,8 +165,9 @@ class _Pass:
         if self._images.labels is not None:
             labels = self._images.labels
             tensors["labels"] = torch.tensor([labels[number] for number in numbers], dtype=torch.int64)
-        left_out = tuple(Skipped(one.number, self._images.name(one.number), one.reason) for one in skipped[before:])
-        write_shard(self._folder, shard, self._manifest.id, tensors, left_out)
+        return tensors, tuple(
+            Skipped(one.number, self._images.name(one.number), one.reason) for one in skipped[before:]
+        )
 
     def _advance(self, count: int, skipped: list[SkippedImage]) -> None:
         """Count images that are done, and those that could not be read since.
