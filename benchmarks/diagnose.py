@@ -15,6 +15,7 @@ import torch
 from timing import interleaved, machine
 
 import vitreg
+from vitreg.common.memory import keep_freed_memory
 from vitreg.images import ImageStream, find_images
 
 
@@ -26,6 +27,7 @@ def main() -> None:
     parser.add_argument("--repeats", type=int, default=5)
     parser.add_argument("--batch-size", type=int, default=32)
     args = parser.parse_args()
+    keep_freed_memory()  # as the commands do
     vit = vitreg.load(args.model, device="cuda" if torch.cuda.is_available() else "cpu")
     paths = find_images(args.photographs)
     few = paths[: args.num_images]

@@ -17,6 +17,7 @@ import torch
 from timing import interleaved, machine
 
 import vitreg
+from vitreg.common.memory import keep_freed_memory
 from vitreg.images import Subset, open_image_set
 from vitreg.probes import FeaturesConfig, extract
 
@@ -30,6 +31,7 @@ def main() -> None:
     parser.add_argument("--batch-size", type=int, default=32)
     parser.add_argument("--blocks", type=int, nargs="+", default=[-1])
     args = parser.parse_args()
+    keep_freed_memory()  # as the commands do
     vit = vitreg.load(args.model, device="cuda" if torch.cuda.is_available() else "cpu")
     device, images = next(vit.parameters()).device, open_image_set(args.folder)
     images = Subset(images, np.arange(min(args.num_images, len(images))))

@@ -67,7 +67,9 @@ class Checkpoint(Runtime):
         import torch
 
         import vitreg
+        from vitreg.common.memory import keep_freed_memory
 
+        keep_freed_memory()
         with status(f"loading {self.model}"), self.using() as device:
             dtype = getattr(torch, self.dtype)
             return vitreg.load(self.model, architecture=self.architecture, device=device, dtype=dtype)
