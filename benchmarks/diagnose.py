@@ -1,6 +1,6 @@
 """Does a diagnosis keep the model busy? `diagnose` on files against the bare forward on preloaded batches.
 
-    python benchmarks/diagnose.py PHOTOGRAPHS --model NAME [--num-images 200] [--repeats 5]
+    python benchmarks/diagnose.py PHOTOGRAPHS --model NAME [--num-images 200] [--repeats 5] [--core-time]
 
 Throughput is the diagnosis's, decoding included, as a share of the forward's, the median of interleaved runs. Memory is
 the high-water mark of the process after few and after all images.
@@ -9,6 +9,7 @@ the high-water mark of the process after few and after all images.
 import argparse
 import resource
 import statistics
+import time
 from pathlib import Path
 
 import torch
@@ -26,6 +27,7 @@ def main() -> None:
     parser.add_argument("--num-images", type=int, default=200)
     parser.add_argument("--repeats", type=int, default=5)
     parser.add_argument("--batch-size", type=int, default=32)
+    parser.add_argument("--core-time", action="store_true", help="instead of the wall clock (set OMP_NUM_THREADS=1)")
     args = parser.parse_args()
     keep_freed_memory()  # as the commands do
     vit = vitreg.load(args.model, device="cuda" if torch.cuda.is_available() else "cpu")
@@ -39,9 +41,8 @@ def main() -> None:
             for batch in preloaded:
                 vit(batch)
 
-    times = interleaved(
-        {"forward": forward, "diagnose": lambda: vitreg.diagnose(vit, few, batch_size=args.batch_size)}, args.repeats
-    )
+    runs = {"forward": forward, "diagnose": lambda: vitreg.diagnose(vit, few, batch_size=args.batch_size)}
+    times = interleaved(runs, args.repeats, time.process_time if args.core_time else time.perf_counter)
     print(machine())
     for name, seconds in times.items():
         print(f"{name}: {len(few) / statistics.median(seconds):.1f} images/s")

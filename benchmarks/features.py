@@ -1,6 +1,6 @@
 """Does the feature pass keep the model busy? `extract` on files against the bare forward on preloaded batches.
 
-    python benchmarks/features.py IMAGES --model NAME [--num-images 1000] [--repeats 5]
+    python benchmarks/features.py IMAGES --model NAME [--num-images 1000] [--repeats 5] [--core-time]
 
 IMAGES: what `open_image_set` opens. Throughput is the pass's, with decoding and writing, as a share of the forward's,
 the median of interleaved runs; every pass writes a new store, with the patch tokens of all images.
@@ -9,6 +9,7 @@ the median of interleaved runs; every pass writes a new store, with the patch to
 import argparse
 import statistics
 import tempfile
+import time
 from itertools import count
 from pathlib import Path
 
@@ -29,6 +30,7 @@ def main() -> None:
     parser.add_argument("--num-images", type=int, default=1000)
     parser.add_argument("--repeats", type=int, default=5)
     parser.add_argument("--batch-size", type=int, default=32)
+    parser.add_argument("--core-time", action="store_true", help="instead of the wall clock (set OMP_NUM_THREADS=1)")
     parser.add_argument("--blocks", type=int, nargs="+", default=[-1])
     args = parser.parse_args()
     keep_freed_memory()  # as the commands do
@@ -56,7 +58,8 @@ def main() -> None:
         def features() -> None:
             extract(vit, images, Path(folder) / str(next(number)), config, batch_size=args.batch_size)
 
-        times = interleaved({"forward": forward, "trace": trace, "features": features}, args.repeats)
+        clock = time.process_time if args.core_time else time.perf_counter
+        times = interleaved({"forward": forward, "trace": trace, "features": features}, args.repeats, clock)
         size = sum(file.stat().st_size for file in (Path(folder) / "0").iterdir())
     print(machine())
     for name, seconds in times.items():
