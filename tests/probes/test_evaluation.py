@@ -21,8 +21,9 @@ from probes.small import small_vit
 from vitreg.images import open_depth, open_image_set, open_segmentation
 from vitreg.model import Preprocess, VisionTransformer
 from vitreg.probes import FeatureStore
-from vitreg.probes.catalogue import PROBES
-from vitreg.probes.evaluation import EvalData, PassConfig, evaluate, preprocessing
+from vitreg.probes.catalogue import PROBES, EvalData
+from vitreg.probes.evaluation import evaluate
+from vitreg.probes.passes import PassConfig, preprocessing
 from vitreg.probes.protocols import LinearConfig, PositionConfig
 from vitreg.probes.results.result_cache import Answer
 from vitreg.probes.results.score import ProbeResult

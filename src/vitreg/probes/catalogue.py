@@ -5,13 +5,14 @@ from __future__ import annotations
 import dataclasses
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import cached_property
 from pathlib import Path
 from typing import Any, Literal
 
 import torch
 
 from vitreg.common.progress import OnProgress
-from vitreg.images import ImageSet
+from vitreg.images import DenseSet, ImageSet
 from vitreg.model import VisionTransformer
 from vitreg.probes.heads.dense_head import MIN_STEPS
 from vitreg.probes.protocols import (
@@ -26,6 +27,7 @@ from vitreg.probes.protocols import (
 )
 from vitreg.probes.results.score import ProbeResult
 from vitreg.probes.store.feature_store import FeatureStore
+from vitreg.probes.store.origin import StoredData
 from vitreg.probes.tasks.depth import depth_blocks, linear_depth
 from vitreg.probes.tasks.knn import knn
 from vitreg.probes.tasks.linear import linear, linear_blocks
@@ -41,6 +43,36 @@ Blocks = Callable[[Any, int], tuple[int, ...]]
 
 
 @dataclass(frozen=True)
+class EvalData:
+    """What probes are asked on.
+
+    Attributes:
+        task: its kind.
+        train, val: the images; those of segmentation and depth have targets.
+        size: height and width in pixels that models see, but for whole patches; None for that of each probe's protocol.
+        class_names: words for the classes, where the set has only numbers.
+    """
+
+    task: Task
+    train: ImageSet
+    val: ImageSet
+    size: tuple[int, int] | None = None
+    class_names: tuple[str, ...] | None = None
+
+    @cached_property
+    def stored(self) -> dict[str, StoredData]:
+        """What features of the two parts are of."""
+        return {"training": StoredData.of(self.train), "validation": StoredData.of(self.val)}
+
+    @cached_property
+    def digest(self) -> str:
+        """Changes with all that answers are of: images, labels, classes and their names, targets as they are read."""
+        dense = [one.targets_digest() for one in (self.train, self.val) if isinstance(one, DenseSet)]
+        images = [one.digest for one in self.stored.values()]
+        return f"images {images}, targets {dense}, class names {self.class_names}"
+
+
+@dataclass(frozen=True)
 class ProbeInput:
     """A model on a set of images, as probes see it.
 
@@ -49,8 +81,7 @@ class ProbeInput:
         source: what it was loaded from, which has the text tower of a CLIP.
         train: its features of the training images.
         vals: its features of the validation images, first in the size of `train`, then in each of `Probe.enlarged`.
-        train_images, val_images: the images that they are of.
-        class_names: words for the classes, where the set has only numbers.
+        data: what the features are of.
         state: a file for what a probe keeps while it trains.
     """
 
@@ -58,9 +89,7 @@ class ProbeInput:
     source: str
     train: FeatureStore
     vals: tuple[FeatureStore, ...]
-    train_images: ImageSet
-    val_images: ImageSet
-    class_names: tuple[str, ...] | None
+    data: EvalData
     state: Path
 
     @property
@@ -122,12 +151,11 @@ def _linear(s: ProbeInput, config: LinearConfig, on_progress: OnProgress) -> Pro
 
 def _zero_shot(s: ProbeInput, config: ZeroShotConfig, on_progress: OnProgress) -> ProbeResult:
     text = load_text_encoder(s.source, device=s.device)
-    return zero_shot(s.val, s.vit, text, s.class_names, config, on_progress=on_progress)
+    return zero_shot(s.val, s.vit, text, s.data.class_names, config, on_progress=on_progress)
 
 
 def _reconstruction(s: ProbeInput, config: ReconstructionConfig, on_progress: OnProgress) -> ProbeResult:
-    images = s.train_images, s.val_images
-    return reconstruction(s.train, s.val, *images, config, device=s.device, on_progress=on_progress)
+    return reconstruction(s.train, s.val, s.data.train, s.data.val, config, device=s.device, on_progress=on_progress)
 
 
 def _dense(probe: Callable[..., ProbeResult], blocks: Blocks, **options: Any) -> dict[str, Any]:
@@ -136,7 +164,7 @@ def _dense(probe: Callable[..., ProbeResult], blocks: Blocks, **options: Any) ->
     def ask(s: ProbeInput, config: Any, on_progress: OnProgress) -> ProbeResult:
         config = dataclasses.replace(config, blocks=blocks(config, s.vit.config.depth))
         vals = s.vals if len(s.vals) > 1 else s.val
-        return probe(s.train, vals, (s.train_images, s.val_images), config, device=s.device, on_progress=on_progress)
+        return probe(s.train, vals, (s.data.train, s.data.val), config, device=s.device, on_progress=on_progress)
 
     return {"ask": ask, "blocks": blocks, "patches": True, "quick": _quick_head, **options}
 

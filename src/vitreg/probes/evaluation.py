@@ -16,9 +16,9 @@ from vitreg.common.progress import OnProgress
 from vitreg.common.words import duration
 from vitreg.images import DenseSet
 from vitreg.model import Preprocess, VisionTransformer
-from vitreg.probes.catalogue import PROBES, QUICK, Probe, ProbeInput
+from vitreg.probes.catalogue import PROBES, QUICK, EvalData, Probe, ProbeInput
 from vitreg.probes.pace import first_steps
-from vitreg.probes.passes import EvalData, PassConfig, Passes, preprocessing
+from vitreg.probes.passes import PassConfig, Passes, preprocessing
 from vitreg.probes.results.result_cache import Answer, Asked, Shown, load_answer, save_answer
 from vitreg.probes.results.score import ProbeResult
 from vitreg.probes.tasks.classes import classes_of
@@ -137,7 +137,7 @@ class _Question:
         )
         train = train or vals[0]
         state = self.file.parents[1] / "states" / f"{self.file.stem}-{train.id[:12]}.safetensors"
-        return ProbeInput(passes.vit, passes.source, train, vals, data.train, data.val, data.class_names, state)
+        return ProbeInput(passes.vit, passes.source, train, vals, data, state)
 
     def keep(self, reads: ProbeInput, result: ProbeResult) -> Answer:
         """The answer, once it is on the disk."""

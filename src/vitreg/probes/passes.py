@@ -12,50 +12,20 @@ from typing import Any
 
 from vitreg.common.progress import OnProgress
 from vitreg.common.words import safe_name, size_in_words
-from vitreg.images import DenseSet, ImageSet, image_size
+from vitreg.images import DenseSet, image_size
 from vitreg.model import Preprocess, VisionTransformer
-from vitreg.probes.catalogue import Probe, Task
+from vitreg.probes.catalogue import EvalData, Probe, Task
 from vitreg.probes.pace import telling_how_long
 from vitreg.probes.results.result_cache import size_in_pixels
 from vitreg.probes.store.dense_features import dense_preprocess
 from vitreg.probes.store.extract import extract
 from vitreg.probes.store.feature_store import FeatureStore
 from vitreg.probes.store.manifest import read_manifest
-from vitreg.probes.store.origin import FeaturesConfig, Origin, StoredData, StoredModel
+from vitreg.probes.store.origin import FeaturesConfig, Origin, StoredModel
 from vitreg.probes.tasks.linear import linear_blocks
 
 _CROP = 224 / 256
 """The part of an image that DINOv2's evaluations keep: resized to 256, and the middle 224."""
-
-
-@dataclass(frozen=True)
-class EvalData:
-    """What probes are asked on.
-
-    Attributes:
-        task: its kind.
-        train, val: the images; those of segmentation and depth have targets.
-        size: height and width in pixels that models see, but for whole patches; None for that of each probe's protocol.
-        class_names: words for the classes, where the set has only numbers.
-    """
-
-    task: Task
-    train: ImageSet
-    val: ImageSet
-    size: tuple[int, int] | None = None
-    class_names: tuple[str, ...] | None = None
-
-    @cached_property
-    def stored(self) -> dict[str, StoredData]:
-        """What features of the two parts are of."""
-        return {"training": StoredData.of(self.train), "validation": StoredData.of(self.val)}
-
-    @cached_property
-    def digest(self) -> str:
-        """Changes with all that answers are of: images, labels, classes and their names, targets as they are read."""
-        dense = [one.targets_digest() for one in (self.train, self.val) if isinstance(one, DenseSet)]
-        images = [one.digest for one in self.stored.values()]
-        return f"images {images}, targets {dense}, class names {self.class_names}"
 
 
 @dataclass(frozen=True)

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any, Literal
 from vitreg.cli.options import Batching, Runtime, Size, positive, sides
 
 if TYPE_CHECKING:
-    from vitreg.probes.evaluation import EvalData
+    from vitreg.probes.catalogue import EvalData
 
 VARIANTS = {"linear": "segmentation", "+ms": "segmentation-ms", "lin.1": "depth", "lin.4": "depth-lin4"}
 """Probes by what `--variant` calls them."""
@@ -48,8 +48,8 @@ class EvaluationData:
     def open(self) -> list[EvalData]:
         """What there is, but boxes."""
         from vitreg.images import open_depth, open_segmentation, open_split
+        from vitreg.probes.catalogue import EvalData
         from vitreg.probes.choosing import hold_out
-        from vitreg.probes.evaluation import EvalData
 
         found: list[EvalData] = []
         if self.data:

@@ -24,9 +24,10 @@ from vitreg.common.disk import replace_text, write_json
 from vitreg.common.words import safe_name
 from vitreg.images import BoxedImage, BoxSet, open_box_set
 from vitreg.images.files import ImageFiles
-from vitreg.probes.catalogue import PROBES
+from vitreg.probes.catalogue import PROBES, EvalData
 from vitreg.probes.choosing import choose
-from vitreg.probes.evaluation import EvalData, PassConfig, evaluate
+from vitreg.probes.evaluation import evaluate
+from vitreg.probes.passes import PassConfig
 from vitreg.probes.results.result_cache import Answer, Asked, save_answer, with_earlier
 from vitreg.probes.results.score import ProbeResult, Score
 from vitreg.probes.results.summary import Evaluated, summarize

@@ -138,10 +138,14 @@ def _probe(answer: Answer, other: Answer | None) -> dict[str, Any]:
 
 
 def _score(score: Score, other: Score | None) -> dict[str, Any]:
-    difference = None if other is None else score.minus(other)
-    better = None
-    if difference is not None and difference.is_significant:
-        better = (difference.value < 0) == score.lower_is_better
+    difference = None
+    if other is not None and (found := score.minus(other)) is not None:
+        difference = {
+            "value": found.value,
+            "interval": list(found.interval),
+            "significant": found.is_significant,
+            "better": (found.value < 0) == score.lower_is_better if found.is_significant else None,
+        }
     return {
         "name": score.name,
         "subject": score.subject,
@@ -151,14 +155,7 @@ def _score(score: Score, other: Score | None) -> dict[str, Any]:
         "interval": [_finite(bound) for bound in score.interval()],
         "deviation": score.deviation,
         "missing": score.missing,
-        "difference": None
-        if difference is None
-        else {
-            "value": difference.value,
-            "interval": list(difference.interval),
-            "significant": difference.is_significant,
-            "better": better,
-        },
+        "difference": difference,
     }
 
 

@@ -24,7 +24,8 @@ _COLUMNS = (
 def markdown(summary: Mapping[str, Any]) -> str:
     """The table of all probes, and one for every probe that has several figures."""
     parts = [_grid(*headline_table(summary)), *summary["notes"]]
-    parts += [f"## {title}\n\n{_grid(header, rows)}{_notes(notes)}" for title, header, rows, notes in tables(summary)]
+    for title, header, rows, notes in tables(summary):
+        parts += [f"## {title}", _grid(header, rows), *(f"– {note}" for note in notes)]
     return "\n\n".join([*parts, LEGEND]) + "\n"
 
 
@@ -73,7 +74,8 @@ def cell(score: Mapping[str, Any]) -> str:
     if score["value"] is None:
         return "–"
     low, high = (_number(bound, score) for bound in score["interval"])
-    text = f"{_number(score['value'], score)}{_deviation(score)} [{low}, {high}]"
+    deviation = "" if score["deviation"] is None else f" ±{_number(score['deviation'], score)}"
+    text = f"{_number(score['value'], score)}{deviation} [{low}, {high}]"
     better = (score["difference"] or {}).get("better")
     return text if better is None else f"{text} {'▲' if better else '▼'}"
 
@@ -112,14 +114,6 @@ def _number(value: float | None, score: Mapping[str, Any]) -> str:
     return f"{value:.1f}" if score["unit"] == "%" else f"{value:#.3g}".removesuffix(".")
 
 
-def _deviation(score: Mapping[str, Any]) -> str:
-    return "" if score["deviation"] is None else f" ±{_number(score['deviation'], score)}"
-
-
 def _grid(header: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
     lines = [header, ["---"] * len(header), *rows]
     return "\n".join(f"| {' | '.join(str(entry).replace('|', chr(92) + '|') for entry in line)} |" for line in lines)
-
-
-def _notes(notes: Sequence[str]) -> str:
-    return "".join(f"\n\n– {note}" for note in notes)

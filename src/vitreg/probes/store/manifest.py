@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from vitreg.artifacts import OutlierNorms
-from vitreg.common.disk import replace_text
+from vitreg.common.disk import write_json
 from vitreg.probes.store.origin import Origin
 
 FORMAT = "vitreg-features/1"
@@ -46,7 +46,7 @@ class Manifest:
 
     def write(self, folder: Path) -> None:
         """Write it, in place of an earlier one; a `ValueError` where there is no room."""
-        replace_text(folder / "manifest.json", json.dumps({"format": FORMAT, **dataclasses.asdict(self)}, indent=1))
+        write_json(folder / "manifest.json", {"format": FORMAT, **dataclasses.asdict(self)})
 
 
 def read_manifest(folder: Path) -> Manifest | None:
