@@ -20,6 +20,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
+import vitreg
 from probes.dense import squares
 from vitreg import cli
 from vitreg.images import open_image_set
@@ -62,10 +63,12 @@ def folders(test_data, tmp_path_factory) -> Path:
     return root
 
 
-def test_evaluate_knn_writes_four_files(folders, tmp_path, capsys):
-    out = tmp_path / "out"
+def test_evaluate_knn_writes_four_files_and_loads_every_model_once(folders, tmp_path, capsys, monkeypatch):
+    out, loaded, load = tmp_path / "out", [], vitreg.load
+    monkeypatch.setattr(vitreg, "load", lambda source, **options: loaded.append(source) or load(source, **options))
     arguments = ("evaluate", "knn", "--data", folders, "--models", *PAIR, "--out", out, "--k", 1, 5)
     assert run(*arguments, "--json") == 0
+    assert loaded == list(PAIR)
     printed = json.loads(capsys.readouterr().out)
     assert printed == json.loads((out / "evaluation.json").read_text())
     assert printed["format"] == "vitreg-evaluation/1"

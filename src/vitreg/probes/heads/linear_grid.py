@@ -17,7 +17,7 @@ _ROWS = 1024
 class LinearGrid:
     """All heads of one kind of input are one matrix, so that each kind costs two matrix products an iteration.
 
-    The gradient and SGD are written out: with autograd every weight would be in memory twice more, and read twice more.
+    The gradient and SGD are written out: it is added to the momentum as it is made, and never there by itself.
 
     Every kind of input is some columns of the features, which may overlap.
 
