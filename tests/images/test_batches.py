@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 import re
 
 import numpy as np
@@ -99,6 +100,13 @@ def test_what_no_model_takes_is_refused_with_what_to_do(expected, make, message)
     pattern = ".*".join(re.escape(part) for part in message.split(".*"))
     with pytest.raises(ValueError, match=pattern):
         tensor(make(expected))
+
+
+def test_none_is_no_images():
+    """It was Python's TypeError."""
+    init = inspect.unwrap(Batches.__init__)  # without the check of types that only tests have
+    with pytest.raises(ValueError, match="images is None; give a batch, files"):
+        init(Batches.__new__(Batches), None, SMALL)
 
 
 @pytest.mark.parametrize("name", ["batch_size", "limit"])
