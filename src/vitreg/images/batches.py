@@ -82,7 +82,9 @@ class Batches:
             batch = check_batch(torch.as_tensor(images))
             self._source = batch[self._numbers(len(batch))].split(batch_size)
         else:
-            assert not isinstance(images, Image.Image)
+            if not isinstance(images, Iterable):
+                what = "None" if images is None else type(images).__name__
+                raise ValueError(f"images is {what}; give a batch, files, open images in a list, or a DataLoader")
             self._source = images
             if isinstance(images, Batches) and select is None:
                 self.total = images.total

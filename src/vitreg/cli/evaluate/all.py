@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from vitreg.cli.evaluate.ask import ask
 from vitreg.cli.evaluate.options import EvaluationData, EvaluationOptions
 
 
@@ -14,4 +15,4 @@ def all(*, common: EvaluationOptions, data: EvaluationData) -> int:
     Example: vitreg evaluate all --data imagenet/ --segmentation ade20k:ADE --depth nyu:NYU --models dinov2_vitb14
     dinov2_vitb14_reg
     """
-    return common.ask(data)
+    return ask(common, data)

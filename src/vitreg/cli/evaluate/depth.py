@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from typing import Literal
 
+from vitreg.cli.evaluate.ask import ask
 from vitreg.cli.evaluate.options import VARIANTS, EvaluationData, EvaluationOptions
 from vitreg.probes.protocols import DepthConfig
 
@@ -25,4 +26,4 @@ def depth(
         scale: meters in one step of the files' numbers; 0.001 for millimeters.
         variant: the head reads the last block (or --blocks), or four (lin.4), as DINOv2's.
     """
-    return common.ask(EvaluationData(depth=data, depth_scale=scale), **{VARIANTS[variant]: protocol})
+    return ask(common, EvaluationData(depth=data, depth_scale=scale), **{VARIANTS[variant]: protocol})

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from vitreg.cli.evaluate.ask import ask
 from vitreg.cli.evaluate.options import EvaluationData, EvaluationOptions
 from vitreg.probes.protocols import KNNConfig
 
@@ -15,4 +16,4 @@ def knn(*, data: str, common: EvaluationOptions, protocol: KNNConfig = KNNConfig
         data: labeled images: a folder with train/ and val/ and folders for the classes, Parquet, tars; where it is
             not divided, every fifth image is held out.
     """
-    return common.ask(EvaluationData(data=data), knn=protocol)
+    return ask(common, EvaluationData(data=data), knn=protocol)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from vitreg.cli.evaluate.ask import ask
 from vitreg.cli.evaluate.options import EvaluationData, EvaluationOptions
 from vitreg.probes.protocols import LinearConfig
 
@@ -14,4 +15,4 @@ def linear(*, data: str, common: EvaluationOptions, protocol: LinearConfig = Lin
     Args:
         data: labeled images, as for evaluate knn.
     """
-    return common.ask(EvaluationData(data=data), linear=protocol)
+    return ask(common, EvaluationData(data=data), linear=protocol)

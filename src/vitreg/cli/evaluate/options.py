@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Literal
+from typing import TYPE_CHECKING, Literal
 
 from vitreg.cli.options import Batching, Runtime, Size, positive, sides
 
@@ -112,12 +112,6 @@ class EvaluationOptions(Batching, Runtime):
             if (value := getattr(self, flag)) is not None:
                 positive(f"--{flag.replace('_', '-')}", value)
         both_sides(self.size)
-
-    def ask(self, data: EvaluationData, **probes: Any) -> int:
-        """Ask probes, by their names with their protocols, of all models; by default all that can be asked."""
-        from vitreg.cli.evaluate.run import run_evaluation
-
-        return run_evaluation(self, {name.replace("_", "-"): protocol for name, protocol in probes.items()}, data)
 
 
 def check_models(models: tuple[str, ...]) -> None:

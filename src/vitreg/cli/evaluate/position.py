@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from vitreg.cli.evaluate.ask import ask
 from vitreg.cli.evaluate.options import EvaluationData, EvaluationOptions
 from vitreg.probes.protocols import PositionConfig
 
@@ -14,4 +15,4 @@ def position(*, data: str, common: EvaluationOptions, protocol: PositionConfig =
     Args:
         data: images, as for evaluate knn; labels are not needed.
     """
-    return common.ask(EvaluationData(data=data), position=protocol)
+    return ask(common, EvaluationData(data=data), position=protocol)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from vitreg.cli.evaluate.ask import ask
 from vitreg.cli.evaluate.options import EvaluationData, EvaluationOptions
 from vitreg.probes.protocols import ReconstructionConfig
 
@@ -19,4 +20,4 @@ def reconstruction(
     Args:
         data: images, as for evaluate knn; labels are not needed.
     """
-    return common.ask(EvaluationData(data=data), reconstruction=protocol)
+    return ask(common, EvaluationData(data=data), reconstruction=protocol)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from typing import Literal
 
+from vitreg.cli.evaluate.ask import ask
 from vitreg.cli.evaluate.options import VARIANTS, EvaluationData, EvaluationOptions
 from vitreg.probes.protocols import SegmentationConfig
 
@@ -25,4 +26,4 @@ def segmentation(
         ignore: number in the masks of a folder that does not count, besides 255.
         variant: linear reads the last block (or --blocks); +ms four, and averages over three sizes of the images.
     """
-    return common.ask(EvaluationData(segmentation=data, segmentation_ignore=ignore), **{VARIANTS[variant]: protocol})
+    return ask(common, EvaluationData(segmentation=data, segmentation_ignore=ignore), **{VARIANTS[variant]: protocol})

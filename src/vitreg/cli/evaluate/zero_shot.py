@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from pathlib import Path
 
+from vitreg.cli.evaluate.ask import ask
 from vitreg.cli.evaluate.options import EvaluationData, EvaluationOptions
 from vitreg.probes.protocols import ZeroShotConfig
 
@@ -23,4 +24,4 @@ def zero_shot(
         data: labeled images, as for evaluate knn.
         class_names: a file with a name a line, in the order of the classes, where folders are not named by words.
     """
-    return common.ask(EvaluationData(data=data, class_names=class_names), zero_shot=protocol)
+    return ask(common, EvaluationData(data=data, class_names=class_names), zero_shot=protocol)
