@@ -162,27 +162,25 @@ def walk_images(folder: Path) -> Iterator[Path]:
     Raises:
         ImageError: A folder cannot be listed.
     """
-    yield from _walk(folder, set())
-
-
-def _walk(folder: Path, seen: set[tuple[int, int]]) -> Iterator[Path]:
-    """`seen` (device, inode) ends loops of links."""
-    try:
-        status = folder.stat()
-        entries = list(os.scandir(folder))
-    except OSError as error:
-        raise ImageError(f"{folder} cannot be listed ({error.strerror}); check its permissions") from None
-    if (status.st_dev, status.st_ino) in seen:
-        return
-    seen.add((status.st_dev, status.st_ino))
-    for entry in entries:
-        path = Path(entry.path)
-        if entry.name.startswith("."):
+    waiting, seen = [folder], set[tuple[int, int]]()  # device and inode, against loops of links
+    while waiting:
+        folder = waiting.pop()
+        try:
+            status = folder.stat()
+            entries = list(os.scandir(folder))
+        except OSError as error:
+            raise ImageError(f"{folder} cannot be listed ({error.strerror}); check its permissions") from None
+        if (status.st_dev, status.st_ino) in seen:
             continue
-        if is_folder(entry):
-            yield from _walk(path, seen)
-        elif _is_candidate(path):
-            yield path
+        seen.add((status.st_dev, status.st_ino))
+        for entry in entries:
+            path = Path(entry.path)
+            if entry.name.startswith("."):
+                continue
+            if is_folder(entry):
+                waiting.append(path)
+            elif _is_candidate(path):
+                yield path
 
 
 def is_folder(entry: os.DirEntry[str]) -> bool:
