@@ -25,7 +25,7 @@ from vitreg.training.recipes.sizes import Size
 if TYPE_CHECKING:
     from vitreg.training.engine.run_folder import RunFolder
 
-Recipe = Annotated[Positional[Literal["deit3", "dinov2", "clip"] | None], arg(metavar="RECIPE")]
+Recipe = Annotated[Positional[Literal["deit3", "dinov2", "clip", "distill"] | None], arg(metavar="RECIPE")]
 
 
 @dataclass(frozen=True)
@@ -111,11 +111,13 @@ def train(
 
     Example: vitreg train dinov2 --smoke --num-prototypes 512 --data tiny-imagenet-100/ --out runs/smoke
 
+    Example: vitreg train distill --teacher dinov2_vitb14 --arch mini --data photographs/ --out runs/student
+
     Example: vitreg train --resume runs/small-4
 
     Args:
-        recipe: deit3 (from labels), dinov2 (from images alone) or clip (from captions), each with settings of its own:
-            vitreg train RECIPE --help; left out with --resume.
+        recipe: deit3 (from labels), dinov2 (from images alone), clip (from captions) or distill (from another model),
+            each with settings of its own: vitreg train RECIPE --help; left out with --resume.
         run: the run.
         shape: the model; the recipe's by default.
         given: the recipe's by default.
@@ -146,7 +148,9 @@ def configured(
     """The recipe's config with what was given instead; shorter runs warm up for a shorter time."""
     from vitreg.training import RECIPES
 
+    teacher = {"teacher": given.get("method", {}).get("teacher", "")} if recipe == "distill" else {}
     config = RECIPES[recipe](
+        **teacher,
         num_images=num_images,
         num_classes=num_classes,
         num_registers=4 if shape.registers is None else shape.registers,

@@ -65,7 +65,7 @@ class SampleStream(Dataset[Fetched]):
         for attempt in range(MAX_ATTEMPTS):
             try:
                 label = None if self.images.labels is None else int(self.images.labels[index])
-                return Sample(self.images.image(index), label, self.images.captions(index))
+                return Sample(self.images.image(index), label, self.images.captions(index), index)
             except ImageError as error:
                 skipped.append(str(error))
                 index = int(np.random.default_rng((self.seed, position, attempt)).integers(len(self.images)))

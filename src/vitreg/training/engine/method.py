@@ -22,11 +22,12 @@ ExtraModules = Mapping[str, dict[str, Tensor]]
 
 @dataclass(frozen=True)
 class Sample:
-    """An image, RGB and upright, and what is known of it: its class and sentences about it."""
+    """An image, RGB and upright, and what is known of it: its class, sentences about it, its place in the set."""
 
     image: Image.Image
     label: int | None = None
     captions: tuple[str, ...] = ()
+    index: int = 0
 
 
 class Augmentation(ABC):

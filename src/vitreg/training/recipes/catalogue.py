@@ -9,10 +9,15 @@ from typing import Any, get_type_hints
 from vitreg.common.renamed import current_fields
 from vitreg.model import ViTConfig
 from vitreg.training.engine.config import OptimizerConfig, TrainingConfig
-from vitreg.training.recipes import clip, deit3, dinov2
+from vitreg.training.recipes import clip, deit3, dinov2, distill
 from vitreg.training.recipes.configs import METHODS
 
-RECIPES: dict[str, Callable[..., TrainingConfig]] = {"deit3": deit3.deit3, "dinov2": dinov2.dinov2, "clip": clip.clip}
+RECIPES: dict[str, Callable[..., TrainingConfig]] = {
+    "deit3": deit3.deit3,
+    "dinov2": dinov2.dinov2,
+    "clip": clip.clip,
+    "distill": distill.distill,
+}
 
 
 def config_from_dict(values: dict[str, Any]) -> TrainingConfig:

@@ -14,6 +14,7 @@ if TYPE_CHECKING:
     from vitreg.training.recipes.clip import CLIP, CLIPAugmentation
     from vitreg.training.recipes.deit3 import DeiT3, DeiT3Augmentation
     from vitreg.training.recipes.dinov2 import DINOv2
+    from vitreg.training.recipes.distill import Distill, DistillAugmentation
     from vitreg.training.recipes.multi_crop import MultiCrop
 
 
@@ -213,4 +214,59 @@ class CLIPConfig(MethodConfig):
         return CLIPAugmentation(self, model.preprocess)
 
 
-METHODS: dict[str, type[MethodConfig]] = {"deit3": DeiT3Config, "dinov2": DINOv2Config, "clip": CLIPConfig}
+@dataclass(frozen=True)
+class DistillConfig(MethodConfig):
+    """Distillation of a model's tokens into a smaller one.
+
+    Attributes:
+        teacher: what `vitreg.load` takes.
+        levels: so many depths are matched, at equal steps, the last block among them.
+        norm_weight, register_weight, attention_weight, output_weight: of the losses; the tokens' direction counts 1.
+        min_crop: smallest part of an image's area that is seen.
+        num_views: crops of an image that are seen again and again; 0 makes a new one each time.
+        cache: folder for what the teacher says of these, so that it is computed once; empty keeps nothing.
+    """
+
+    teacher: str = ""
+    levels: int = 4
+    norm_weight: float = 0.5
+    register_weight: float = 0.1
+    attention_weight: float = 0.1
+    output_weight: float = 1.0
+    min_crop: float = 0.3
+    num_views: int = 0
+    cache: str = ""
+
+    def __post_init__(self) -> None:
+        if not self.teacher:
+            raise ValueError("distillation needs a teacher: give a model with --teacher, as to vitreg diagnose")
+        if self.levels < 1:
+            raise ValueError(f"levels is {self.levels}; match at least the last block")
+        if self.cache and not self.num_views:
+            raise ValueError("a cache is of crops that are seen again: give --num-views, for instance 8")
+
+    def check(self, config: TrainingConfig) -> None:
+        if self.levels > config.model.depth:
+            raise ValueError(f"levels is {self.levels}, but the student has {config.model.depth} blocks; give fewer")
+
+    def build(self, model: ViTConfig) -> Distill:
+        from vitreg.training.recipes.distill import Distill
+
+        return Distill(model, self)
+
+    def flops(self, model: ViTConfig, kept: float) -> float:
+        """The student's: a teacher with a cache soon costs nothing, and another's size is not known here."""
+        return 3 * forward_flops(model, model.grid, kept)
+
+    def augmentation(self, model: ViTConfig, images: ImageSet) -> DistillAugmentation:
+        from vitreg.training.recipes.distill import DistillAugmentation
+
+        return DistillAugmentation(self, model.preprocess)
+
+
+METHODS: dict[str, type[MethodConfig]] = {
+    "deit3": DeiT3Config,
+    "dinov2": DINOv2Config,
+    "clip": CLIPConfig,
+    "distill": DistillConfig,
+}

@@ -12,12 +12,13 @@ from vitreg.training.engine.config import MethodConfig, TrainingConfig
 if TYPE_CHECKING:
     from vitreg.model import ViTConfig
 
-Size = Literal["micro", "tiny", "small", "base", "large", "huge", "giant"]
+Size = Literal["micro", "mini", "tiny", "small", "base", "large", "huge", "giant"]
 
-# Width, depth, heads, hidden units. Micro is for trying things out; tiny to huge are those of ViT and DeiT-III;
-# giant is DINOv2's, with SwiGLU.
+# Width, depth, heads, hidden units. Micro is for trying things out, mini is what the package carries; tiny to huge are
+# those of ViT and DeiT-III; giant is DINOv2's, with SwiGLU.
 SIZES: dict[str, tuple[int, int, int, int]] = {
     "micro": (128, 6, 2, 512),
+    "mini": (192, 8, 3, 576),
     "tiny": (192, 12, 3, 768),
     "small": (384, 12, 6, 1536),
     "base": (768, 12, 12, 3072),
