@@ -197,7 +197,15 @@ def plain_fields(config: Any, path: tuple[str, ...] = ()) -> Iterator[tuple[tupl
             yield place, value
 
 
-OTHERS = {"loss": "ce", "dtype": "bfloat16", "sharding": "fsdp", "centering": "mean", "text_width": 576}
+OTHERS = {
+    "teacher": "vitreg_tiny_reg4",
+    "cache": "tokens",
+    "loss": "ce",
+    "dtype": "bfloat16",
+    "sharding": "fsdp",
+    "centering": "mean",
+    "text_width": 576,
+}
 """Values of what is no number, or not any number."""
 
 
@@ -217,6 +225,8 @@ def another(name: str, value: Any) -> Any:
 @pytest.mark.parametrize("recipe", RECIPES)
 def test_every_setting_of_a_recipe_has_a_flag(recipe):
     def config_of(*words: str) -> TrainingConfig:
+        if recipe == "distill" and "--teacher" not in words:
+            words = ("--teacher", "vitreg_tiny", *words)
         call = parse("train", cli.command("train", [recipe]), [recipe, *words])
         run, shape, given = (call.keywords[name] for name in ("run", "shape", "given"))
         return configured(recipe, run, shape, given, num_images=1000, num_classes=5)

@@ -10,9 +10,21 @@ if TYPE_CHECKING:
     from vitreg.training.recipes.clip import clip
     from vitreg.training.recipes.deit3 import deit3
     from vitreg.training.recipes.dinov2 import dinov2
+    from vitreg.training.recipes.distill import distill
     from vitreg.training.start import open_data, resume, train
 
-__all__ = ["RECIPES", "OptimizerConfig", "TrainingConfig", "clip", "deit3", "dinov2", "open_data", "resume", "train"]
+__all__ = [
+    "RECIPES",
+    "OptimizerConfig",
+    "TrainingConfig",
+    "clip",
+    "deit3",
+    "dinov2",
+    "distill",
+    "open_data",
+    "resume",
+    "train",
+]
 
 __getattr__, __dir__ = lazy(
     __name__,
@@ -22,6 +34,7 @@ __getattr__, __dir__ = lazy(
         "recipes.clip": ["clip"],
         "recipes.deit3": ["deit3"],
         "recipes.dinov2": ["dinov2"],
+        "recipes.distill": ["distill"],
         "start": ["open_data", "resume", "train"],
     },
 )

@@ -11,7 +11,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from training.contrastive_ranks import Noise
 from training.small import small_config
-from vitreg.training import clip, dinov2
+from vitreg.training import clip, dinov2, distill
 from vitreg.training.data.samples import SampleStream
 from vitreg.training.engine.distributed import Distributed
 from vitreg.training.engine.train_state import TrainState
@@ -50,7 +50,7 @@ class Labeled(Noise):
     labels = (0, 1) * 4
 
 
-@pytest.mark.parametrize("recipe", ["deit3", "dinov2", "dinov2-mean", "clip"])
+@pytest.mark.parametrize("recipe", ["deit3", "dinov2", "dinov2-mean", "clip", "distill"])
 def test_no_step_of_any_recipe_waits_for_the_device(recipe):
     """`patches[mask]` did in every step of dinov2."""
     sizes: dict[str, Any] = dict(num_images=8, size="micro", image_size=32, patch_size=8, batch_size=8)
@@ -58,6 +58,9 @@ def test_no_step_of_any_recipe_waits_for_the_device(recipe):
         config = small_config(model=dataclasses.replace(small_config().model, num_classes=2))
     elif recipe == "clip":
         config = clip(**sizes)
+    elif recipe == "distill":
+        config = distill(teacher="vitreg_tiny_reg4", smoke=True, **sizes)
+        config = dataclasses.replace(config, method=dataclasses.replace(config.method, levels=2))
     else:
         config = dinov2(**sizes, smoke=True)
         centering = "mean" if "mean" in recipe else "sinkhorn"

@@ -152,6 +152,12 @@ def test_teachers_of_other_tokens_are_refused(tmp_path, teacher, student, messag
         Distill(model_config(**student), DistillConfig(path))
 
 
+def test_a_student_may_be_wider(tmp_path):
+    method = Distill(model_config(dim=128), DistillConfig(a_teacher(tmp_path, dim=64)))
+    assert method(a_batch(), 0.0)["loss"].isfinite()
+    assert torch.equal(method.projection, torch.eye(128, 64))
+
+
 def test_settings_that_cannot_be():
     with pytest.raises(ValueError, match="needs a teacher"):
         DistillConfig()
@@ -159,6 +165,11 @@ def test_settings_that_cannot_be():
         DistillConfig("teacher", cache="tokens")
     with pytest.raises(ValueError, match="levels is 0"):
         DistillConfig("teacher", levels=0)
+
+
+def test_no_teacher_is_not_searched_for():
+    with pytest.raises(ValueError, match="give a model with --teacher"):
+        distill(teacher="", num_images=100)
 
 
 def test_the_recipe_takes_what_the_teacher_sees(tmp_path):

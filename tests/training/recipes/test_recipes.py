@@ -17,14 +17,18 @@ from vitreg.training.recipes.catalogue import config_from_dict
 from vitreg.training.recipes.sizes import SIZES, Size, sized
 
 
+def recipe_of(name, **options) -> TrainingConfig:
+    return RECIPES[name](**({"teacher": "vitreg_tiny"} if name == "distill" else {}), **options)
+
+
 @pytest.mark.parametrize("recipe", list(RECIPES))
 @pytest.mark.parametrize("smoke", [False, True])
 def test_configs_survive_json(recipe, smoke):
-    config = RECIPES[recipe](num_images=5000, num_classes=10, smoke=smoke)
+    config = recipe_of(recipe, num_images=5000, num_classes=10, smoke=smoke)
     stored = json.loads(json.dumps(config.to_dict()))
     assert config_from_dict({**stored, "data": "beside it"}) == config
     assert config.model.num_registers == 4
-    assert RECIPES[recipe](num_images=5000, num_classes=10, smoke=smoke, num_registers=0).model.num_registers == 0
+    assert recipe_of(recipe, num_images=5000, num_classes=10, smoke=smoke, num_registers=0).model.num_registers == 0
 
 
 @pytest.mark.parametrize(
@@ -71,13 +75,13 @@ def test_steps_follow_from_epochs():
 @pytest.mark.parametrize("smoke", [False, True])
 def test_zero_is_not_taken_for_the_default(recipe, name, smoke):
     with pytest.raises(ValueError, match=f"{name} is 0; it must be above 0"):
-        RECIPES[recipe](num_images=100, num_classes=5, smoke=smoke, **{name: 0})
+        recipe_of(recipe, num_images=100, num_classes=5, smoke=smoke, **{name: 0})
 
 
 @pytest.mark.parametrize("recipe", list(RECIPES))
 def test_what_no_recipe_lets_one_choose_is_not_ignored(recipe):
     with pytest.raises(TypeError, match="takes no 'num_steps'; choose among size, image_size"):
-        RECIPES[recipe](num_images=100, num_classes=5, num_steps=3)
+        recipe_of(recipe, num_images=100, num_classes=5, num_steps=3)
 
 
 @pytest.mark.parametrize(
@@ -119,6 +123,6 @@ def test_models_that_cannot_be(options, message):
 
 def test_an_unknown_recipe():
     stored = deit3(num_images=1000, num_classes=5).to_dict()
-    with pytest.raises(ValueError, match="recipe 'moco' is unknown; choose one of deit3, dinov2, clip"):
+    with pytest.raises(ValueError, match="recipe 'moco' is unknown; choose one of deit3, dinov2, clip, distill"):
         config_from_dict({**stored, "recipe": "moco"})
     assert isinstance(config_from_dict(stored), TrainingConfig)

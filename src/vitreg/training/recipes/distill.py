@@ -42,6 +42,7 @@ def distill(
     - Command: `vitreg train distill --teacher fixed.safetensors --data photographs/ --cache tokens/ --out RUN`
     - Smoke: `vitreg train distill --teacher dinov2_vits14 --smoke --data photographs/ --out RUN`
     """
+    method = DistillConfig(teacher=teacher)
     source = load(teacher).config
     patch_size, image_size = source.patch_size, source.image_size[0]
     scale = Scale(num_images, "mini", image_size=image_size, patch_size=patch_size, batch_size=64, epochs=100)
@@ -60,7 +61,7 @@ def distill(
     config = TrainingConfig(
         recipe="distill",
         model=dataclasses.replace(model, preprocess=dataclasses.replace(preprocess, **normalization)),
-        method=DistillConfig(teacher=teacher),
+        method=method,
         optimizer=OptimizerConfig(
             name="adamw",
             lr=1e-3,
@@ -71,7 +72,7 @@ def distill(
         ),
         **scale.schedule(),
     )
-    return smoke_form(config, config.method) if smoke else config
+    return smoke_form(config, method) if smoke else config
 
 
 class DistillAugmentation(Augmentation):
@@ -134,13 +135,15 @@ class Distill(Method):
             )
         at = tuple(round(teacher.config.depth * (block + 1) / model.depth) - 1 for block in self.blocks)
         self.teacher = Teacher(teacher, at, model, config)
+        self._fitted = False
         self.register_buffer("projection", torch.zeros(model.embed_dim, teacher.config.embed_dim))
 
     def forward(self, batch: Batch, progress: float) -> dict[str, Tensor]:
         """`loss` and its terms: `direction` and `norm` of tokens, `register`, `attention`, `output`."""
         images, config = batch["image"], self.config
-        if not self.projection.any():
+        if not self._fitted and not self.projection.any():  # it may come from a checkpoint
             self.projection.copy_(self.teacher.fit_projection(images))
+        self._fitted = True
         target = self.teacher(images, batch["view"], self.projection)
         trace = self.vit.trace(
             images, blocks=self.blocks, hidden=True, attention_from="cls" if self.vit.config.class_token else None
@@ -189,8 +192,8 @@ class Distill(Method):
 def _distances(found: Float[Tensor, "*T D"], wanted: Float[Tensor, "*T D"]) -> tuple[Tensor, Tensor]:
     """One minus cosine, and the difference of the logarithms of norms; means over all tokens."""
     direction = 1 - F.cosine_similarity(found, wanted, dim=-1).mean()
-    norms = (tokens.norm(dim=-1).clamp_min(1e-3).log() for tokens in (found, wanted))
-    return direction, F.l1_loss(*norms)
+    found_norm, wanted_norm = (tokens.norm(dim=-1).clamp_min(1e-3).log() for tokens in (found, wanted))
+    return direction, F.l1_loss(found_norm, wanted_norm)
 
 
 def _divergence(trace: Trace, wanted: Float[Tensor, "L B T"]) -> Tensor:

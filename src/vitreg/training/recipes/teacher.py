@@ -13,7 +13,7 @@ import torch.nn.functional as F
 from jaxtyping import Float, Int
 from torch import Tensor
 
-from vitreg.checkpoints.digest import digest
+from vitreg.checkpoints.state import digest
 from vitreg.common.disk import check_room, writing
 from vitreg.model import Trace, VisionTransformer, ViTConfig
 from vitreg.training.recipes.configs import DistillConfig
@@ -71,11 +71,11 @@ class Teacher:
         """The principal directions of the teacher's tokens, each of length 1, on these images of every process.
 
         Not centered, so that an artifact keeps its norm: artifacts share a direction, which is among the first.
-        Of equal widths it is the identity.
+        A student that is as wide has the teacher's own channels, a wider one others beside them.
         """
         width = self._shapes[0][-1]
-        if width == self.vit.config.embed_dim:
-            return torch.eye(width)
+        if width >= self.vit.config.embed_dim:
+            return torch.eye(width, self.vit.config.embed_dim)
         hidden = self._trace(images).hidden
         assert hidden is not None
         tokens = F.normalize(hidden.sequence().flatten(0, -2).double(), dim=-1)
