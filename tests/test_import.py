@@ -24,7 +24,7 @@ def import_everything():
         getattr(vitreg, name)
 """
 
-RECIPES = ("clip", "deit3", "dinov2", "multi_crop")
+RECIPES = ("clip", "distill", "deit3", "dinov2", "multi_crop")
 
 
 def run(code: str) -> str:

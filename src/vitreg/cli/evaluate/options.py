@@ -45,7 +45,7 @@ class EvaluationData:
     depth_variants: tuple[Literal["lin.1", "lin.4"], ...] = ("lin.1",)
     discovery: str | None = None
 
-    def open(self) -> list[EvalData]:
+    def opened(self) -> list[EvalData]:
         """What there is, but boxes."""
         from vitreg.images import open_depth, open_segmentation, open_split
         from vitreg.probes.catalogue import EvalData

@@ -39,7 +39,7 @@ from vitreg.probes.tasks.text_encoders import has_text_tower
 def run_evaluation(options: EvaluationOptions, probes: Mapping[str, Any], data: EvaluationData) -> int:
     """Ask the probes of every model, and write and print what they say, with what earlier commands found."""
     start = time.monotonic()
-    found = data.open()
+    found = data.opened()
     probes = _askable(probes, data, found)
     found = [_chosen(one, options, probes) for one in found]
     boxes = None if data.discovery is None else boxed_images(data.discovery)[0]
