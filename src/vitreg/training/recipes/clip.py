@@ -74,6 +74,7 @@ def clip(
 # ViT-S-16, ViT-B-16, ViT-L-14, ViT-H-14 and ViT-g-14.
 TEXT_SIZES: dict[str, tuple[int, int, int, int]] = {
     "micro": (128, 4, 2, 32),
+    "mini": (192, 6, 3, 32),
     "tiny": (256, 10, 4, 77),
     "small": (384, 12, 6, 77),
     "base": (512, 12, 8, 77),
