@@ -157,6 +157,7 @@ def test_two_processes_do_not_mix_in_one_folder(checkpoints, photographs, tmp_pa
         "compare vitreg_tiny vitreg_tiny_reg4 'my photos' --out out",
         "evaluate position --data 'my photos' --models vitreg_tiny --epochs 1 --out out",
         "demo --out out",
+        "demo --model vitreg_tiny --out out",
     ],
 )
 def test_to_make_it_again_in_the_footer_is_a_command_that_runs(words, photographs, tmp_path, monkeypatch):
@@ -300,7 +301,7 @@ TRAIN = (
 FLAGS = {
     "attention": f"IMAGES {MODEL} --size --block --queries --out --crop --limit --strict --json",
     "compare": f"A B IMAGES --architecture --device --dtype --size --out {READING} --json",
-    "demo": "--out --json",
+    "demo": f"{MODEL} --size --out --json",
     "diagnose": f"IMAGES {MODEL} --size --out --threshold --block {READING} --json",
     "discover": (
         f"IMAGES {MODEL} --out --method --facet --block --no-normalize --no-center --bias --k-patches --max-objects "

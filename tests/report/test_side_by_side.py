@@ -5,6 +5,7 @@ import re
 import numpy as np
 import pytest
 
+from report.layout import check_texts
 from report.pages import EVIL, brightness, said
 from vitreg.report import Panels, Photograph, side_by_side_figure, write_side_by_side
 
@@ -32,7 +33,7 @@ def make_summary(models: int = 3, **changes) -> dict:
         "largest_over_median": 2.0, "onset_block": None, "register_norms": [], "attention_on_outliers": 0.0,
         "attention_on_registers": None, "diagnosis": {"blocks": [{}] * 4},
     }  # fmt: skip
-    ill = {"what": "planted outliers", "verdict": "artifacts, planted", "outlier_fraction": 1 / 12, "onset_block": 2}
+    ill = {"what": "without registers", "verdict": "artifacts", "outlier_fraction": 1 / 12, "onset_block": 2}
     fixed = {
         "what": "test-time register",
         "verdict": "removed",
@@ -40,30 +41,35 @@ def make_summary(models: int = 3, **changes) -> dict:
         "attention_on_registers": 0.3,
     }
     several = [{**model, "what": f"{m} registers"} for m in range(models - 2)] + [model | ill, model | fixed]
+    several = several[-models:]
     return {
-        "title": "Planted outliers: vit_test", "verdict": ["Outliers were planted."], "num_images": 2,
+        "title": "vit_test has artifacts", "verdict": ["A test-time register removes them."], "num_images": 2,
         "image_size": [48, 64], "grid": list(GRID), "block": 3, "discovery_block": 2, "version": "0.1.0",
         "attention_from": "the class token", "seconds": 1.5, "models": several,
     } | changes  # fmt: skip
 
 
-@pytest.mark.parametrize("models", [3, 4])
+@pytest.mark.parametrize("models", [1, 2, 3, 4])
 def test_every_model_has_box_norms_and_attention_of_every_photograph(tmp_path, open_page, models):
     path = write_side_by_side(make_summary(models), make_photographs(models=models), tmp_path / "made" / "report.html")
     page = open_page(path, ready=".photograph")
-    assert page.title() == "Planted outliers: vit_test – vitreg demo"
+    assert page.title() == "vit_test has artifacts – vitreg demo"
     assert page.locator(".photograph").count() == 2
     first = page.locator(".photograph").first
     assert first.locator("svg").count() == 3 * models
     boxes = [svg.bounding_box() for svg in first.locator("svg").all()]
     tops = sorted({round(box["y"]) for box in boxes})
-    assert len(tops) == 3, "a row each for objects, norms and attention"
+    assert len(tops) == (1 if models < 3 else 3), "objects, norms and attention, beside each other where there is room"
     assert all(box["width"] / box["height"] == pytest.approx(4 / 3, rel=0.02) for box in boxes)
     for m, rectangle in enumerate(first.locator("rect.box").all()):
         # In a viewBox of patches.
         assert [rectangle.get_attribute(side) for side in ("x", "y", "width", "height")] == [str(m), "0", "2", "2"]
     outlines = [path.get_attribute("d") for path in first.locator("path.outline").all()]
-    assert outlines == [*[""] * (models - 2), "M0 0h1v1h-1z", ""] * 2
+    assert outlines == [*[""] * (models - 2), "M0 0h1v1h-1z", ""][-models:] * 2
+    heads = [said(head) for head in first.locator("h4").all()]
+    assert heads == ["Object (LOST)", "Patch norm", "Attention of the class token"]
+    whats = [model["what"] for model in make_summary(models)["models"]]
+    assert [said(what) for what in first.locator(".panels > p").all()] == whats * 3
 
 
 def test_the_table_says_what_was_found(tmp_path, open_page):
@@ -71,7 +77,7 @@ def test_the_table_says_what_was_found(tmp_path, open_page):
         write_side_by_side(make_summary(), make_photographs(), tmp_path / "report.html"), ready=".photograph"
     )
     rows = [said(row).replace("\n", " ").split("\t") for row in page.locator("tbody tr").all()]
-    assert rows[1][1:6] == ["artifacts, planted", "8.3 %", "2.00", "2", "–"]
+    assert rows[1][1:6] == ["artifacts", "8.3 %", "2.00", "2", "–"]
     assert rows[2][1:] == ["removed", "0 %", "2.00", "–", "81.5", "0 %", "30.0 %"]
 
 
@@ -111,20 +117,23 @@ def test_names_are_only_text(tmp_path, open_page):
     assert page.evaluate("window.hacked") is None
 
 
-def test_the_figure_has_boxes_in_one_row_and_outlines_in_two(tmp_path, read_png):
-    path = side_by_side_figure(make_summary(), make_photographs(1), tmp_path / "made" / "demo.png")
+def test_the_figure_has_boxes_in_one_group_and_outlines_in_two(tmp_path, read_png):
+    """A row for each photograph; of three models the second has outliers."""
+    path = side_by_side_figure(make_summary(), make_photographs(2), tmp_path / "made" / "demo.png")
     image = read_png(path)
     marked = np.abs(image.astype(int) - (255, 90, 60)).max(-1) < 10
-    # Columns of one photograph: 0.38 inches to the first model, 1.24 from one to the next.
-    columns = [marked[:, int(160 * (0.36 + 1.24 * m)) : int(160 * (0.36 + 1.24 * m + 1.2))] for m in range(3)]
-    counts = [len(_rows(column)) for column in columns]
-    assert counts == [1, 3, 1]
+    # Of what lies between two columns of any group, nothing is marked.
+    columns = _groups(marked.sum(0) > 3)
+    assert len(columns) == 3 + 1 + 1
+    assert [len(_groups(marked[:, start:stop].sum(1) > 3)) for start, stop in columns] == [2] * 5
 
 
-def _rows(marked: np.ndarray) -> list[int]:
-    """Where groups of marked rows begin, those of one panel."""
-    rows = np.flatnonzero(marked.sum(1) > 3)
-    return rows[np.diff(rows, prepend=-1000) > 40].tolist()
+def _groups(marked: np.ndarray) -> list[tuple[int, int]]:
+    """Where runs of marked pixels, less than half a panel apart, begin and end."""
+    at = np.flatnonzero(marked)
+    starts = at[np.diff(at, prepend=-1000) > 30]
+    stops = at[np.diff(at, append=10**6) > 30] + 1
+    return list(zip(starts.tolist(), stops.tolist(), strict=True))
 
 
 def test_the_figure_holds_as_many_photographs_as_asked_for(tmp_path, read_png):
@@ -132,9 +141,16 @@ def test_the_figure_holds_as_many_photographs_as_asked_for(tmp_path, read_png):
     one, two, four, six = (
         read_png(side_by_side_figure(summary, make_photographs(n), tmp_path / "a.png")).shape for n in (1, 2, 4, 6)
     )
-    assert one[1] < two[1] == four[1]
-    assert two[0] < four[0]
+    assert one[1] == two[1] == four[1]
+    assert one[0] < two[0] < four[0]
     assert four == six
+
+
+@pytest.mark.parametrize("models", [1, 2, 3])
+def test_all_texts_of_the_figure_can_be_read(tmp_path, drawn, models):
+    """With one model a title is wider than its column."""
+    side_by_side_figure(make_summary(models), make_photographs(models=models), tmp_path / "a.png")
+    assert check_texts(drawn[0]) > 6 * models
 
 
 @pytest.mark.parametrize("write", [write_side_by_side, side_by_side_figure])

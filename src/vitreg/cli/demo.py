@@ -1,4 +1,4 @@
-"""`vitreg demo`: two small models, without registers and with, and what a fix does to the first."""
+"""`vitreg demo`: models without registers and with, and what a fix does, on the photographs of the package."""
 
 from __future__ import annotations
 
@@ -12,8 +12,8 @@ from importlib import metadata
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from vitreg.cli.options import Checkpoint, writable_folder
-from vitreg.cli.output import command_line, print_json, status
+from vitreg.cli.options import ModelOptions, Runtime, Size, writable_folder
+from vitreg.cli.output import command_line, print_json, progress, status
 from vitreg.common.disk import write_json
 
 if TYPE_CHECKING:
@@ -26,23 +26,31 @@ if TYPE_CHECKING:
     from vitreg.report import Panels, Photograph
 
 
-GRID = 20
-"""Patches along each side of a photograph: in the 8 of a training image there would be little to see."""
+PAIR = ("vitreg_tiny", "vitreg_tiny_reg4")
+"""The models of the package, without registers and with."""
 
 
-PHOTO_SIZE = 320
-"""Pixels along each side of a photograph in the report."""
+def demo(
+    *,
+    model: str | None = None,
+    architecture: str | None = None,
+    runtime: Runtime = Runtime(),
+    size: Size | None = None,
+    out: Path = Path("vitreg-out/demo"),
+    json: bool = False,
+) -> int:
+    """Show what registers change, on nine photographs: norms, attention, and the objects that are discovered.
 
+    Without --model the two small models of the package are shown, one trained without registers and one with, and the
+    first with a test-time register; nothing is downloaded. With --model it is that model as it is, and fixed.
 
-def demo(out: Path = Path("vitreg-out/demo"), json: bool = False) -> int:
-    """Diagnose two small models, without and with registers, fix the first, and discover objects with each.
-
-    Nothing is downloaded: models and photographs come with the package. Where the model without registers has no
-    artifacts, a copy of it is given some, and the report says so.
-
-    Example: vitreg demo --out demo
+    Example: vitreg demo --model clip_vit_b16 --out demo
 
     Args:
+        model: the model to show, as --model of other commands takes it; by default the pair of the package.
+        architecture: timm's name of the architecture, for a file that does not say it.
+        runtime: where they run.
+        size: side of what the models see in pixels, or height and width, in whole patches; by default the checkpoint's.
         out: folder for report.html, demo.json and demo.png.
         json: print demo.json.
     """
@@ -51,14 +59,15 @@ def demo(out: Path = Path("vitreg-out/demo"), json: bool = False) -> int:
 
     start = time.perf_counter()
     out = writable_folder(out)
-    plain, trained = _load("vitreg_tiny"), _load("vitreg_tiny_reg4")
-    with status("looking at photographs"):
-        summary, photographs = _look(plain, trained)
-    summary["seconds"] = round(time.perf_counter() - start, 1)
-    summary["command"] = command_line()
-    report = write_side_by_side(summary, photographs, out / "report.html")
-    side_by_side_figure(summary, photographs, out / "demo.png")
-    write_json(out / "demo.json", summary)
+    options = {"architecture": architecture, "size": size, **dataclasses.asdict(runtime)}
+    models = [ModelOptions(name, **options).load() for name in (PAIR if model is None else [model])]
+    summary, photographs = _look(models)
+    with status("writing the report"):
+        side_by_side_figure(summary, photographs, out / "demo.png")
+        summary["seconds"] = round(time.perf_counter() - start, 1)
+        summary["command"] = command_line()
+        report = write_side_by_side(summary, photographs, out / "report.html")
+        write_json(out / "demo.json", summary)
     if json:
         print_json({**summary, "report": str(report)})
         return 0
@@ -68,77 +77,77 @@ def demo(out: Path = Path("vitreg-out/demo"), json: bool = False) -> int:
     return 0
 
 
-def _load(name: str) -> VisionTransformer:
-    """A bundled model, for photographs of `GRID` x `GRID` patches."""
-    vit = Checkpoint(name).load()
-    side = GRID * vit.config.patch_size
-    vit.config = dataclasses.replace(vit.config, name=name, preprocess=vit.preprocess.with_size(side, side))
-    return vit
-
-
-def _look(plain: VisionTransformer, trained: VisionTransformer) -> tuple[dict[str, Any], list[Photograph]]:
+def _look(vits: Sequence[VisionTransformer]) -> tuple[dict[str, Any], list[Photograph]]:
     """Everything that the report tells, and what it shows of every photograph."""
     import vitreg
-    from vitreg.artifacts import plant_artifacts
     from vitreg.discovery.protocol import DEFAULT
     from vitreg.images import bundled_photographs, read_image
     from vitreg.report import Photograph
 
+    first = vits[0]
     paths = bundled_photographs()
     images = [read_image(path) for path in paths]
-    views = _batch(plain, [view for image in images for view in _views(image)])
-    without, with_registers = vitreg.diagnose(plain, paths), vitreg.diagnose(trained, paths)
-    ill = plain if without.has_artifacts else plant_artifacts(plain, views)
-    fixed = vitreg.add_test_time_registers(ill, views)
-    comparison = vitreg.compare(ill, fixed, paths)
-    block, planted = comparison.before.block, ill is not plain
-
-    columns = [
-        ("without registers", _judged(without), plain, without),
-        (f"{trained.num_registers} trained registers", _judged(with_registers), trained, with_registers),
-    ]
-    if planted:
-        columns.append(("planted outliers", "artifacts, planted", ill, comparison.before))
-    what = f"{'planted outliers, ' if planted else ''}test-time register"
-    columns.append((what, comparison.outcome, fixed, comparison.after))
-    models = [_Model(*column, images, block) for column in columns]
-    summary = {
-        "format": "vitreg-demo/1",
-        "version": metadata.version("vitreg"),
-        "title": _title(without, with_registers, comparison, planted=planted),
-        "verdict": _verdict(without, with_registers, comparison, planted=planted),
-        "planted": ill.config.changes[-1] if planted else None,
-        "image_size": list(without.image_size),
-        "grid": [GRID, GRID],
-        "num_images": len(paths),
-        "block": block,
-        "discovery_block": DEFAULT.block % plain.config.depth,
-        "attention_from": "the class token" if plain.config.class_token else "all patches",
-        "models": [model.entry() for model in models],
-        "photographs": [
-            {
-                "image": path.name,
-                "width": image.width,
-                "height": image.height,
-                "boxes": [model.box_in_image(i) for model in models],
-            }
-            for i, (path, image) in enumerate(zip(paths, images, strict=True))
-        ],
-    }
-    larger = plain.preprocess.with_size(PHOTO_SIZE, PHOTO_SIZE)
-    photographs = [
-        Photograph(
-            path.name,
-            larger.pixels(image).permute(1, 2, 0).numpy(),
-            tuple(model.panels(i) for model in models),
-        )
-        for i, (path, image) in enumerate(zip(paths, images, strict=True))
-    ]
+    with status("looking at photographs"):
+        found = [vitreg.diagnose(vit, paths) for vit in vits]
+    fixed, why_not = _fix(first, images) if found[0].has_artifacts else (None, None)
+    with status("looking at photographs"):
+        comparison = None if fixed is None else vitreg.compare(first, fixed, paths)
+        block = found[0].block
+        columns = [
+            _Model(_what(vit, alone=len(vits) == 1), _judged(diagnosis), vit, diagnosis, images, block)
+            for vit, diagnosis in zip(vits, found, strict=True)
+        ]
+        if fixed is not None and comparison is not None:
+            columns.append(_Model("test-time register", comparison.outcome, fixed, comparison.after, images, block))
+        summary = {
+            "format": "vitreg-demo/2",
+            "version": metadata.version("vitreg"),
+            "title": _title(found, comparison),
+            "verdict": _verdict(found, comparison, why_not),
+            "image_size": list(found[0].image_size),
+            "grid": list(found[0].position_frequency.shape),
+            "num_images": len(paths),
+            "block": block,
+            "discovery_block": DEFAULT.block % first.config.depth,
+            "attention_from": "the class token" if first.config.class_token else "all patches",
+            "models": [column.entry() for column in columns],
+            "photographs": [
+                {
+                    "image": path.name,
+                    "width": image.width,
+                    "height": image.height,
+                    "boxes": [column.box_in_image(i) for column in columns],
+                }
+                for i, (path, image) in enumerate(zip(paths, images, strict=True))
+            ],
+        }
+        photographs = [
+            Photograph(path.name, found[0].examples[i].photo, tuple(column.panels(i) for column in columns))
+            for i, path in enumerate(paths)
+        ]
     return summary, photographs
 
 
+def _fix(vit: VisionTransformer, images: Sequence[Image]) -> tuple[VisionTransformer | None, str | None]:
+    """The model with a test-time register, or why there is none.
+
+    Nine photographs are few to find register neurons in, so that their quarters are looked at too.
+    """
+    import vitreg
+
+    views = _batch(vit, [view for image in images for view in _views(image)])
+    with progress("looking for the units that write artifacts") as on_progress:
+        try:
+            fixed = vitreg.add_test_time_registers(vit, views, on_progress=on_progress)
+        except ValueError as error:  # too few outliers in them to tell
+            return None, f"No register was added: {error}."
+    if fixed.num_registers == vit.num_registers:
+        return None, fixed.config.changes[-1]
+    return fixed, None
+
+
 def _views(image: Image) -> list[Image]:
-    """An image and its quarters, for more images to find register neurons in."""
+    """An image and its quarters."""
     width, height = image.width // 2, image.height // 2
     corners = [(x, y) for y in (0, height) for x in (0, width)]
     return [image, *(image.crop((x, y, x + width, y + height)) for x, y in corners)]
@@ -147,7 +156,8 @@ def _views(image: Image) -> list[Image]:
 def _batch(vit: VisionTransformer, images: Sequence[Image]) -> Float[Tensor, "B 3 H W"]:
     import torch
 
-    return torch.stack([vit.preprocess(image) for image in images]).to(next(vit.parameters()).device)
+    of = next(vit.parameters())
+    return torch.stack([vit.preprocess(image) for image in images]).to(of.device)
 
 
 @dataclass(frozen=True)
@@ -179,7 +189,8 @@ class _Model:
         """From the class token, or from every patch where there is none."""
         import torch
 
-        queries = "cls" if self.vit.config.class_token else range(GRID * GRID)
+        rows, columns = self.diagnosis.examples[0].norms.shape[1:]
+        queries = "cls" if self.vit.config.class_token else range(rows * columns)
         with torch.inference_mode():
             rows = self.vit.trace(_batch(self.vit, self.images), blocks=[self.block], attention_from=queries).attention
         assert rows is not None
@@ -188,7 +199,7 @@ class _Model:
     @cached_property
     def _received(self) -> Float[np.ndarray, "B h w"]:
         """What each patch receives: mean over heads and queries."""
-        return self._attention.to_patches[0].mean((1, 2)).cpu().numpy()
+        return self._attention.to_patches[0].float().mean((1, 2)).cpu().numpy()
 
     def _outliers(self, i: int, block: int) -> np.ndarray:
         threshold = self.diagnosis.blocks[block].threshold
@@ -233,27 +244,35 @@ class _Model:
         }
 
 
+def _what(vit: VisionTransformer, *, alone: bool) -> str:
+    """How a model differs from the others."""
+    from vitreg.common.words import counted
+
+    if alone:
+        return "as it is"
+    return counted(vit.num_registers, "trained register") if vit.num_registers else "without registers"
+
+
 def _judged(diagnosis: Diagnosis) -> str:
     if diagnosis.undecided is not None:
         return "too few patches to tell"
     return "artifacts" if diagnosis.has_artifacts else "no artifacts"
 
 
-def _title(without: Diagnosis, with_registers: Diagnosis, comparison: Comparison, *, planted: bool) -> str:
-    one, two = (f"{found.model['name']} has {_judged(found)}" for found in (without, with_registers))
+def _title(found: Sequence[Diagnosis], comparison: Comparison | None) -> str:
+    has = [f"{diagnosis.model['name']} has {_judged(diagnosis)}" for diagnosis in found]
+    if comparison is None:
+        return " and ".join(has)
     verbs = {"removed": "removes", "partly removed": "removes some of"}
-    fix = f"a test-time register {verbs.get(comparison.outcome, 'does not remove')}"
-    if planted:
-        return f"Planted outliers: {one} of its own, a copy has planted ones, and {fix} them"
-    return f"{one}, {two}, and {fix} those of the first"
+    them = "them" if len(found) == 1 else "those of the first"
+    return ", ".join([*has, f"and a test-time register {verbs.get(comparison.outcome, 'does not remove')} {them}"])
 
 
-def _verdict(without: Diagnosis, with_registers: Diagnosis, comparison: Comparison, *, planted: bool) -> list[str]:
+def _verdict(found: Sequence[Diagnosis], comparison: Comparison | None, why_not: str | None) -> list[str]:
     """The findings as sentences; the table has the rest."""
-    sentences = [without.verdict[0], with_registers.verdict[0]]
-    if planted:
-        change = comparison.before.model["changes"][-1]
-        sentences.append(f"To show what artifacts do, a copy of the first model is given some. {change}")
-    # The second sentence on a fix is of the class token's attention, where there is one.
-    found = comparison.verdict[: 1 + without.model["has_class_token"]]
-    return [*sentences, *comparison.after.model["changes"][-1:], *found]
+    sentences = [diagnosis.verdict[0] for diagnosis in found]
+    if comparison is not None:
+        return [*sentences, comparison.after.model["changes"][-1], *comparison.verdict]
+    if found[0].has_artifacts is False:
+        why_not = "No register was added, because there are no artifacts to move."
+    return sentences if why_not is None else [*sentences, why_not]

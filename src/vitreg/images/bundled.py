@@ -6,15 +6,16 @@ from pathlib import Path
 
 NAMES = (
     "astronaut.jpg",
-    "chelsea.jpg",
-    "coffee.jpg",
     "rocket.jpg",
     "camera.jpg",
+    "coffee.jpg",
+    "chelsea.jpg",
     "clock_motion.jpg",
     "coins.jpg",
     "retina.jpg",
     "hubble_deep_field.jpg",
 )
+"""Those with one object on a plain ground first: figures show the first few."""
 
 
 def bundled_photographs() -> list[Path]:

@@ -6,7 +6,8 @@ from vitreg.report.evaluation import DenseImage, Table, write_evaluation
 from vitreg.report.examples import ExampleMaps
 from vitreg.report.figures import comparison_figure, diagnosis_figure
 from vitreg.report.interactive import write_comparison, write_report
-from vitreg.report.side_by_side import Panels, Photograph, side_by_side_figure, write_side_by_side
+from vitreg.report.side_by_side import Panels, Photograph, write_side_by_side
+from vitreg.report.side_by_side_figure import side_by_side_figure
 from vitreg.report.timeline import timeline_figure
 
 __all__ = [

@@ -1,8 +1,7 @@
-"""Several models on the same photographs, side by side, as a page and as an image: the report of `vitreg demo`."""
+"""Several models on the same photographs, side by side, as a page: the report of `vitreg demo`."""
 
 from __future__ import annotations
 
-import textwrap
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -11,16 +10,12 @@ from typing import Any
 import numpy as np
 from jaxtyping import Bool, Float, UInt8
 
-from vitreg.report.colors import OUTLIER, ColorScale, attention_scale, css_gradient, norm_scale
+from vitreg.report.colors import ColorScale, attention_scale, css_gradient, norm_scale
 from vitreg.report.data_urls import jpeg_url, png_url
 from vitreg.report.page import write_page
-from vitreg.report.sheet import GAP, MARGIN, QUIET, TITLE, Sheet, outline, outline_patches
 
 PHOTO = 320, 80
 """Largest side in pixels, and quality, of a photograph in the page."""
-# Inches of the image.
-SIDE, LABELS, BAR = 1.15, 0.26, 0.95
-ACROSS = 2
 
 
 @dataclass(frozen=True)
@@ -48,30 +43,31 @@ class Photograph:
     photo: UInt8[np.ndarray, "H W 3"]
     panels: tuple[Panels, ...]
 
-    def scales(self) -> tuple[ColorScale, ColorScale]:
-        """Of norms and of attention, the same for every model; attention may be above it where outliers receive it."""
-        shares = [panels.attention[~panels.outliers] for panels in self.panels]
-        highest = max((float(share.max()) for share in shares if share.size), default=1.0)
-        norms = norm_scale(np.stack([panels.norms for panels in self.panels]))
-        return norms, attention_scale(highest, "share received", brightness=(0.0, 0.5, 1.0))
+
+def shared_scales(panels: Sequence[Panels]) -> tuple[ColorScale, ColorScale]:
+    """Of norms and of attention, the same for all; attention may be above it where outliers receive it."""
+    shares = [of.attention[~of.outliers] for of in panels]
+    highest = max((float(share.max()) for share in shares if share.size), default=1.0)
+    norms = norm_scale(np.stack([of.norms for of in panels]))
+    return norms, attention_scale(highest, "share received", brightness=(0.0, 0.5, 1.0))
 
 
 def write_side_by_side(summary: dict, photographs: Sequence[Photograph], path: Path) -> Path:
     """Write a self-contained HTML page; it appears whole or not at all.
 
     Args:
-        summary: format "vitreg-demo/1".
+        summary: format "vitreg-demo/2".
         photographs: what is shown; of each, all models share one color scale for norms and one for attention.
         path: the file to write; its folder is made.
 
     Raises:
         ValueError: a photograph has not one set of panels for each model, or a value is NaN or infinite.
     """
-    _check(summary, photographs)
+    check_panels(summary, photographs)
     return write_page("demo", path, s=summary, cards=[_card(photograph) for photograph in photographs])
 
 
-def _check(summary: dict, photographs: Sequence[Photograph]) -> None:
+def check_panels(summary: dict, photographs: Sequence[Photograph]) -> None:
     """Raise `ValueError` unless every photograph has finite maps of the summary's grid for each of its models."""
     for photograph in photographs:
         if len(photograph.panels) != len(summary["models"]):
@@ -90,7 +86,7 @@ def _check(summary: dict, photographs: Sequence[Photograph]) -> None:
 
 def _card(photograph: Photograph) -> dict[str, Any]:
     """What the template draws of a photograph; lengths are in patches."""
-    norms, attention = photograph.scales()
+    norms, attention = shared_scales(photograph.panels)
     rows, columns = photograph.panels[0].norms.shape
     return {
         "name": photograph.name,
@@ -112,64 +108,3 @@ def _card(photograph: Photograph) -> dict[str, Any]:
             for panels in photograph.panels
         ],
     }
-
-
-def side_by_side_figure(summary: dict, photographs: Sequence[Photograph], path: Path, max_photographs: int = 4) -> Path:
-    """Write a PNG of several models on the same photographs: boxes, norms and attention.
-
-    Args:
-        summary: format "vitreg-demo/1".
-        photographs: the first `max_photographs` are drawn, two beside each other; of each, all models share one
-            color scale for norms and one for attention.
-        path: the file to write; its folder is made.
-        max_photographs: how many at most.
-
-    Raises:
-        ValueError: as `write_side_by_side`.
-    """
-    _check(summary, photographs)
-    shown = photographs[:max_photographs]
-    heads = ["\n".join(textwrap.wrap(model["what"], 20)) for model in summary["models"]]
-    tall = SIDE * summary["grid"][0] / summary["grid"][1]
-    head = 0.3 + 0.13 * max(text.count("\n") + 1 for text in heads)
-    width = LABELS + len(heads) * (SIDE + GAP) + BAR
-    height = head + 3 * (tall + GAP) + 0.1
-    across = min(ACROSS, len(shown))
-    title = textwrap.wrap(summary["title"], int(9.5 * across * width))
-    top = 0.5 + 0.21 * len(title)
-    sheet = Sheet(2 * MARGIN + across * width, top + -(-len(shown) // across) * height)
-    sheet.text("\n".join(title), MARGIN, 0.12, **TITLE)
-    said = (
-        f"Norms, and attention of {summary['attention_from']}, in block {summary['block']}. "
-        f"Box: the object that LOST discovers. Outlined: outliers, whose attention may lie above the scale."
-    )
-    sheet.text(said, MARGIN, top - 0.32, fontsize=9.5, color=QUIET)
-    for i, photograph in enumerate(shown):
-        x, y = MARGIN + i % across * width, top + i // across * height
-        sheet.text(photograph.name, x + LABELS, y, width - LABELS - BAR, fontsize=9.5, fontweight="bold")
-        for column, text in enumerate(heads):
-            place = x + LABELS + column * (SIDE + GAP), y + head - 0.05
-            sheet.text(text, *place, SIDE, fontsize=8, color=QUIET, va="bottom", linespacing=1.1)
-        _draw(sheet, photograph, x, y + head, tall)
-    return sheet.write(path)
-
-
-def _draw(sheet: Sheet, photograph: Photograph, x: float, y: float, tall: float) -> None:
-    """Three rows: the photograph with the boxes, norms, attention; a column for every model."""
-    left, step = x + LABELS, tall + GAP
-    right = left + len(photograph.panels) * (SIDE + GAP)
-    scales = photograph.scales()
-    for row, label in enumerate(("object", "patch norm", "attention")):
-        style = {"rotation": 90, "ha": "center", "va": "center", "fontsize": 8.5}
-        sheet.text(label, x + 0.12, y + row * step + tall / 2, **style)
-    rows, columns = photograph.panels[0].norms.shape
-    height, width = photograph.photo.shape[0] / rows, photograph.photo.shape[1] / columns  # of a patch, in pixels
-    for i, panels in enumerate(photograph.panels):
-        place = left + i * (SIDE + GAP)
-        axes = sheet.image(photograph.photo, place, y, SIDE, tall)
-        x0, y0, x1, y1 = panels.box
-        outline(axes, (x0 * width, y0 * height, x1 * width, y1 * height), edgecolor=OUTLIER, linewidth=1.6)
-        for row, (scale, values) in enumerate(zip(scales, (panels.norms, panels.attention), strict=True), start=1):
-            outline_patches(sheet.image(values, place, y + row * step, SIDE, tall, scale=scale), panels.outliers)
-    for row, scale in enumerate(scales, start=1):
-        sheet.color_bar(right, y + row * step, tall, scale)
