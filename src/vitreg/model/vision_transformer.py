@@ -60,7 +60,8 @@ class VisionTransformer(nn.Module):
         self.fc_norm = nn.LayerNorm(dim, config.norm_eps) if config.fc_norm else nn.Identity()
         features = dim * (1 + (config.pool == "token+mean"))
         self.head = nn.Linear(features, config.num_classes, bias=config.head_bias) if config.num_classes else None
-        self.reset_parameters()
+        if not self.patch_embed.weight.is_meta:  # nothing to fill there, and `normal_` would import Dynamo, in 1.2 s
+            self.reset_parameters()
 
     def reset_parameters(self) -> None:
         """Truncated normal weights (std 0.02), zero biases, LayerScale 1e-5, small distinct registers."""
