@@ -75,6 +75,9 @@ def test_a_pair_of_which_the_first_has_artifacts(checkpoints, tmp_path, capsys):
         f"{names[0]} has artifacts, {names[1]} has no artifacts, and a test-time register removes those of the first"
     )
     assert summary["verdict"][2].startswith("1 test-time register added")
+    assert summary["verdict"][2].endswith("These images are the photographs and their quarters.")
+    assert any("the register of the fixed model has a norm of" in sentence for sentence in summary["verdict"])
+    assert not any("second" in sentence for sentence in summary["verdict"]), "which here is the trained one"
     assert plain["outlier_fraction"] == 4 / 16**2
     assert plain["largest_over_median"] > 10 > fixed["largest_over_median"]
     assert [len(model["register_norms"]) for model in summary["models"]] == [0, 4, 1]

@@ -272,7 +272,9 @@ def _verdict(found: Sequence[Diagnosis], comparison: Comparison | None, why_not:
     """The findings as sentences; the table has the rest."""
     sentences = [diagnosis.verdict[0] for diagnosis in found]
     if comparison is not None:
-        return [*sentences, comparison.after.model["changes"][-1], *comparison.verdict]
+        change = f"{comparison.after.model['changes'][-1]} These images are the photographs and their quarters."
+        # To a comparison the fixed model is the second of two; here it may be the third.
+        return [*sentences, change, *(told.replace("the second", "the fixed") for told in comparison.verdict)]
     if found[0].has_artifacts is False:
         why_not = "No register was added, because there are no artifacts to move."
     return sentences if why_not is None else [*sentences, why_not]
