@@ -52,6 +52,10 @@ def test_shown_commands_parse():
         if line.startswith("    vitreg ")
     ]
     assert len(lines) >= 3
+    table = [line for line in (ROOT / "docs" / "evidence.md").read_text().splitlines() if line.startswith("|")]
+    in_table = re.findall(r"`(vitreg [^`]+)`", "\n".join(table))
+    assert len(in_table) >= 3
+    lines += in_table
     for line in lines:
         _, *rest = shlex.split(line)
         name = " ".join(rest[:2]) if " ".join(rest[:2]) in cli.COMMANDS else rest[0]
