@@ -156,10 +156,11 @@ def test_a_module_that_was_rebuilt_by_hand_is_refused_in_a_sentence():
 # --- transformers ---------------------------------------------------------------------------------
 
 HF_MODULES = (
-    "aimv2", "altclip", "beit", "blip", "chinese_clip", "clip", "clipseg", "convnext", "deit", "dinov2",
-    "dinov2_with_registers", "dinov3_convnext", "dinov3_vit", "dpt", "eomt", "groupvit", "hiera", "idefics3", "ijepa",
-    "internvl", "levit", "metaclip_2", "owlv2", "owlvit", "resnet", "sam", "siglip", "siglip2", "swin", "timm_wrapper",
-    "videomae", "vit", "vit_mae", "vit_msn", "vitdet", "vitpose_backbone", "vivit", "vjepa2", "x_clip", "yolos",
+    "aimv2", "altclip", "beit", "blip", "blip_2", "chinese_clip", "clip", "clipseg", "convnext", "deit", "dinov2",
+    "dinov2_with_registers", "dinov3_convnext", "dinov3_vit", "dpt", "eomt", "flava", "git", "groupvit", "hiera",
+    "idefics2", "idefics3", "ijepa", "instructblip", "internvl", "levit", "metaclip_2", "mlcd", "owlv2", "owlvit",
+    "resnet", "sam", "siglip", "siglip2", "smolvlm", "swin", "timm_wrapper", "videomae", "vit", "vit_mae", "vit_msn",
+    "vitdet", "vitpose_backbone", "vivit", "vjepa2", "x_clip", "yolos",
 )  # fmt: skip
 TINY = dict(
     hidden_size=32, num_hidden_layers=1, num_attention_heads=2, intermediate_size=64, image_size=56, patch_size=14

@@ -30,6 +30,7 @@ class _Family:
     preprocess: Preprocess
     positions: PositionInterpolation = _EXACT
     names: WeightNames = TRANSFORMERS
+    norm_twice: bool = False  # the last norm takes all tokens, and once more the pooled feature
 
 
 @dataclass(frozen=True)
@@ -42,10 +43,16 @@ class _Class:
 
 _SQUASHED = Preprocess(interpolation="bilinear", crop="squash", crop_pct=1.0)
 _VIT = _Family(replace(_SQUASHED, mean=HALF, std=HALF))
-_MAE = _DINOV3 = _Family(_SQUASHED)
+_MAE = _MSN = _IJEPA = _DINOV3 = _Family(_SQUASHED)
 _DINOV2 = _Family(Preprocess(crop_pct=224 / 256))
 _DINOV2_REG = replace(_DINOV2, positions=PositionInterpolation("bicubic", antialias=True))
 _CLIP = _Family(Preprocess(mean=CLIP_MEAN, std=CLIP_STD, crop_pct=1.0), names=TRANSFORMERS.norm_after_pool())
+_CLIP_UNNORMED = replace(_CLIP, names=replace(TRANSFORMERS, unused=rf"{TRANSFORMERS.unused}|(^|\.)post_layernorm\."))
+_CLIPSEG = replace(_CLIP, preprocess=_SQUASHED)
+_GIT = _Family(_CLIP.preprocess)
+_BLIP = _Family(replace(_CLIP.preprocess, crop="squash"), norm_twice=True)
+_FLAVA = replace(_BLIP, norm_twice=False)
+_OWL = replace(_CLIP, preprocess=_BLIP.preprocess)
 _SIGLIP = _Family(replace(_VIT.preprocess, interpolation="bicubic"))
 _SIGLIP2 = replace(_VIT, positions=PositionInterpolation("bilinear", antialias=True))
 
@@ -54,6 +61,10 @@ _CLASSES = {
     "ViTForImageClassification": _Class(_VIT),
     "ViTMAEModel": _Class(_MAE),
     "ViTMAEForPreTraining": _Class(_MAE),
+    "ViTMSNModel": _Class(_MSN),
+    "ViTMSNForImageClassification": _Class(_MSN),
+    "IJepaModel": _Class(_IJEPA, "mean"),
+    "IJepaForImageClassification": _Class(_IJEPA, "mean"),
     "Dinov2Model": _Class(_DINOV2),
     "Dinov2Backbone": _Class(_DINOV2),
     "Dinov2ForImageClassification": _Class(_DINOV2, "token+mean"),
@@ -65,6 +76,27 @@ _CLASSES = {
     "CLIPModel": _Class(_CLIP),
     "CLIPVisionModel": _Class(_CLIP),
     "CLIPVisionModelWithProjection": _Class(_CLIP),
+    "CLIPForImageClassification": _Class(_CLIP_UNNORMED, "mean"),
+    "MetaClip2Model": _Class(_CLIP),
+    "MetaClip2VisionModel": _Class(_CLIP),
+    "MetaClip2VisionModelWithProjection": _Class(_CLIP),
+    "MetaClip2ForImageClassification": _Class(_CLIP_UNNORMED, "mean"),
+    "ChineseCLIPModel": _Class(_CLIP),
+    "ChineseCLIPVisionModel": _Class(_CLIP),
+    "AltCLIPModel": _Class(_CLIP),
+    "AltCLIPVisionModel": _Class(_CLIP),
+    "CLIPSegModel": _Class(_CLIPSEG),
+    "CLIPSegVisionModel": _Class(_CLIPSEG),
+    "OwlViTModel": _Class(_OWL),
+    "OwlViTVisionModel": _Class(_OWL),
+    "Owlv2Model": _Class(_OWL),
+    "Owlv2VisionModel": _Class(_OWL),
+    "GitVisionModel": _Class(_GIT),
+    "BlipModel": _Class(_BLIP),
+    "BlipVisionModel": _Class(_BLIP),
+    "Blip2VisionModel": _Class(_BLIP),
+    "InstructBlipVisionModel": _Class(_BLIP),
+    "FlavaImageModel": _Class(_FLAVA),
     "SiglipModel": _Class(_SIGLIP, "attention"),
     "SiglipVisionModel": _Class(_SIGLIP, "attention"),
     "SiglipForImageClassification": _Class(_SIGLIP, "mean"),
@@ -104,6 +136,8 @@ def from_transformers(model: nn.Module) -> VisionTransformer:
     """
     kind, name = check_class(type(model)), type(model).__name__
     weights = kind.family.names.translate(model.state_dict())
+    if kind.family.norm_twice:
+        weights |= {f"fc_{key}": weight for key, weight in weights.items() if key.startswith("norm.")}
     with conversion_errors(f"this {name}", "give it transformers' own"):
         fields = _attributes(model, kind, weights)
         if fields["pool"] != "attention":  # SigLIP's classifier carries the attention pool of pretraining along

@@ -66,7 +66,7 @@ TIMM = WeightNames(
 # transformers 4 nests more than transformers 5; both arrive at the same name.
 TRANSFORMERS = WeightNames(
     rules={
-        r"^(vit|dinov2|dinov2_with_registers|vision_model)\.": "",
+        r"^(vit|ijepa|dinov2|dinov2_with_registers|vision_model)\.": "",
         r"^head\.attention\.in_proj_": "attention_pool.in_proj.",
         r"^head\.attention\.out_proj\.": "attention_pool.proj.",
         r"^head\.layernorm\.": "attention_pool.norm.",
@@ -78,13 +78,14 @@ TRANSFORMERS = WeightNames(
         r"^register_tokens$": "registers",
         r"^position_embeddings?(\.weight)?$": "pos_embed",
         r"^patch_embeddings?\.(projection\.)?": "patch_embed.",
-        r"^pre_layrnorm\.": "norm_pre.",
+        r"^pre_lay(r|er)norm\.": "norm_pre.",
         r"^(layernorm|post_layernorm)\.": "norm.",
         r"^((encoder|model)\.)?layers?\.": "blocks.",
         r"\.(attention\.attention|attention|self_attn)\.(q_proj|query)\.": ".attn.q.",
         r"\.(attention\.attention|attention|self_attn)\.(k_proj|key)\.": ".attn.k.",
         r"\.(attention\.attention|attention|self_attn)\.(v_proj|value)\.": ".attn.v.",
-        r"\.(attention\.output\.dense|attention\.o_proj|self_attn\.out_proj)\.": ".attn.proj.",
+        r"\.self_attn\.qkv\.": ".attn.qkv.",
+        r"\.(attention\.output\.dense|attention\.o_proj|self_attn\.out_proj|self_attn\.projection)\.": ".attn.proj.",
         r"\.(intermediate\.dense|mlp\.weights_in)\.": ".mlp.fc1.",
         r"\.(output\.dense|mlp\.weights_out|mlp\.down_proj)\.": ".mlp.fc2.",
         r"\.mlp\.gate_proj\.": ".mlp.gate.",

@@ -1,0 +1,101 @@
+"""ViT, CLIP and SigLIP under the names of other models of transformers: parity at any size, the peer run in the same test."""
+
+from typing import Any
+
+import pytest
+import torch
+
+from checkpoints.transformers_models import BASE, MLP, SIZES, SQUARE, close, hf, images, perturb, same_tokens
+from vitreg.checkpoints.from_transformers import from_transformers
+
+TOWER = {**BASE, **MLP, **SQUARE}
+TEXT = {**BASE, **MLP, "vocab_size": 64, "max_position_embeddings": 8}
+TEXT |= {"bos_token_id": 1, "eos_token_id": 2, "pad_token_id": 0, "sep_token_id": 3}
+CLIPS = ("MetaClip2", "ChineseCLIP", "AltCLIP", "CLIPSeg", "OwlViT", "Owlv2", "Blip")
+
+
+def model(name: str, config: Any) -> Any:
+    """A small one with all parameters perturbed."""
+    return perturb(getattr(hf, name)(config))
+
+
+def both_configs(family: str, **options: Any) -> Any:
+    """The config of a pair of towers."""
+    config = getattr(hf, f"{family}Config")(vision_config=TOWER, text_config=TEXT, projection_dim=24)
+    for name, value in options.items():
+        setattr(config, name, value)
+    return config
+
+
+def expected_of(tower: Any, x: torch.Tensor) -> Any:
+    return tower(x, interpolate_pos_encoding=True)
+
+
+@pytest.mark.parametrize("size", SIZES)
+@pytest.mark.parametrize("family", ["ViTMSN", "IJepa"])
+@torch.no_grad()
+def test_vits_and_their_classifiers(family, size):
+    config, x = getattr(hf, f"{family}Config")(**TOWER, num_labels=7), images(*size)
+    theirs = model(f"{family}Model", config)
+    same_tokens(from_transformers(theirs), x, expected_of(theirs, x).last_hidden_state)
+    theirs = model(f"{family}ForImageClassification", config)
+    close(from_transformers(theirs).classify(x), expected_of(theirs, x).logits)
+
+
+@pytest.mark.parametrize("size", SIZES)
+@pytest.mark.parametrize("family", [*CLIPS, "Blip2", "InstructBlip"])
+@torch.no_grad()
+def test_towers_of_clips(family, size):
+    theirs = model(f"{family}VisionModel", getattr(hf, f"{family}VisionConfig")(**TOWER))
+    vit, x = from_transformers(theirs), images(*size)
+    expected = expected_of(theirs, x)
+    same_tokens(vit, x, expected.last_hidden_state)
+    close(vit.pool(vit(x)), expected.pooler_output)  # BLIP's has been through its last norm twice
+    assert vit.head is None
+
+
+@pytest.mark.parametrize("size", SIZES)
+@pytest.mark.parametrize("family", CLIPS)
+@torch.no_grad()
+def test_clips_with_their_projection(family, size):
+    theirs = model(f"{family}Model", both_configs(family))
+    vit, x = from_transformers(theirs), images(*size)
+    expected = expected_of(theirs.vision_model, x)
+    same_tokens(vit, x, expected.last_hidden_state)
+    close(vit.pool(vit(x)), expected.pooler_output)
+    close(vit.classify(x), theirs.visual_projection(expected.pooler_output))
+
+
+@pytest.mark.parametrize("size", SIZES)
+@torch.no_grad()
+def test_metaclip2_with_projection(size):
+    theirs = model("MetaClip2VisionModelWithProjection", hf.MetaClip2VisionConfig(**TOWER, projection_dim=24))
+    x = images(*size)
+    close(from_transformers(theirs).classify(x), expected_of(theirs, x).image_embeds)
+
+
+@pytest.mark.parametrize("size", SIZES)
+@pytest.mark.parametrize("family", ["CLIP", "MetaClip2"])
+@torch.no_grad()
+def test_classifiers_on_clip_average_patches_that_no_norm_has_seen(family, size):
+    theirs = model(f"{family}ForImageClassification", both_configs(family, num_labels=7))
+    vit, x = from_transformers(theirs), images(*size)
+    close(vit.classify(x), expected_of(theirs, x).logits)
+    assert not (vit.config.final_norm or vit.config.fc_norm)
+
+
+@pytest.mark.parametrize("size", SIZES)
+@pytest.mark.parametrize("family", ["GitVision", "FlavaImage"])
+@torch.no_grad()
+def test_towers_that_norm_all_tokens(family, size):
+    theirs = model(f"{family}Model", getattr(hf, f"{family}Config")(**TOWER))
+    vit, x = from_transformers(theirs), images(*size)
+    expected = expected_of(theirs, x).last_hidden_state
+    same_tokens(vit, x, expected)
+    close(vit.pool(vit(x)), expected[:, 0])
+
+
+@torch.no_grad()
+def test_blip2_without_bias_of_queries_and_values():
+    theirs, x = model("Blip2VisionModel", hf.Blip2VisionConfig(**TOWER, qkv_bias=False)), images(42, 70)
+    same_tokens(from_transformers(theirs), x, expected_of(theirs, x).last_hidden_state)
