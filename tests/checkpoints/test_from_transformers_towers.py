@@ -1,4 +1,4 @@
-"""ViT, CLIP and SigLIP under the names of other models of transformers: parity at any size, the peer run in the same test."""
+"""ViT, CLIP and SigLIP under other names of transformers: parity at any size, the peer run in the same test."""
 
 from typing import Any
 
@@ -81,7 +81,8 @@ def test_classifiers_on_clip_average_patches_that_no_norm_has_seen(family, size)
     theirs = model(f"{family}ForImageClassification", both_configs(family, num_labels=7))
     vit, x = from_transformers(theirs), images(*size)
     close(vit.classify(x), expected_of(theirs, x).logits)
-    assert not (vit.config.final_norm or vit.config.fc_norm)
+    assert not vit.config.final_norm
+    assert not vit.config.fc_norm
 
 
 @pytest.mark.parametrize("size", SIZES)
