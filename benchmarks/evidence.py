@@ -128,7 +128,9 @@ if __name__ == "__main__":
         vit = vitreg.load(name, dtype=getattr(torch, options.dtype))
         measured[name] = of_images(vit, options.photographs, thresholds, options.batch_size)
         baseline = measured[options.models[0]] if len(measured) > 1 else {}
-        results[name] = {key: said(values, baseline.get(key)) for key, values in measured[name].items()}
+        # Of outliers there is nothing to say where there are none.
+        present = {key: values for key, values in measured[name].items() if values[:, 1].any()}
+        results[name] = {key: said(values, baseline.get(key)) for key, values in present.items()}
         print(f"\n{name}")
         if options.figure and name == options.models[-1]:
             after = vitreg.diagnose(vit, options.photographs, max_examples=0, batch_size=options.batch_size)
