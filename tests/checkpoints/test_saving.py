@@ -142,6 +142,8 @@ TIMM = {
     "DINOv3, keys without bias": ROPE | {"key_bias": False},
     "DINOv3 without biases": ROPE | {"qkv_bias": False, "key_bias": False},
     "DINOv3, gated": ROPE | SWIGLU,
+    "RMSNorm": {"rms_norm": True, "patch_norm": True, "norm_eps": 1e-5, "gated_mlp": True, "activation": "silu"},
+    "RMSNorm, parallel": {"rms_norm": True, "parallel": True, "qk_norm": True, "norm_pre": True, "patch_bias": False},
     "EVA-02": EVA_ROPE | SWIGLU | {"mlp_norm": True, "attention_norm": True, "key_bias": False},
     "EVA, all biases": EVA_ROPE | {"pool": "mean", "num_classes": 5} | AFTER_POOL,
 }
@@ -171,10 +173,19 @@ def test_timm_loads_it_strictly(name, tmp_path):
 
 
 @pytest.mark.parametrize(
-    "architecture", ["vit_small_patch14_reg4_dinov2", "deit3_small_patch16_224", "vit_small_patch16_dinov3"]
+    "architecture",
+    [
+        "vit_small_patch14_reg4_dinov2",
+        "deit3_small_patch16_224",
+        "vit_small_patch16_dinov3",
+        "vit_base_patch16_sapiens2",
+    ],
 )
 def test_a_model_from_timm_goes_back_into_its_architecture(architecture):
-    theirs = timm.create_model(architecture, depth=2, img_size=112, global_pool="token").eval()
+    if not timm.is_model(architecture):
+        pytest.skip(f"this timm has no {architecture}")
+    options = {"num_kv_heads": (12, 4)} if "sapiens2" in architecture else {}
+    theirs = timm.create_model(architecture, depth=2, img_size=112, global_pool="token", **options).eval()
     state, described = to_timm_state(from_timm(theirs))
     assert described["architecture"] == architecture
     again = timm.create_model(architecture, **described["kwargs"])

@@ -49,10 +49,7 @@ def from_timm(model: nn.Module) -> VisionTransformer:
         timm_model: Any = model
         _check_supported(timm_model)
         weights = TIMM.translate(model.state_dict())
-        for path, module in model.named_modules():
-            if getattr(module, "gate_last", False):
-                for kind in KINDS:
-                    weights[f"{path}.fc1.{kind}"] = torch.cat(weights[f"{path}.fc1.{kind}"].chunk(2)[::-1])
+        _make_alike(model, weights)
         image_size = tuple(timm_model.patch_embed.img_size)
         state = join(weights, image_size)
         fields = config_fields(state) | _attributes(timm_model)
@@ -62,6 +59,21 @@ def from_timm(model: nn.Module) -> VisionTransformer:
         preprocess = Preprocess.from_timm({**cfg, "input_size": (3, *image_size)}, multiple_of=fields["patch_size"])
         config = ViTConfig(**fields, image_size=image_size, preprocess=preprocess, name=name, architecture=architecture)
         return build(config, state, f"timm {architecture or type(model).__name__}")
+
+
+def _make_alike(model: Any, weights: dict[str, torch.Tensor]) -> None:
+    """Write weights of modules that compute as ours do with other weights as those."""
+    for path, module in model.named_modules():
+        if getattr(module, "gate_last", False):
+            for kind in KINDS:
+                weights[f"{path}.fc1.{kind}"] = torch.cat(weights[f"{path}.fc1.{kind}"].chunk(2)[::-1])
+        if (groups := getattr(module, "num_kv_groups", 1)) > 1:  # queries share keys and values: each gets its own
+            for name in [f"{path}.{part}.{kind}" for part in "kv" for kind in KINDS]:
+                if name in weights:
+                    heads = weights[name].unflatten(0, (-1, module.head_dim))
+                    weights[name] = heads.repeat_interleave(groups, 0).flatten(0, 1)
+        if getattr(module, "gamma_1", None) is not None and module.gamma_2 is None:  # Sapiens2 scales attention only
+            weights[f"{path}.ls2"] = torch.ones_like(weights[f"{path}.ls1"])
 
 
 def is_readable(model: nn.Module) -> bool:
@@ -75,6 +87,10 @@ def is_readable(model: nn.Module) -> bool:
 
 def _is(module: nn.Module, *names: str) -> bool:
     return type(module).__name__ in names
+
+
+def _is_rms(module: nn.Module) -> bool:
+    return "rmsnorm" in type(module).__name__.lower()
 
 
 def _attributes(model: Any) -> dict[str, Any]:
@@ -109,7 +125,6 @@ def _check_supported(model: Any) -> None:
     check_supported(parallel or _is(block, "Block", "EvaBlock"), f"blocks of type {type(block).__name__}")
     plain = isinstance(getattr(patch, "proj", None), nn.Conv2d) and hasattr(patch, "norm")
     check_supported(plain, f"a patch embedding {type(patch).__name__}")
-    check_supported(isinstance(patch.norm, nn.Identity), "a norm in its patch embedding")
     check_supported(patch.proj.in_channels == 3, f"{patch.proj.in_channels} input channels")
     check_supported(patch.patch_size[0] == patch.patch_size[1], f"patches of {patch.patch_size} pixels")
     attention = getattr(block, "attn", block)  # a parallel block is its own attention
@@ -120,13 +135,13 @@ def _check_supported(model: Any) -> None:
         kinds = ("Attention", "AttentionRope", "EvaAttention", "DiffAttention")
         check_supported(_is(attention, *kinds), f"attention {type(attention).__name__}")
         check_supported(getattr(attention, "gate", None) is None, "gated attention")
-        check_supported(getattr(attention, "num_kv_groups", 1) == 1, "grouped-query attention")
         width = attention.proj.in_features
         check_supported(width == model.embed_dim, f"heads of {width // attention.num_heads} channels")
+    rms_norm = _is_rms(block.in_norm if parallel else block.norm1)
     for name, module in model.named_modules():
         kind, place = type(module).__name__, name.rpartition(".")[2]
-        other = differential and place == "sub_norm"
-        check_supported(other or "rmsnorm" not in kind.lower(), f"an RMSNorm ({name})")
+        alike = "norm" not in kind.lower() or _is_rms(module) is rms_norm or (differential and place == "sub_norm")
+        check_supported(alike, f"LayerNorms and RMSNorms ({name})")
         # An adapter such as LoRA shows the weight that it adapts, without what it adds.
         plain = place not in ("qkv", "q_proj", "k_proj", "v_proj") or type(module) is nn.Linear
         check_supported(plain, f"a {kind} in its attention (merge adapters first)")

@@ -49,6 +49,8 @@ def timm_architecture(config: ViTConfig) -> tuple[str, dict[str, Any], nn.Module
         "vit_pwee_patch16_reg1_gap_256",  # parallel blocks
         "vit_dwee_patch16_reg1_gap_256",  # differential attention
         "vit_dpwee_patch16_reg1_gap_256",  # both
+        "aimv2_large_patch14_224",  # RMSNorm, also in the patch embedding
+        "vit_base_patch16_xp_224",  # RMSNorm, parallel blocks
         "eva02_base_patch14_224",  # RoPE, norms inside attention and MLP
         "vit_small_patch16_dinov3",  # RoPE, epsilon 1e-5
     )
@@ -119,7 +121,7 @@ def _shared_kwargs(config: ViTConfig, global_pool: str) -> dict[str, Any]:
 def _vit_kwargs(config: ViTConfig) -> dict[str, Any]:
     kwargs = {
         "reg_tokens": config.num_registers,
-        "mlp_ratio": _ratio(config) * (1 + config.gated_mlp),
+        "mlp_ratio": _ratio(config) * (1 + (config.gated_mlp and not config.patch_norm)),  # AIMv2's counts one branch
         "proj_bias": config.proj_bias or config.mlp_bias,
         "pos_embed": "learn" if config.learned_positions else "none",
         "pre_norm": config.norm_pre,
@@ -148,6 +150,8 @@ def _eva_kwargs(config: ViTConfig) -> dict[str, Any]:
         "use_post_transformer_norm": config.final_norm,
         "use_fc_norm": config.fc_norm,
     }
+    if config.qk_norm:  # of the same version of timm; Sapiens2 scales attention only, and groups queries
+        kwargs |= {"attn_only_layer_scale": False, "num_kv_heads": config.num_heads}
     if config.rope is not None:
         rope = config.rope
         kwargs |= {

@@ -46,6 +46,7 @@ TIMM = WeightNames(
     rules={
         r"^reg_token$": "registers",
         r"^patch_embed\.proj\.": "patch_embed.",
+        r"^patch_embed\.norm\.": "patch_norm.",
         r"^attn_pool\.": "attention_pool.",
         r"\.(ls1?\.gamma|gamma_1)$": ".ls1",
         r"\.(ls2\.gamma|gamma_2)$": ".ls2",

@@ -10,6 +10,7 @@ from jaxtyping import Float, Int
 from torch import Tensor, nn
 
 from vitreg.model.config import ViTConfig
+from vitreg.model.norm import norm_layer
 from vitreg.model.rope import Rotation, rotate
 
 Record = Callable[[str, Tensor], None]
@@ -32,9 +33,9 @@ class Attention(nn.Module):
         self.num_heads = config.num_heads
         self.interleaved = bool(config.rope and config.rope.interleaved)
         self.qkv = nn.Linear(dim, 3 * dim, bias=config.qkv_bias)
-        self.q_norm = nn.LayerNorm(config.head_dim, config.norm_eps) if config.qk_norm else nn.Identity()
-        self.k_norm = nn.LayerNorm(config.head_dim, config.norm_eps) if config.qk_norm else nn.Identity()
-        self.norm = nn.LayerNorm(dim, config.norm_eps) if config.attention_norm else nn.Identity()
+        self.q_norm = norm_layer(config, config.head_dim) if config.qk_norm else nn.Identity()
+        self.k_norm = norm_layer(config, config.head_dim) if config.qk_norm else nn.Identity()
+        self.norm = norm_layer(config, dim) if config.attention_norm else nn.Identity()
         self.proj = nn.Linear(dim, dim, bias=config.proj_bias)
         self.masks_key_bias = config.qkv_bias and not config.key_bias
 

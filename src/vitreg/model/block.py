@@ -5,13 +5,13 @@ from __future__ import annotations
 from collections.abc import Callable
 
 import torch
-import torch.nn.functional as F
 from jaxtyping import Float, Int
 from torch import Tensor, nn
 
 from vitreg.model.attention import Attention, Record
 from vitreg.model.config import ViTConfig
 from vitreg.model.differential import DifferentialAttention
+from vitreg.model.norm import block_norm, norm_layer
 from vitreg.model.rope import Rotation
 
 Subset = tuple[Int[Tensor, " _"], float]
@@ -55,7 +55,7 @@ class Mlp(nn.Module):
         self.register_buffer("register_neurons", neurons, persistent=False)
         self.fc1 = nn.Linear(config.embed_dim, config.mlp_dim * (1 + self.gated), bias=config.mlp_bias)
         self.act = activation(config.activation)
-        self.norm = nn.LayerNorm(config.mlp_dim, config.norm_eps) if config.mlp_norm else nn.Identity()
+        self.norm = norm_layer(config, config.mlp_dim) if config.mlp_norm else nn.Identity()
         self.fc2 = nn.Linear(config.mlp_dim, config.embed_dim, bias=config.mlp_bias)
 
     def forward(self, x: Float[Tensor, "B T D"], record: Record | None = None) -> Float[Tensor, "B T D"]:
@@ -86,14 +86,6 @@ class Mlp(nn.Module):
         return x.index_copy_(-1, neurons, moved)
 
 
-class BlockNorm(nn.LayerNorm):
-    """Takes weights that FSDP gathered in half precision for tokens in float32, which a CPU's layer norm refuses."""
-
-    def forward(self, input: Tensor) -> Tensor:
-        weight, bias = self.weight.to(input.dtype), self.bias.to(input.dtype)
-        return F.layer_norm(input, self.normalized_shape, weight, bias, self.eps)
-
-
 class Block(nn.Module):
     """Pre-norm Transformer block: `x + s1 attn(norm1(x))`, then `x + s2 mlp(norm2(x))`.
 
@@ -111,13 +103,13 @@ class Block(nn.Module):
         super().__init__()
         self.parallel = config.parallel
         self.test_time_registers, self.num_copies = config.test_time_registers, config.num_attention_copies
-        self.norm1 = BlockNorm(config.embed_dim, config.norm_eps)
+        self.norm1 = block_norm(config)
         self.attn = DifferentialAttention(config, index) if config.differential else Attention(config)
         self.mlp = Mlp(config, tuple(unit for block, unit in config.register_neurons if block == index))
         self.ls1 = nn.Parameter(torch.empty(config.embed_dim)) if config.layer_scale else None
         self.norm2 = self.ls2 = None
         if not self.parallel:
-            self.norm2 = BlockNorm(config.embed_dim, config.norm_eps)
+            self.norm2 = block_norm(config)
             self.ls2 = nn.Parameter(torch.empty(config.embed_dim)) if config.layer_scale else None
 
     def forward(

@@ -78,6 +78,7 @@ class ViTConfig:
         pool_heads: heads of the attention pool.
         final_norm: normalize all tokens after the last block.
         fc_norm: normalize the pooled feature (instead, for MAE-style and CLIP models).
+        patch_norm: normalize the patch embedding, before positions (AIMv2).
         norm_pre: normalize after the position embedding (CLIP).
         patch_bias: whether the patch projection has a bias.
         qkv_bias, key_bias: whether queries, keys, values have a bias; DINOv3 masks the keys' part.
@@ -89,7 +90,8 @@ class ViTConfig:
         gated_mlp: `act(gate) * value` in the MLP (SwiGLU with silu).
         parallel: attention and MLP read the same input and are added together (timm's parallel block).
         layer_scale: a learned factor per channel on each branch.
-        norm_eps: epsilon of the layer norms.
+        rms_norm: all norms are RMSNorms instead of LayerNorms (AIMv2).
+        norm_eps: epsilon of the norms.
         learned_positions: whether there is a position table for the patches.
         position_interpolation: the checkpoint's rule for other image sizes.
         rope: rotary embedding, or None.
@@ -116,6 +118,7 @@ class ViTConfig:
     pool_heads: int = 0
     final_norm: bool = True
     fc_norm: bool = False
+    patch_norm: bool = False
     norm_pre: bool = False
     patch_bias: bool = True
     qkv_bias: bool = True
@@ -130,6 +133,7 @@ class ViTConfig:
     gated_mlp: bool = False
     parallel: bool = False
     layer_scale: bool = False
+    rms_norm: bool = False
     norm_eps: float = 1e-6
     learned_positions: bool = True
     position_interpolation: PositionInterpolation = PositionInterpolation()

@@ -9,6 +9,7 @@ from torch import Tensor, nn
 
 from vitreg.model.block import Mlp
 from vitreg.model.config import ViTConfig
+from vitreg.model.norm import norm_layer
 
 
 class AttentionPool(nn.Module):
@@ -22,7 +23,7 @@ class AttentionPool(nn.Module):
         self.q = nn.Linear(dim, dim)
         self.kv = nn.Linear(dim, 2 * dim)
         self.proj = nn.Linear(dim, dim)
-        self.norm = nn.LayerNorm(dim, config.norm_eps)
+        self.norm = norm_layer(config, dim)
         self.mlp = Mlp(config)
 
     def forward(self, patches: Float[Tensor, "B N D"]) -> Float[Tensor, "B D"]:

@@ -12,6 +12,7 @@ from torch.utils.checkpoint import checkpoint
 from vitreg.model.block import Block, Subset
 from vitreg.model.config import ViTConfig
 from vitreg.model.differential import DifferentialAttention
+from vitreg.model.norm import norm_layer
 from vitreg.model.pooling import AttentionPool
 from vitreg.model.pos_embed import resize_positions
 from vitreg.model.preprocess import Preprocess
@@ -48,16 +49,17 @@ class VisionTransformer(nn.Module):
         self.stochastic_depth: Callable[[int, torch.device], Sequence[tuple[Subset, Subset]]] | None = None
         dim, patch = config.embed_dim, config.patch_size
         self.patch_embed = nn.Conv2d(3, dim, kernel_size=patch, stride=patch, bias=config.patch_bias)
+        self.patch_norm = norm_layer(config, dim) if config.patch_norm else nn.Identity()
         self.cls_token = nn.Parameter(torch.empty(1, 1, dim)) if config.class_token else None
         self.registers = nn.Parameter(torch.empty(1, config.num_registers, dim)) if config.num_registers else None
         self.pos_embed = None
         if config.learned_positions:
             self.pos_embed = nn.Parameter(torch.empty(1, config.grid[0] * config.grid[1], dim))
-        self.norm_pre = nn.LayerNorm(dim, config.norm_eps) if config.norm_pre else nn.Identity()
+        self.norm_pre = norm_layer(config, dim) if config.norm_pre else nn.Identity()
         self.blocks = nn.ModuleList(Block(config, i) for i in range(config.depth))
-        self.norm = nn.LayerNorm(dim, config.norm_eps) if config.final_norm else nn.Identity()
+        self.norm = norm_layer(config, dim) if config.final_norm else nn.Identity()
         self.attention_pool = AttentionPool(config) if config.pool == "attention" else None
-        self.fc_norm = nn.LayerNorm(dim, config.norm_eps) if config.fc_norm else nn.Identity()
+        self.fc_norm = norm_layer(config, dim) if config.fc_norm else nn.Identity()
         features = dim * (1 + (config.pool == "token+mean"))
         self.head = nn.Linear(features, config.num_classes, bias=config.head_bias) if config.num_classes else None
         if not self.patch_embed.weight.is_meta:  # nothing to fill there, and `normal_` would import Dynamo, in 1.2 s
@@ -184,6 +186,7 @@ class VisionTransformer(nn.Module):
     ) -> Tokens:
         grid = self._grid(images)
         x = self.patch_embed(images.to(self.patch_embed.weight.dtype)).flatten(2).transpose(1, 2)
+        x = self.patch_norm(x)
         if masked is not None:
             x = torch.where(masked.where.unsqueeze(-1), masked.token.to(x.dtype), x)
         if recorder is not None and keep_embeddings:

@@ -47,7 +47,7 @@ def _layers_after(name: str, depth: int) -> int:
     """Of a Vision Transformer's parameter: `depth - i` for block i, one more for the embedding, 0 for the rest."""
     if block := re.match(r"blocks\.(\d+)\.", name):
         return depth - int(block[1])
-    embedding = ("patch_embed", "cls_token", "registers", "pos_embed", "norm_pre")
+    embedding = ("patch_embed", "cls_token", "registers", "pos_embed", "patch_norm", "norm_pre")
     return depth + 1 if name.startswith(embedding) else 0
 
 
