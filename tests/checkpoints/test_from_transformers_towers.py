@@ -1,11 +1,13 @@
 """ViT, CLIP and SigLIP under other names of transformers: parity at any size, the peer run in the same test."""
 
+import importlib
 from typing import Any
 
 import pytest
 import torch
 
 from checkpoints.transformers_models import BASE, MLP, SIZES, SQUARE, close, hf, images, perturb, same_tokens
+from vitreg import load
 from vitreg.checkpoints.from_transformers import from_transformers
 
 TOWER = {**BASE, **MLP, **SQUARE}
@@ -100,3 +102,52 @@ def test_towers_that_norm_all_tokens(family, size):
 def test_blip2_without_bias_of_queries_and_values():
     theirs, x = model("Blip2VisionModel", hf.Blip2VisionConfig(**TOWER, qkv_bias=False)), images(42, 70)
     same_tokens(from_transformers(theirs), x, expected_of(theirs, x).last_hidden_state)
+
+
+@pytest.mark.parametrize("size", [*SIZES, (350, 70), (126, 686)])
+@pytest.mark.parametrize("family", ["Idefics2", "Idefics3", "SmolVLM"])
+@pytest.mark.parametrize("side", [56, 350])
+@torch.no_grad()
+def test_navit_buckets_of_positions(family, side, size):
+    """Grids of 25 and 49 patches on a table of 25, where transformers' rounding is not that of `F.interpolate`."""
+    module = importlib.import_module(f"transformers.models.{family.lower()}.modeling_{family.lower()}")
+    kind = getattr(module, f"{family}VisionTransformer")
+    theirs = perturb(kind(kind.config_class(**{**TOWER, "image_size": side})))
+    vit, x = from_transformers(theirs), images(*size)
+    expected = theirs(x).last_hidden_state
+    same_tokens(vit, x, expected)
+    close(vit.pool(vit(x)), expected.mean(1))
+
+
+@pytest.mark.parametrize("size", SIZES)
+@torch.no_grad()
+def test_dpt(size):
+    theirs = model("DPTModel", hf.DPTConfig(**TOWER))
+    x = images(*size)
+    same_tokens(from_transformers(theirs), x, theirs(x).last_hidden_state)
+
+
+@torch.no_grad()
+def test_the_tower_of_a_whole_model():
+    detector = model("OwlViTForObjectDetection", both_configs("OwlViT"))
+    vit, x = from_transformers(detector), images(42, 70)
+    assert vit.config.name == "(owlvit)"
+    expected = expected_of(detector.owlvit.vision_model, x)
+    same_tokens(vit, x, expected.last_hidden_state)
+    close(vit.classify(x), detector.owlvit.visual_projection(expected.pooler_output))
+
+    backbone = hf.Dinov2Config(**BASE, **SQUARE, out_features=["stage2"], reshape_hidden_states=False)
+    sizes = {"reassemble_factors": [1], "neck_hidden_sizes": [8], "fusion_hidden_size": 8, "reassemble_hidden_size": 32}
+    depth = model("DepthAnythingForDepthEstimation", hf.DepthAnythingConfig(backbone_config=backbone, **sizes))
+    vit = from_transformers(depth)
+    assert vit.config.name == "(backbone)"
+    same_tokens(vit, x, depth.backbone(x).feature_maps[-1])
+
+
+@torch.no_grad()
+def test_a_whole_model_by_its_folder(tmp_path):
+    detector = model("Owlv2ForObjectDetection", both_configs("Owlv2"))
+    detector.save_pretrained(tmp_path / "mine")
+    vit, x = load(tmp_path / "mine"), images(56, 56)
+    assert vit.config.name == "mine (owlv2)"
+    close(vit(x).sequence(), expected_of(detector.owlv2.vision_model, x).last_hidden_state)

@@ -156,12 +156,46 @@ def test_a_module_that_was_rebuilt_by_hand_is_refused_in_a_sentence():
 # --- transformers ---------------------------------------------------------------------------------
 
 HF_MODULES = (
-    "aimv2", "altclip", "beit", "blip", "blip_2", "chinese_clip", "clip", "clipseg", "convnext", "deit", "dinov2",
-    "dinov2_with_registers", "dinov3_convnext", "dinov3_vit", "dpt", "eomt", "flava", "git", "groupvit", "hiera",
-    "idefics2", "idefics3", "ijepa", "instructblip", "internvl", "levit", "metaclip_2", "mlcd", "owlv2", "owlvit",
-    "resnet", "sam", "siglip", "siglip2", "smolvlm", "swin", "timm_wrapper", "videomae", "vit", "vit_mae", "vit_msn",
-    "vitdet", "vitpose_backbone", "vivit", "vjepa2", "x_clip", "yolos",
+    "aimv2", "altclip", "beit", "blip", "blip_2", "chinese_clip", "clip", "clipseg", "convnext", "deit",
+    "depth_anything", "dinov2", "dinov2_with_registers", "dinov3_convnext", "dinov3_vit", "dpt", "eomt", "flava",
+    "git", "groupvit", "hiera", "idefics2", "idefics3", "ijepa", "instructblip", "internvl", "levit", "llava",
+    "metaclip_2", "mlcd", "owlv2", "owlvit", "paligemma", "resnet", "sam", "siglip", "siglip2", "smolvlm", "swin",
+    "timm_wrapper", "videomae", "vit", "vit_mae", "vit_msn", "vitdet", "vitpose_backbone", "vivit", "vjepa2",
+    "x_clip", "yolos",
 )  # fmt: skip
+# Models that hold a Vision Transformer which is read, and where.
+WHOLE = {
+    "Blip2ForConditionalGeneration": "vision_model",
+    "Blip2ForImageTextRetrieval": "vision_model",
+    "Blip2Model": "vision_model",
+    "Blip2VisionModelWithProjection": "vision_model",
+    "BlipForConditionalGeneration": "vision_model",
+    "BlipForImageTextRetrieval": "vision_model",
+    "BlipForQuestionAnswering": "vision_model",
+    "CLIPSegForImageSegmentation": "clip",
+    "DPTForDepthEstimation": "dpt",
+    "DPTForSemanticSegmentation": "dpt",
+    "DepthAnythingForDepthEstimation": "backbone",
+    "FlavaForPreTraining": "flava.image_model",
+    "FlavaModel": "image_model",
+    "GitForCausalLM": "git.image_encoder",
+    "GitModel": "image_encoder",
+    "Idefics2ForConditionalGeneration": "model.vision_model",
+    "Idefics2Model": "vision_model",
+    "Idefics3ForConditionalGeneration": "model.vision_model",
+    "Idefics3Model": "vision_model",
+    "InstructBlipForConditionalGeneration": "vision_model",
+    "InstructBlipModel": "vision_model",
+    "LlavaForConditionalGeneration": "model.vision_tower",
+    "LlavaModel": "vision_tower",
+    "OwlViTForObjectDetection": "owlvit",
+    "Owlv2ForObjectDetection": "owlv2",
+    "PaliGemmaForConditionalGeneration": "model.vision_tower",
+    "PaliGemmaModel": "vision_tower",
+    "SmolVLMForConditionalGeneration": "model.vision_model",
+    "SmolVLMModel": "vision_model",
+    "ViTForMaskedImageModeling": "vit",
+}
 TINY = dict(
     hidden_size=32, num_hidden_layers=1, num_attention_heads=2, intermediate_size=64, image_size=56, patch_size=14
 )
@@ -204,16 +238,17 @@ def hf_classes(module: str) -> dict[str, Any]:
 def test_every_class_of_transformers_with_a_vit_converts_or_is_refused_in_a_sentence():
     from vitreg.checkpoints.from_transformers import _CLASSES
 
-    converted, failures = set(), []
+    names, failures = {}, []
+
+    def read(model: nn.Module) -> None:
+        names[type(model).__name__] = from_transformers(model).config.name
+
     for module in HF_MODULES:
-        classes = hf_classes(module)
-        models = {name: hf_model(kind) for name, kind in classes.items()}
-        models = {name: model for name, model in models.items() if model is not None}
-        refused, failed = outcomes({name: lambda m=m: m for name, m in models.items()}, from_transformers)
+        models = {name: hf_model(kind) for name, kind in hf_classes(module).items()}
+        _, failed = outcomes({name: lambda m=m: m for name, m in models.items()}, read)
         failures += failed
-        converted |= set(models) - set(refused)
     assert not failures, failures
-    assert converted == set(_CLASSES)
+    assert names == dict.fromkeys(_CLASSES, "") | {name: f"({path})" for name, path in WHOLE.items()}
 
 
 OPTIONS = [
@@ -225,9 +260,13 @@ OPTIONS = [
 ]  # fmt: skip
 
 
-@pytest.mark.parametrize(
-    "module", ["vit", "vit_mae", "dinov2", "dinov2_with_registers", "dinov3_vit", "clip", "siglip", "siglip2"]
-)
+UNUSUAL = (
+    "vit", "vit_mae", "dinov2", "dinov2_with_registers", "dinov3_vit", "clip", "siglip", "siglip2", "ijepa", "dpt",
+    "flava", "idefics3",
+)  # fmt: skip
+
+
+@pytest.mark.parametrize("module", UNUSUAL)
 def test_unusual_settings_of_transformers_convert_or_are_refused_in_a_sentence(module):
     models = {
         f"{name} {options}": lambda kind=kind, options=options: hf_model(kind, **options)
@@ -236,6 +275,13 @@ def test_unusual_settings_of_transformers_convert_or_are_refused_in_a_sentence(m
     }
     _, failures = outcomes(models, from_transformers)
     assert not failures, failures
+
+
+def test_a_model_with_two_vision_transformers_asks_which():
+    model = hf_model(pytest.importorskip("transformers").VideoLlavaModel)
+    with pytest.raises(CheckpointError, match=r"video_tower \(CLIPVisionModel\), image_tower .*give one of them"):
+        from_transformers(model)
+    assert from_transformers(model.image_tower).config.pool == "token"
 
 
 def test_a_table_of_positions_that_is_no_square_is_refused():

@@ -89,7 +89,8 @@ def test_crop_fraction_gives_the_edge_back(crop, edge):
 
 @pytest.mark.parametrize(("height", "width"), [(320, 480), (300, 200), (224, 224)])
 @pytest.mark.parametrize(
-    "kind", ["CLIPImageProcessor", "BitImageProcessor", "ViTImageProcessor", "SiglipImageProcessor"]
+    "kind",
+    ["CLIPImageProcessor", "BitImageProcessor", "ViTImageProcessor", "SiglipImageProcessor", "BlipImageProcessor"],
 )
 def test_preprocess_equals_the_image_processor(kind, height, width):
     """Up to the rounding of single pixels: a shifted crop or another filter is ten times as far away."""
@@ -106,6 +107,8 @@ def test_preprocess_equals_the_image_processor(kind, height, width):
     [
         ({"size": {"longest_edge": 1024}}, "size"),
         ({"resample": 4}, "resample"),
+        ({"keep_aspect_ratio": True}, "keep_aspect_ratio"),
+        ({"do_pad": True, "image_processor_type": "Owlv2ImageProcessor"}, "do_pad"),
         ({"do_resize": False}, "do_resize"),
         ({"rescale_factor": 1 / 127.5}, "rescale_factor"),
         ({"image_mean": None}, "image_mean"),

@@ -54,6 +54,8 @@ _BLIP = _Family(replace(_CLIP.preprocess, crop="squash"), norm_twice=True)
 _FLAVA = replace(_BLIP, norm_twice=False)
 _OWL = replace(_CLIP, preprocess=_BLIP.preprocess)
 _SIGLIP = _Family(replace(_VIT.preprocess, interpolation="bicubic"))
+_IDEFICS = replace(_VIT, positions=PositionInterpolation("bucket", antialias=False))
+_DPT = _Family(_SIGLIP.preprocess, positions=PositionInterpolation("bilinear", antialias=False))
 _SIGLIP2 = replace(_VIT, positions=PositionInterpolation("bilinear", antialias=True))
 
 _CLASSES = {
@@ -103,6 +105,10 @@ _CLASSES = {
     "Siglip2Model": _Class(_SIGLIP2, "attention"),
     "Siglip2VisionModel": _Class(_SIGLIP2, "attention"),
     "Siglip2ForImageClassification": _Class(_SIGLIP2, "mean"),
+    "Idefics2VisionTransformer": _Class(_IDEFICS, "mean"),
+    "Idefics3VisionTransformer": _Class(_IDEFICS, "mean"),
+    "SmolVLMVisionTransformer": _Class(_IDEFICS, "mean"),
+    "DPTModel": _Class(_DPT),
 }
 
 # Fields of ViTConfig by the names that all configs of transformers give them.
@@ -125,6 +131,9 @@ ACTIVATIONS: dict[str, Any] = {
 def from_transformers(model: nn.Module) -> VisionTransformer:
     """A vitreg model with the weights of a transformers model, also a fine-tuned one; the original stays.
 
+    Of a whole model (LLaVA, PaliGemma, Depth Anything, OWL-ViT) its Vision Transformer is read, and `config.name`
+    says where in the model that is.
+
     The tokens equal `last_hidden_state`, `pool` equals `pooler_output` (CLIP, SigLIP, DINO), and `classify`
     equals `logits` or `image_embeds`, in evaluation mode, for any image size (transformers'
     `interpolate_pos_encoding=True`). CLIP's `last_hidden_state` is from before the last norm, and so are the
@@ -134,16 +143,49 @@ def from_transformers(model: nn.Module) -> VisionTransformer:
     Raises:
         CheckpointError: the class is unknown, or has a part that vitreg does not implement.
     """
-    kind, name = check_class(type(model)), type(model).__name__
-    weights = kind.family.names.translate(model.state_dict())
+    path, tower = find_tower(model)
+    kind, name = check_class(type(tower)), type(tower).__name__
+    weights = kind.family.names.translate(tower.state_dict())
     if kind.family.norm_twice:
         weights |= {f"fc_{key}": weight for key, weight in weights.items() if key.startswith("norm.")}
     with conversion_errors(f"this {name}", "give it transformers' own"):
-        fields = _attributes(model, kind, weights)
+        fields = _attributes(tower, kind, weights)
+        fields["name"] = name_of_tower(_name(getattr(getattr(model, "config", None), "_name_or_path", "")), path)
         if fields["pool"] != "attention":  # SigLIP's classifier carries the attention pool of pretraining along
             weights = {key: weight for key, weight in weights.items() if not key.startswith("attention_pool.")}
         state = join(weights, fields["image_size"])
         return build(ViTConfig(**config_fields(state) | fields), state, f"transformers {name}")
+
+
+def find_tower(model: nn.Module) -> tuple[str, nn.Module]:
+    """The model itself, or the one Vision Transformer inside it, and its path there ("" for the model itself).
+
+    Raises:
+        CheckpointError: there is none that vitreg reads, or there are several.
+    """
+    if _is_known(type(model)) or not _is_of_transformers(type(model)):
+        return "", model
+    towers: dict[str, nn.Module] = {}
+    for path, module in model.named_modules():
+        if _is_known(type(module)) and not any(path.startswith(f"{outer}.") for outer in towers):
+            towers[path] = module
+    if len(towers) > 1:
+        paths = ", ".join(f"{path} ({type(tower).__name__})" for path, tower in towers.items())
+        raise CheckpointError(f"this {type(model).__name__} has several Vision Transformers, {paths}; give one of them")
+    return next(iter(towers.items()), ("", model))
+
+
+def name_of_tower(source: str, path: str) -> str:
+    """What to call the Vision Transformer at this path of a model."""
+    return f"{source} ({path})".strip() if path else source
+
+
+def _is_of_transformers(kind: type[nn.Module]) -> bool:
+    return kind.__module__.partition(".")[0] == "transformers"
+
+
+def _is_known(kind: type[nn.Module]) -> bool:
+    return _is_of_transformers(kind) and kind.__name__ in _CLASSES
 
 
 def check_class(kind: type[nn.Module]) -> _Class:
@@ -152,15 +194,15 @@ def check_class(kind: type[nn.Module]) -> _Class:
     Raises:
         CheckpointError: it is none that vitreg reads.
     """
-    name, library = kind.__name__, kind.__module__.partition(".")[0]
-    if library == "transformers" and name.startswith("DeiT"):
+    name = kind.__name__
+    if _is_of_transformers(kind) and name.startswith("DeiT"):
         raise CheckpointError(
             f"{name} has a distillation token, which vitreg does not implement; for other DeiTs "
             f"load timm's deit_base_patch16_224, or deit3_base_patch16_224"
         )
-    if library != "transformers" or name not in _CLASSES:
+    if not _is_known(kind):
         raise CheckpointError(
-            f"{name} is not one of transformers' classes that vitreg reads: {', '.join(_CLASSES)}; "
+            f"{name} is not one of transformers' classes that vitreg reads, and holds none: {', '.join(_CLASSES)}; "
             f"for other libraries use from_timm, from_open_clip or from_state_dict"
         )
     return _CLASSES[name]
@@ -195,7 +237,6 @@ def _attributes(model: Any, kind: _Class, weights: Mapping[str, Tensor]) -> dict
         "rope": None if "pos_embed" in weights else dinov3_rope(hf.rope_theta, head_dim // 4),
         "position_interpolation": kind.family.positions,
         "preprocess": preprocess,
-        "name": _name(getattr(model.config, "_name_or_path", "") or ""),
     }
 
 

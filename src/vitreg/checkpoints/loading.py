@@ -16,7 +16,7 @@ from vitreg.checkpoints.files import WEIGHT_FILES, is_vitreg_file, read_weights
 from vitreg.checkpoints.from_open_clip import from_open_clip, open_clip_model
 from vitreg.checkpoints.from_state_dict import from_state_dict
 from vitreg.checkpoints.from_timm import empty_model, from_timm, unknown_name
-from vitreg.checkpoints.from_transformers import check_class, from_transformers
+from vitreg.checkpoints.from_transformers import find_tower, from_transformers, name_of_tower
 from vitreg.checkpoints.hub import downloading, import_optional, in_checkpoint_folder, quiet_transformers, timm_name
 from vitreg.checkpoints.processors import preprocess_from_processor
 from vitreg.checkpoints.saving import config_from_metadata
@@ -177,21 +177,22 @@ def _from_hub(repository: str, name: str) -> VisionTransformer:
         config = transformers.AutoConfig.from_pretrained(repository)
         # The class that was saved keeps its head: AutoModel would drop a classifier or CLIP's projection.
         kind: Any = getattr(transformers, next(iter(config.architectures or ()), ""), transformers.AutoModel)
-        if kind is not transformers.AutoModel:
-            check_class(kind)
         with torch.device("meta"):  # what vitreg does not read is refused before the weights are there
             empty: Any = kind.from_config(config) if kind is transformers.AutoModel else kind(config)
         from_transformers(empty)
+        path, _ = find_tower(empty)
+        prefix = f"{path}." if path else ""
         model: Any
         model, report = kind.from_pretrained(repository, output_loading_info=True)
-        if missing := [key for key in report["missing_keys"] if TRANSFORMERS.ours(key) is not None]:
+        missing = [key for key in report["missing_keys"] if key.startswith(prefix)]
+        if missing := [key for key in missing if TRANSFORMERS.ours(key.removeprefix(prefix)) is not None]:
             raise CheckpointError(
                 f"{name} has no weights for {len(missing)} parameters of its {type(model).__name__}, for example "
                 f"{min(missing)}; give a checkpoint that was saved whole"
             )
         cached = transformers.utils.hub.cached_file
         processor = cached(repository, "preprocessor_config.json", _raise_exceptions_for_missing_entries=False)
-    vit = _named(from_transformers(model), name)
+    vit = _named(from_transformers(model), name_of_tower(name, path))
     if processor is not None:
         text = Path(processor).read_text(encoding="utf-8")
         preprocess = preprocess_from_processor(json.loads(text), vit.config.patch_size)

@@ -17,13 +17,13 @@ class PositionInterpolation:
     The rule belongs to the weights: features differ visibly when another one is used (transformers #32175).
 
     Attributes:
-        mode: kernel of the interpolation.
+        mode: kernel of the interpolation; `"bucket"` takes the position whose cell a patch begins in, as NaViT does.
         antialias: widen the kernel when shrinking (timm, DINOv2 with registers).
         offset: added to the new grid's sides to form a scale factor, the original DINO and DINOv2 rule
             (`dinov2/hub/backbones.py`, 0.1); 0 resizes to the exact grid.
     """
 
-    mode: Literal["bicubic", "bilinear"] = "bicubic"
+    mode: Literal["bicubic", "bilinear", "bucket"] = "bicubic"
     antialias: bool = True
     offset: float = 0.0
 

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import torch
 import torch.nn.functional as F
-from jaxtyping import Float
+from jaxtyping import Float, Int
 from torch import Tensor
 
 from vitreg.model.config import PositionInterpolation
@@ -17,10 +18,13 @@ def resize_positions(
     Sources of the rules: `timm.layers.resample_abs_pos_embed` (bicubic, antialias);
     `interpolate_pos_encoding` of `dinov2/models/vision_transformer.py` and DINO v1 (`offset=0.1`: a scale
     factor a little above the exact one, which also shifts the samples); transformers (exact size, no
-    antialias, except for DINOv2 with registers and SigLIP 2).
+    antialias, except for DINOv2 with registers and SigLIP 2); `Idefics2VisionEmbeddings` (buckets).
     """
     if old == new:
         return table
+    if rule.mode == "bucket":
+        rows, columns = (_buckets(*sides, table.device) for sides in zip(old, new, strict=True))
+        return table.unflatten(1, old)[:, rows][:, :, columns].flatten(1, 2)
     image = table.float().unflatten(1, old).permute(0, 3, 1, 2)
     if rule.offset:
         scale = [(side + rule.offset) / before for side, before in zip(new, old, strict=True)]
@@ -30,3 +34,10 @@ def resize_positions(
     if tuple(image.shape[-2:]) != new:
         raise ValueError(f"position offset {rule.offset} turned a {new} grid into {tuple(image.shape[-2:])}")
     return image.flatten(2).transpose(1, 2).to(table.dtype)
+
+
+def _buckets(old: int, new: int, device: torch.device) -> Int[Tensor, " N"]:
+    """Which of `old` equal cells of a side each of `new` patches begins in, rounded as transformers rounds it."""
+    boundaries = torch.arange(1 / old, 1.0, 1 / old, device=device)
+    begin = torch.arange(new, dtype=torch.float32, device=device) * (1 / new)
+    return torch.bucketize(begin.clamp(max=1 - 1e-6), boundaries, right=True)
