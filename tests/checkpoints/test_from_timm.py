@@ -59,6 +59,9 @@ FAMILIES = {
     "eva02_norms": ("eva02_large_patch14_224", {}),
     "eva_clip": ("eva02_base_patch16_clip_224", {}),
     "pe_spatial": ("vit_pe_spatial_small_patch16_512", dict(img_size=128)),
+    "pe_core": ("vit_pe_core_base_patch16_224", {}),
+    "pe_core_gigantic": ("vit_pe_core_gigantic_patch14_448", dict(img_size=98)),
+    "class_token_in_pool": ("vit_small_patch16_224", dict(global_pool="map", pool_include_prefix=True)),
     "tipsv2": ("vit_base_patch14_reg1_tipsv2", dict(img_size=98)),
     "aimv2": ("aimv2_large_patch14_224", dict(img_size=98, num_heads=3)),
     "rms_parallel": ("vit_base_patch16_xp_224", {}),
@@ -118,8 +121,6 @@ REFUSED = {
     "registers in its pooling": "test_vit3",
     "blocks of type": "_18x2_|_rpn_|eva02_enormous",
     "RotaryEmbeddingMixed": "_rope_mixed_",
-    "an attention pool unlike SigLIP's": "vit_pe_core_gigantic",
-    "a class token in its attention pool": "vit_pe_core_",
     "a distillation token": "_distilled_",
 }
 ARCHITECTURES = [name for module in ("vision_transformer", "eva", "deit") for name in timm.list_models(module=module)]

@@ -144,6 +144,8 @@ TIMM = {
     "DINOv3, gated": ROPE | SWIGLU,
     "RMSNorm": {"rms_norm": True, "patch_norm": True, "norm_eps": 1e-5, "gated_mlp": True, "activation": "silu"},
     "RMSNorm, parallel": {"rms_norm": True, "parallel": True, "qk_norm": True, "norm_pre": True, "patch_bias": False},
+    "class token in attention pool": SIGLIP | {"pool": "token+attention", "class_token": True},
+    "Perception Encoder": EVA_ROPE | {"pool": "token+attention", "pool_heads": 2, "pool_mlp_dim": 80},
     "EVA-02": EVA_ROPE | SWIGLU | {"mlp_norm": True, "attention_norm": True, "key_bias": False},
     "EVA, all biases": EVA_ROPE | {"pool": "mean", "num_classes": 5} | AFTER_POOL,
 }

@@ -54,7 +54,9 @@ def from_timm(model: nn.Module) -> VisionTransformer:
         state = join(weights, image_size)
         fields = config_fields(state) | _attributes(timm_model)
         if timm_model.attn_pool is not None:
-            _check_attention_pool(timm_model.attn_pool, fields)
+            _check_attention_pool(timm_model.attn_pool, gated=fields["gated_mlp"])
+            hidden = timm_model.attn_pool.mlp.fc1.out_features
+            fields["pool_mlp_dim"] = 0 if hidden == fields["mlp_dim"] else hidden
         # The checkpoint's own evaluation transform, at the size that the model was built for.
         preprocess = Preprocess.from_timm({**cfg, "input_size": (3, *image_size)}, multiple_of=fields["patch_size"])
         config = ViTConfig(**fields, image_size=image_size, preprocess=preprocess, name=name, architecture=architecture)
@@ -93,14 +95,23 @@ def _is_rms(module: nn.Module) -> bool:
     return "rmsnorm" in type(module).__name__.lower()
 
 
+def _pools_prefix(model: Any) -> bool:
+    """Whether its head reads the tokens before the patches besides these."""
+    if _is(model, "Eva") and model.attn_pool is not None:
+        return True
+    return model.global_pool != "token" and getattr(model, "pool_include_prefix", False)
+
+
 def _attributes(model: Any) -> dict[str, Any]:
     """The fields of `ViTConfig` that the weights do not tell."""
     block = model.blocks[0]
     attention = getattr(block, "attn", block)  # a parallel block is its own attention and MLP
-    mean = "token" if model.cls_token is not None else "mean"
+    pool = POOLS.get(model.global_pool, "token" if model.cls_token is not None else "mean")
+    if pool == "attention" and model.cls_token is not None and _pools_prefix(model):
+        pool = "token+attention"
     return {
         "num_heads": attention.num_heads,
-        "pool": POOLS.get(model.global_pool, mean),
+        "pool": pool,
         "pool_heads": model.attn_pool.num_heads if model.attn_pool is not None else 0,
         "key_bias": not _is(attention, "EvaAttention"),
         "activation": activation_name(block.mlp.act if hasattr(block, "mlp") else block.mlp_act),
@@ -147,10 +158,8 @@ def _check_supported(model: Any) -> None:
         check_supported(plain, f"a {kind} in its attention (merge adapters first)")
     check_norms(model)
     check_supported(model.global_pool in (*POOLS, ""), f"global_pool={model.global_pool!r}")
-    registers_pooled = model.global_pool != "token" and getattr(model, "pool_include_prefix", False)
-    check_supported(not registers_pooled, "registers in its pooling")
-    cls_pooled = _is(model, "Eva") and model.attn_pool is not None and model.cls_token is not None
-    check_supported(not cls_pooled, "a class token in its attention pool")
+    more_than_cls = model.num_prefix_tokens > (model.cls_token is not None and model.attn_pool is not None)
+    check_supported(not (_pools_prefix(model) and more_than_cls), "registers in its pooling")
 
 
 def _check_lambdas(model: Any) -> None:
@@ -161,10 +170,9 @@ def _check_lambdas(model: Any) -> None:
         check_supported(scheduled, f"a lambda_init in block {i} that is not the paper's")
 
 
-def _check_attention_pool(pool: Any, fields: dict[str, Any]) -> None:
-    plain = pool.latent_len == 1 and pool.pos_embed is None and not fields["gated_mlp"]
-    mlp_dim = pool.mlp.fc1.out_features if pool.mlp is not None else 0
-    check_supported(plain and mlp_dim == fields["mlp_dim"], "an attention pool unlike SigLIP's")
+def _check_attention_pool(pool: Any, *, gated: bool) -> None:
+    plain = pool.latent_len == 1 and pool.pos_embed is None and pool.mlp is not None and not gated
+    check_supported(plain, "an attention pool unlike SigLIP's")
     check_supported(isinstance(pool.q_norm, nn.Identity), "q/k norm in its attention pool")
 
 

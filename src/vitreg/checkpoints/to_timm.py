@@ -39,7 +39,7 @@ def timm_architecture(config: ViTConfig) -> tuple[str, dict[str, Any], nn.Module
     """The first architecture that reads back as this config, its keyword arguments, itself without memory."""
     import timm
 
-    pools = {ours: theirs for theirs, ours in POOLS.items()}
+    pools = {ours: theirs for theirs, ours in POOLS.items()} | {"token+attention": "map"}
     if config.pool not in pools:
         raise _unsupported(f"pool={config.pool!r}")
     generic = (
@@ -81,7 +81,9 @@ def differences(ours: ViTConfig, theirs: ViTConfig, free: tuple[str, ...] = FREE
     for field in dataclasses.fields(ViTConfig):
         a, b = getattr(ours, field.name), getattr(theirs, field.name)
         if field.name == "pool_heads":
-            a, b = (c.pool_heads or c.num_heads if c.pool == "attention" else 0 for c in (ours, theirs))
+            a, b = (c.pool_heads or c.num_heads if "attention" in c.pool else 0 for c in (ours, theirs))
+        elif field.name == "pool_mlp_dim":
+            a, b = (c.pool_mlp_dim or c.mlp_dim if "attention" in c.pool else 0 for c in (ours, theirs))
         elif field.name == "rope" and ours.rope and theirs.rope:
             a, b = ours.rope, snap(theirs.rope, ours.rope)
         elif field.name.endswith(("_bias", "layer_scale")) and not a:
@@ -100,10 +102,11 @@ def snap(rope: RopeConfig, to: RopeConfig) -> RopeConfig:
     return dataclasses.replace(rope, frequencies=to.frequencies) if same else rope
 
 
-def _ratio(config: ViTConfig) -> float:
-    """An MLP ratio that truncates to exactly `mlp_dim`."""
-    ratio = config.mlp_dim / config.embed_dim
-    return ratio if int(config.embed_dim * ratio) == config.mlp_dim else (config.mlp_dim + 0.5) / config.embed_dim
+def _ratio(config: ViTConfig, hidden: int = 0) -> float:
+    """An MLP ratio that truncates to exactly so many hidden units, `mlp_dim` unless given."""
+    hidden = hidden or config.mlp_dim
+    ratio = hidden / config.embed_dim
+    return ratio if int(config.embed_dim * ratio) == hidden else (hidden + 0.5) / config.embed_dim
 
 
 def _shared_kwargs(config: ViTConfig, global_pool: str) -> dict[str, Any]:
@@ -129,6 +132,8 @@ def _vit_kwargs(config: ViTConfig) -> dict[str, Any]:
         "fc_norm": config.fc_norm,
         "act_layer": config.activation,
     }
+    if config.pool == "token+attention":
+        kwargs["pool_include_prefix"] = True
     norms = {"scale_attn_norm": config.attention_norm, "scale_mlp_norm": config.mlp_norm}
     return kwargs | {key: True for key, wanted in norms.items() if wanted}
 
@@ -150,6 +155,9 @@ def _eva_kwargs(config: ViTConfig) -> dict[str, Any]:
         "use_post_transformer_norm": config.final_norm,
         "use_fc_norm": config.fc_norm,
     }
+    if "attention" in config.pool:
+        kwargs["attn_pool_num_heads"] = config.pool_heads or config.num_heads
+        kwargs["attn_pool_mlp_ratio"] = _ratio(config, config.pool_mlp_dim)
     if config.qk_norm:  # of the same version of timm; Sapiens2 scales attention only, and groups queries
         kwargs |= {"attn_only_layer_scale": False, "num_kv_heads": config.num_heads}
     if config.rope is not None:

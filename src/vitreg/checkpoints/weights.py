@@ -111,7 +111,7 @@ def split(vit: VisionTransformer) -> dict[str, Tensor]:
     config = vit.config
     weights = {name: tensor.detach() for name, tensor in vit.state_dict().items()}
     for kind in KINDS:
-        if config.pool == "attention":
+        if "attention" in config.pool:
             pool = [weights[f"attention_pool.{part}.{kind}"] for part in ("q", "kv")]
             weights[f"attention_pool.in_proj.{kind}"] = torch.cat(pool)
         for i in range(config.depth):

@@ -45,18 +45,19 @@ class Mlp(nn.Module):
 
     register_neurons: Tensor | None
 
-    def __init__(self, config: ViTConfig, register_neurons: tuple[int, ...] = ()) -> None:
+    def __init__(self, config: ViTConfig, register_neurons: tuple[int, ...] = (), hidden: int = 0) -> None:
         super().__init__()
+        hidden = hidden or config.mlp_dim
         self.gated = config.gated_mlp
         self.signed = config.signed_units
         self.test_time_registers = config.test_time_registers
         # Not on the meta device, from which weights are assigned but buffers are not.
         neurons = torch.tensor(register_neurons, device="cpu") if register_neurons else None
         self.register_buffer("register_neurons", neurons, persistent=False)
-        self.fc1 = nn.Linear(config.embed_dim, config.mlp_dim * (1 + self.gated), bias=config.mlp_bias)
+        self.fc1 = nn.Linear(config.embed_dim, hidden * (1 + self.gated), bias=config.mlp_bias)
         self.act = activation(config.activation)
-        self.norm = norm_layer(config, config.mlp_dim) if config.mlp_norm else nn.Identity()
-        self.fc2 = nn.Linear(config.mlp_dim, config.embed_dim, bias=config.mlp_bias)
+        self.norm = norm_layer(config, hidden) if config.mlp_norm else nn.Identity()
+        self.fc2 = nn.Linear(hidden, config.embed_dim, bias=config.mlp_bias)
 
     def forward(self, x: Float[Tensor, "B T D"], record: Record | None = None) -> Float[Tensor, "B T D"]:
         """`record` receives the hidden units that enter `fc2`: a neuron writes its value times a column."""

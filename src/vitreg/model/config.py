@@ -74,8 +74,9 @@ class ViTConfig:
         num_classes: outputs of the head (classes, or the width of CLIP's projection); 0 for no head.
         head_bias: whether the head has a bias.
         pool: what the head reads: the class token, the mean of the patches, both concatenated, or an
-            attention pool.
+            attention pool of the patches or of class token and patches (Perception Encoder).
         pool_heads: heads of the attention pool.
+        pool_mlp_dim: hidden units of the attention pool's MLP; 0 for as many as the blocks'.
         final_norm: normalize all tokens after the last block.
         fc_norm: normalize the pooled feature (instead, for MAE-style and CLIP models).
         patch_norm: normalize the patch embedding, before positions (AIMv2).
@@ -114,8 +115,9 @@ class ViTConfig:
     class_token: bool = True
     num_classes: int = 0
     head_bias: bool = True
-    pool: Literal["token", "mean", "token+mean", "attention"] = "token"
+    pool: Literal["token", "mean", "token+mean", "attention", "token+attention"] = "token"
     pool_heads: int = 0
+    pool_mlp_dim: int = 0
     final_norm: bool = True
     fc_norm: bool = False
     patch_norm: bool = False

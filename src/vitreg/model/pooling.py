@@ -13,7 +13,7 @@ from vitreg.model.norm import norm_layer
 
 
 class AttentionPool(nn.Module):
-    """A learned query attends to the patches, then an MLP (SigLIP's "MAP" head; big_vision `MAPHead`)."""
+    """A learned query attends to the tokens, then an MLP (SigLIP's "MAP" head; big_vision `MAPHead`)."""
 
     def __init__(self, config: ViTConfig) -> None:
         super().__init__()
@@ -24,12 +24,12 @@ class AttentionPool(nn.Module):
         self.kv = nn.Linear(dim, 2 * dim)
         self.proj = nn.Linear(dim, dim)
         self.norm = norm_layer(config, dim)
-        self.mlp = Mlp(config)
+        self.mlp = Mlp(config, hidden=config.pool_mlp_dim)
 
-    def forward(self, patches: Float[Tensor, "B N D"]) -> Float[Tensor, "B D"]:
-        """Pool the patches (never the registers)."""
-        q = self.q(self.latent).expand(patches.shape[0], -1, -1)
+    def forward(self, tokens: Float[Tensor, "B N D"]) -> Float[Tensor, "B D"]:
+        """Pool the patches, and the class token where the model does (never the registers)."""
+        q = self.q(self.latent).expand(tokens.shape[0], -1, -1)
         q = q.unflatten(-1, (self.num_heads, -1)).transpose(1, 2)
-        k, v = self.kv(patches).unflatten(-1, (2, self.num_heads, -1)).permute(2, 0, 3, 1, 4).unbind(0)
+        k, v = self.kv(tokens).unflatten(-1, (2, self.num_heads, -1)).permute(2, 0, 3, 1, 4).unbind(0)
         x = self.proj(F.scaled_dot_product_attention(q, k, v).transpose(1, 2).flatten(2))
         return (x + self.mlp(self.norm(x))).squeeze(1)

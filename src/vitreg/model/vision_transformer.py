@@ -58,7 +58,7 @@ class VisionTransformer(nn.Module):
         self.norm_pre = norm_layer(config, dim) if config.norm_pre else nn.Identity()
         self.blocks = nn.ModuleList(Block(config, i) for i in range(config.depth))
         self.norm = norm_layer(config, dim) if config.final_norm else nn.Identity()
-        self.attention_pool = AttentionPool(config) if config.pool == "attention" else None
+        self.attention_pool = AttentionPool(config) if "attention" in config.pool else None
         self.fc_norm = norm_layer(config, dim) if config.fc_norm else nn.Identity()
         features = dim * (1 + (config.pool == "token+mean"))
         self.head = nn.Linear(features, config.num_classes, bias=config.head_bias) if config.num_classes else None
@@ -113,7 +113,10 @@ class VisionTransformer(nn.Module):
     def pool(self, tokens: Tokens) -> Float[Tensor, "B F"]:
         """One feature per image, as the checkpoint's head reads it. Registers never take part."""
         if self.attention_pool is not None:
-            return self.fc_norm(self.attention_pool(tokens.patches))
+            read = tokens.patches
+            if tokens.cls is not None and self.config.pool == "token+attention":
+                read = torch.cat([tokens.cls.unsqueeze(1), read], dim=1)
+            return self.fc_norm(self.attention_pool(read))
         if self.config.pool == "mean":
             return self.fc_norm(tokens.patches.mean(1))
         assert tokens.cls is not None  # ViTConfig refuses these pools without one
