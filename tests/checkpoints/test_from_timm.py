@@ -59,6 +59,8 @@ FAMILIES = {
     "eva02_norms": ("eva02_large_patch14_224", {}),
     "eva_clip": ("eva02_base_patch16_clip_224", {}),
     "pe_spatial": ("vit_pe_spatial_small_patch16_512", dict(img_size=128)),
+    "post_norm": ("vit_base_patch16_rpn_224", {}),
+    "eva02_enormous": ("eva02_enormous_patch14_clip_224", dict(img_size=98)),
     "pe_core": ("vit_pe_core_base_patch16_224", {}),
     "pe_core_gigantic": ("vit_pe_core_gigantic_patch14_448", dict(img_size=98)),
     "class_token_in_pool": ("vit_small_patch16_224", dict(global_pool="map", pool_include_prefix=True)),
@@ -119,7 +121,7 @@ def timm_patch(model) -> int:
 # What vitreg refuses: the pattern in the message, and every architecture of timm 1.0.31 that it is for.
 REFUSED = {
     "registers in its pooling": "test_vit3",
-    "blocks of type": "_18x2_|_rpn_|eva02_enormous",
+    "blocks of type": "_18x2_",
     "RotaryEmbeddingMixed": "_rope_mixed_",
     "a distillation token": "_distilled_",
 }

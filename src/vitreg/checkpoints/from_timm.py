@@ -27,6 +27,9 @@ ACTIVATIONS: dict[str, Any] = {
 }
 
 
+POST_NORM = ("ResPostBlock", "EvaBlockPostNorm")
+
+
 def from_timm(model: nn.Module) -> VisionTransformer:
     """A vitreg model with the weights of a timm model, also a fine-tuned one; the original is left untouched.
 
@@ -116,6 +119,7 @@ def _attributes(model: Any) -> dict[str, Any]:
         "key_bias": not _is(attention, "EvaAttention"),
         "activation": activation_name(block.mlp.act if hasattr(block, "mlp") else block.mlp_act),
         "norm_eps": (block.norm1 if hasattr(block, "norm1") else block.in_norm).eps,
+        "post_norm": _is(block, *POST_NORM),
         "rope": _rope(model),
     }
 
@@ -133,7 +137,7 @@ def _check_supported(model: Any) -> None:
     check_supported(not hasattr(model, "dist_token"), "a distillation token")
     block, patch = model.blocks[0], model.patch_embed
     parallel = _is(block, "ParallelScalingBlock", "DiffParallelScalingBlock")
-    check_supported(parallel or _is(block, "Block", "EvaBlock"), f"blocks of type {type(block).__name__}")
+    check_supported(parallel or _is(block, "Block", "EvaBlock", *POST_NORM), f"blocks of type {type(block).__name__}")
     plain = isinstance(getattr(patch, "proj", None), nn.Conv2d) and hasattr(patch, "norm")
     check_supported(plain, f"a patch embedding {type(patch).__name__}")
     check_supported(patch.proj.in_channels == 3, f"{patch.proj.in_channels} input channels")

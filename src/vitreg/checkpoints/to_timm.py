@@ -51,6 +51,7 @@ def timm_architecture(config: ViTConfig) -> tuple[str, dict[str, Any], nn.Module
         "vit_dpwee_patch16_reg1_gap_256",  # both
         "aimv2_large_patch14_224",  # RMSNorm, also in the patch embedding
         "vit_base_patch16_xp_224",  # RMSNorm, parallel blocks
+        "vit_base_patch16_rpn_224",  # norms after the branches
         "eva02_base_patch14_224",  # RoPE, norms inside attention and MLP
         "vit_small_patch16_dinov3",  # RoPE, epsilon 1e-5
     )
@@ -158,6 +159,8 @@ def _eva_kwargs(config: ViTConfig) -> dict[str, Any]:
     if "attention" in config.pool:
         kwargs["attn_pool_num_heads"] = config.pool_heads or config.num_heads
         kwargs["attn_pool_mlp_ratio"] = _ratio(config, config.pool_mlp_dim)
+    if config.post_norm:
+        kwargs["use_post_norm"] = True
     if config.qk_norm:  # of the same version of timm; Sapiens2 scales attention only, and groups queries
         kwargs |= {"attn_only_layer_scale": False, "num_kv_heads": config.num_heads}
     if config.rope is not None:

@@ -90,6 +90,7 @@ class Mlp(nn.Module):
 class Block(nn.Module):
     """Pre-norm Transformer block: `x + s1 attn(norm1(x))`, then `x + s2 mlp(norm2(x))`.
 
+    With `post_norm`, the norms take what the branches give: `x + s1 norm1(attn(x))`.
     With `parallel`, both branches read `norm1(x)` and share one scale (ViT-22B, arXiv 2302.05442).
 
     A test-time register stands for the several artifacts of an image, each of which had a share in the softmax. With a
@@ -102,7 +103,7 @@ class Block(nn.Module):
 
     def __init__(self, config: ViTConfig, index: int) -> None:
         super().__init__()
-        self.parallel = config.parallel
+        self.parallel, self.post_norm = config.parallel, config.post_norm
         self.test_time_registers, self.num_copies = config.test_time_registers, config.num_attention_copies
         self.norm1 = block_norm(config)
         self.attn = DifferentialAttention(config, index) if config.differential else Attention(config)
@@ -133,12 +134,16 @@ class Block(nn.Module):
         if self.norm2 is None:
             return x
         norm2 = self.norm2
+        if self.post_norm:
+            return _add(x, lambda part: norm2(self.mlp(part, record)), self.ls2, second)
         return _add(x, lambda part: self.mlp(norm2(part), record), self.ls2, second)
 
     def _attention_branch(self, x: Tensor, rotation: Rotation | None, record: Record | None) -> Tensor:
         """Attention; with `parallel` both branches in one."""
-        normed = self.norm1(x)
+        normed = x if self.post_norm else self.norm1(x)
         branch = self._attend(normed, rotation, record) if self.num_copies else self.attn(normed, rotation, record)
+        if self.post_norm:
+            return self.norm1(branch)
         return branch + self.mlp(normed, record) if self.parallel else branch
 
     def _attend(self, normed: Tensor, rotation: Rotation | None, record: Record | None) -> Tensor:

@@ -90,6 +90,7 @@ class ViTConfig:
         activation: non-linearity of the MLP.
         gated_mlp: `act(gate) * value` in the MLP (SwiGLU with silu).
         parallel: attention and MLP read the same input and are added together (timm's parallel block).
+        post_norm: the norms of a block follow its branches, `x + norm(branch(x))` (EVA02-E).
         layer_scale: a learned factor per channel on each branch.
         rms_norm: all norms are RMSNorms instead of LayerNorms (AIMv2).
         norm_eps: epsilon of the norms.
@@ -134,6 +135,7 @@ class ViTConfig:
     activation: Literal["gelu", "gelu_tanh", "quick_gelu", "silu"] = "gelu"
     gated_mlp: bool = False
     parallel: bool = False
+    post_norm: bool = False
     layer_scale: bool = False
     rms_norm: bool = False
     norm_eps: float = 1e-6
@@ -153,6 +155,8 @@ class ViTConfig:
             raise ValueError(f"embed_dim {self.embed_dim} is not a multiple of num_heads {self.num_heads}")
         if self.differential and (self.head_dim % 2 or self.rope):
             raise ValueError("differential attention needs heads of an even number of channels, and has no RoPE here")
+        if self.post_norm and self.parallel:
+            raise ValueError("post_norm and parallel: a parallel block has one norm, before both branches; choose one")
         if self.num_registers < 0:
             raise ValueError(f"num_registers is {self.num_registers}; it must be 0 or more")
         self._check_register_neurons()
