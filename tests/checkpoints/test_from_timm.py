@@ -54,6 +54,8 @@ FAMILIES = {
     "sbb_rope": ("vit_medium_patch16_rope_reg1_gap_256", {}),
     "sbb_rope_reg4": ("vit_betwixt_patch16_rope_reg4_gap_256", {}),
     "rope": ("vit_small_patch16_rope_224", {}),
+    "rope_mixed": ("vit_small_patch16_rope_mixed_224", {}),
+    "rope_mixed_ape": ("vit_small_patch16_rope_mixed_ape_224", {}),
     "rope_ape": ("vit_small_patch16_rope_ape_224", {}),
     "eva02": ("eva02_small_patch14_224", {}),
     "eva02_norms": ("eva02_large_patch14_224", {}),
@@ -122,7 +124,6 @@ def timm_patch(model) -> int:
 REFUSED = {
     "registers in its pooling": "test_vit3",
     "blocks of type": "_18x2_",
-    "RotaryEmbeddingMixed": "_rope_mixed_",
     "a distillation token": "_distilled_",
 }
 ARCHITECTURES = [name for module in ("vision_transformer", "eva", "deit") for name in timm.list_models(module=module)]

@@ -148,6 +148,7 @@ TIMM = {
     "Perception Encoder": EVA_ROPE | {"pool": "token+attention", "pool_heads": 2, "pool_mlp_dim": 80},
     "post-norm": {"post_norm": True, "class_token": False, "pool": "mean"},
     "EVA, post-norm": EVA_ROPE | {"post_norm": True},
+    "mixed RoPE": EVA_ROPE | {"rope": None, "mixed_rope": True},
     "EVA-02": EVA_ROPE | SWIGLU | {"mlp_norm": True, "attention_norm": True, "key_bias": False},
     "EVA, all biases": EVA_ROPE | {"pool": "mean", "num_classes": 5} | AFTER_POOL,
 }

@@ -68,6 +68,8 @@ def from_timm(model: nn.Module) -> VisionTransformer:
 
 def _make_alike(model: Any, weights: dict[str, torch.Tensor]) -> None:
     """Write weights of modules that compute as ours do with other weights as those."""
+    if "rope_frequencies" in weights and model.rope.grid_indexing == "xy":  # columns first
+        weights["rope_frequencies"] = weights["rope_frequencies"].flip(0)
     for path, module in model.named_modules():
         if getattr(module, "gate_last", False):
             for kind in KINDS:
@@ -182,7 +184,7 @@ def _check_attention_pool(pool: Any, *, gated: bool) -> None:
 
 def _rope(model: Any) -> RopeConfig | None:
     rope = getattr(model, "rope", None)
-    if rope is None:
+    if rope is None or _is(rope, "RotaryEmbeddingMixed"):
         return None
     interleaved = not model.blocks[0].attn.rotate_half  # what is applied; older ropes do not say it
     swap_axes = getattr(rope, "grid_indexing", "ij") == "xy"

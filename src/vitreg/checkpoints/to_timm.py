@@ -60,7 +60,7 @@ def timm_architecture(config: ViTConfig) -> tuple[str, dict[str, Any], nn.Module
         if not timm.is_model(name):
             continue
         eva = timm.models.model_entrypoint(name).__module__.endswith(".eva")
-        if eva is not (config.rope is not None) and name != config.architecture:
+        if eva is not (config.rope is not None or config.mixed_rope) and name != config.architecture:
             continue
         kwargs = _shared_kwargs(config, pools[config.pool])
         kwargs |= _eva_kwargs(config) if eva else _vit_kwargs(config)
@@ -151,7 +151,7 @@ def _eva_kwargs(config: ViTConfig) -> dict[str, Any]:
         "attn_type": "rope" if config.qkv_bias and config.key_bias else "eva",
         "qkv_fused": True,
         "use_abs_pos_emb": config.learned_positions,
-        "use_rot_pos_emb": config.rope is not None,
+        "use_rot_pos_emb": config.rope is not None or config.mixed_rope,
         "use_pre_transformer_norm": config.norm_pre,
         "use_post_transformer_norm": config.final_norm,
         "use_fc_norm": config.fc_norm,
@@ -163,6 +163,8 @@ def _eva_kwargs(config: ViTConfig) -> dict[str, Any]:
         kwargs["use_post_norm"] = True
     if config.qk_norm:  # of the same version of timm; Sapiens2 scales attention only, and groups queries
         kwargs |= {"attn_only_layer_scale": False, "num_kv_heads": config.num_heads}
+    if config.mixed_rope:
+        kwargs |= {"rope_type": "mixed", "rope_grid_indexing": "ij", "rope_rotate_half": False}
     if config.rope is not None:
         rope = config.rope
         kwargs |= {

@@ -48,6 +48,7 @@ TIMM = WeightNames(
         r"^patch_embed\.proj\.": "patch_embed.",
         r"^patch_embed\.norm\.": "patch_norm.",
         r"^attn_pool\.": "attention_pool.",
+        r"^rope\.freqs$": "rope_frequencies",
         r"\.(ls1?\.gamma|gamma_1)$": ".ls1",
         r"\.(ls2\.gamma|gamma_2)$": ".ls2",
         r"\.attn\.([qkv])_proj\.": r".attn.\1.",
@@ -61,7 +62,7 @@ TIMM = WeightNames(
         r"\.mlp_out_proj\.": ".mlp.fc2.",
         r"\.mlp_bias$": ".mlp.fc1.bias",
     },
-    unused=r"^(?!(blocks|patch_embed|norm_pre|norm|fc_norm|head|attn_pool)\.|(cls_token|reg_token|pos_embed)$)",
+    unused=r"^(?!(blocks|patch_embed|norm_pre|norm|fc_norm|head|attn_pool)\.|(cls_token|reg_token|pos_embed|rope\.freqs)$)",
 )
 
 # transformers 4 nests more than transformers 5; both arrive at the same name.

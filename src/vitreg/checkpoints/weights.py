@@ -37,6 +37,7 @@ PRESENT = {
     "mlp_norm": "blocks.0.mlp.norm.weight",
     "layer_scale": "blocks.0.ls1",
     "learned_positions": "pos_embed",
+    "mixed_rope": "rope_frequencies",
 }
 
 

@@ -31,7 +31,7 @@ class Attention(nn.Module):
         super().__init__()
         dim = config.embed_dim
         self.num_heads = config.num_heads
-        self.interleaved = bool(config.rope and config.rope.interleaved)
+        self.interleaved = config.mixed_rope or bool(config.rope and config.rope.interleaved)
         self.qkv = nn.Linear(dim, 3 * dim, bias=config.qkv_bias)
         self.q_norm = norm_layer(config, config.head_dim) if config.qk_norm else nn.Identity()
         self.k_norm = norm_layer(config, config.head_dim) if config.qk_norm else nn.Identity()

@@ -97,6 +97,7 @@ class ViTConfig:
         learned_positions: whether there is a position table for the patches.
         position_interpolation: the checkpoint's rule for other image sizes.
         rope: rotary embedding, or None.
+        mixed_rope: rotary embedding whose frequencies are learned per block and head (arXiv 2403.13298).
         preprocess: how images become the checkpoint's input.
         name: where the weights come from, for reports.
         architecture: timm's name of the architecture where there is one.
@@ -142,6 +143,7 @@ class ViTConfig:
     learned_positions: bool = True
     position_interpolation: PositionInterpolation = PositionInterpolation()
     rope: RopeConfig | None = None
+    mixed_rope: bool = False
     preprocess: Preprocess = field(default_factory=lambda: Preprocess(size=(224, 224)))
     name: str = ""
     architecture: str = ""
@@ -157,6 +159,10 @@ class ViTConfig:
             raise ValueError("differential attention needs heads of an even number of channels, and has no RoPE here")
         if self.post_norm and self.parallel:
             raise ValueError("post_norm and parallel: a parallel block has one norm, before both branches; choose one")
+        if self.mixed_rope and (self.rope or self.differential):
+            raise ValueError(
+                "mixed_rope has frequencies of its own, and no differential attention; leave out the other"
+            )
         if self.num_registers < 0:
             raise ValueError(f"num_registers is {self.num_registers}; it must be 0 or more")
         self._check_register_neurons()

@@ -53,6 +53,19 @@ def _table(rope: RopeConfig, grid: tuple[int, int], num_prefix: int, device: tor
     return angles.cos(), angles.sin()
 
 
+def mixed_rotation(frequencies: Float[Tensor, "2 L H F"], grid: tuple[int, int], num_prefix: int) -> list[Rotation]:
+    """For each block, cosines and sines `[H, num_prefix + N, head_dim]`, float32.
+
+    The angle at row y, column x is `y * frequencies[0] + x * frequencies[1]` (RoPE-Mixed, arXiv 2403.13298).
+    """
+    rows, columns = (torch.arange(side, dtype=torch.float32, device=frequencies.device) for side in grid)
+    y, x = (axis.flatten()[:, None] for axis in torch.meshgrid(rows, columns, indexing="ij"))
+    along_y, along_x = frequencies.float().unsqueeze(-2)
+    angles = (y * along_y + x * along_x).repeat_interleave(2, -1)
+    angles = torch.cat([angles.new_zeros(*angles.shape[:2], num_prefix, angles.shape[-1]), angles], dim=-2)
+    return list(zip(angles.cos(), angles.sin(), strict=True))
+
+
 def rotate(x: Float[Tensor, "B H T d"], table: Rotation, *, interleaved: bool) -> Float[Tensor, "B H T d"]:
     """Rotate queries or keys; computed in float32 and returned in x's dtype."""
     cos, sin = table

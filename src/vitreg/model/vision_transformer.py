@@ -16,7 +16,7 @@ from vitreg.model.norm import norm_layer
 from vitreg.model.pooling import AttentionPool
 from vitreg.model.pos_embed import resize_positions
 from vitreg.model.preprocess import Preprocess
-from vitreg.model.rope import rotation
+from vitreg.model.rope import mixed_rotation, rotation
 from vitreg.model.tokens import Masked, Tokens
 from vitreg.model.trace import Facet, Query, Recorder, Trace
 
@@ -55,6 +55,9 @@ class VisionTransformer(nn.Module):
         self.pos_embed = None
         if config.learned_positions:
             self.pos_embed = nn.Parameter(torch.empty(1, config.grid[0] * config.grid[1], dim))
+        self.rope_frequencies = None
+        if config.mixed_rope:
+            self.rope_frequencies = nn.Parameter(torch.empty(2, config.depth, config.num_heads, config.head_dim // 2))
         self.norm_pre = norm_layer(config, dim) if config.norm_pre else nn.Identity()
         self.blocks = nn.ModuleList(Block(config, i) for i in range(config.depth))
         self.norm = norm_layer(config, dim) if config.final_norm else nn.Identity()
@@ -85,6 +88,8 @@ class VisionTransformer(nn.Module):
         for token in (self.cls_token, self.pos_embed):
             if token is not None:
                 nn.init.trunc_normal_(token, std=0.02)
+        if self.rope_frequencies is not None:
+            nn.init.trunc_normal_(self.rope_frequencies, std=0.5)
         if self.registers is not None:
             nn.init.normal_(self.registers, std=REGISTER_STD)
 
@@ -196,14 +201,18 @@ class VisionTransformer(nn.Module):
             recorder.embeddings = x
         x = self._assemble(x, grid)
         table = None
+        unrotated = self.config.num_attention_copies + self.config.num_prefix_tokens
         if self.config.rope is not None:
-            unrotated = self.config.num_attention_copies + self.config.num_prefix_tokens
             table = rotation(self.config.rope, grid, unrotated, x.device)
+        tables = None
+        if self.rope_frequencies is not None:
+            tables = mixed_rotation(self.rope_frequencies, grid, unrotated)
         subsets = None
         if self.stochastic_depth is not None and self.training:
             subsets = self.stochastic_depth(x.shape[0], x.device)
         for i, block in enumerate(self.blocks):
             record = recorder.record if recorder is not None and recorder.wants(i) else None
+            table = table if tables is None else tables[i]
             options = (record, None if subsets is None else subsets[i])
             if self.gradient_checkpointing and self.training and record is None:
                 x = checkpoint(block, x, table, *options, use_reentrant=False)

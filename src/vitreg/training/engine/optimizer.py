@@ -12,7 +12,7 @@ from vitreg.model import VisionTransformer
 from vitreg.training.engine.config import OptimizerConfig
 
 # Tokens, positions and pooling queries are two- or three-dimensional, yet no matrices that a decay would regularize.
-NEVER_DECAYED = ("cls_token", "registers", "pos_embed", "latent", "positional_embedding")
+NEVER_DECAYED = ("cls_token", "registers", "pos_embed", "rope_frequencies", "latent", "positional_embedding")
 
 
 def parameter_groups(method: nn.Module, config: OptimizerConfig) -> list[dict]:
