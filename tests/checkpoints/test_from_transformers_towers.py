@@ -13,6 +13,7 @@ from vitreg.checkpoints.from_transformers import from_transformers
 TOWER = {**BASE, **MLP, **SQUARE}
 TEXT = {**BASE, **MLP, "vocab_size": 64, "max_position_embeddings": 8}
 TEXT |= {"bos_token_id": 1, "eos_token_id": 2, "pad_token_id": 0, "sep_token_id": 3}
+KOSMOS_TEXT = {"vocab_size": 64, "layers": 1, "embed_dim": 32, "attention_heads": 2, "ffn_dim": 48}
 CLIPS = ("MetaClip2", "ChineseCLIP", "AltCLIP", "CLIPSeg", "OwlViT", "Owlv2", "Blip")
 
 
@@ -45,12 +46,12 @@ def test_vits_and_their_classifiers(family, size):
 
 
 @pytest.mark.parametrize("size", SIZES)
-@pytest.mark.parametrize("family", [*CLIPS, "Blip2", "InstructBlip"])
+@pytest.mark.parametrize("family", [*CLIPS, "Blip2", "InstructBlip", "InstructBlipVideo", "Tipsv2"])
 @torch.no_grad()
 def test_towers_of_clips(family, size):
     theirs = model(f"{family}VisionModel", getattr(hf, f"{family}VisionConfig")(**TOWER))
     vit, x = from_transformers(theirs), images(*size)
-    expected = expected_of(theirs, x)
+    expected = theirs(x) if family == "Tipsv2" else expected_of(theirs, x)
     same_tokens(vit, x, expected.last_hidden_state)
     close(vit.pool(vit(x)), expected.pooler_output)  # BLIP's has been through its last norm twice
     assert vit.head is None
@@ -117,6 +118,26 @@ def test_navit_buckets_of_positions(family, side, size):
     expected = theirs(x).last_hidden_state
     same_tokens(vit, x, expected)
     close(vit.pool(vit(x)), expected.mean(1))
+
+
+@pytest.mark.parametrize("size", SIZES)
+@torch.no_grad()
+def test_janus(size):
+    theirs = model("JanusVisionModel", hf.JanusVisionConfig(**TOWER))
+    vit, x = from_transformers(theirs), images(*size)
+    expected = expected_of(theirs, x).last_hidden_state
+    same_tokens(vit, x, expected)
+    close(vit.pool(vit(x)), expected.mean(1))  # its `pooler_output` is the first patch, normed twice
+
+
+@pytest.mark.parametrize("size", SIZES)
+@torch.no_grad()
+def test_kosmos2(size):
+    theirs = model("Kosmos2Model", hf.Kosmos2Config(vision_config=TOWER, text_config=KOSMOS_TEXT))
+    vit, x = from_transformers(theirs), images(*size)
+    expected = expected_of(theirs.vision_model, x)
+    same_tokens(vit, x, expected.last_hidden_state)
+    close(vit.pool(vit(x)), expected.pooler_output)
 
 
 @pytest.mark.parametrize("size", SIZES)

@@ -158,10 +158,10 @@ def test_a_module_that_was_rebuilt_by_hand_is_refused_in_a_sentence():
 HF_MODULES = (
     "aimv2", "altclip", "beit", "blip", "blip_2", "chinese_clip", "clip", "clipseg", "convnext", "deit",
     "depth_anything", "dinov2", "dinov2_with_registers", "dinov3_convnext", "dinov3_vit", "dpt", "eomt", "flava",
-    "git", "groupvit", "hiera", "idefics2", "idefics3", "ijepa", "instructblip", "internvl", "levit", "llava",
-    "metaclip_2", "mlcd", "owlv2", "owlvit", "paligemma", "resnet", "sam", "siglip", "siglip2", "smolvlm", "swin",
-    "timm_wrapper", "videomae", "vit", "vit_mae", "vit_msn", "vitdet", "vitpose_backbone", "vivit", "vjepa2",
-    "x_clip", "yolos",
+    "git", "groupvit", "hiera", "idefics2", "idefics3", "ijepa", "instructblip", "instructblipvideo", "internvl",
+    "janus", "kosmos2", "levit", "llava", "metaclip_2", "mlcd", "owlv2", "owlvit", "paligemma", "resnet", "sam",
+    "siglip", "siglip2", "smolvlm", "swin", "timm_wrapper", "tipsv2", "videomae", "vit", "vit_mae", "vit_msn",
+    "vitdet", "vitpose_backbone", "vivit", "vjepa2", "x_clip", "yolos",
 )  # fmt: skip
 # Models that hold a Vision Transformer which is read, and where.
 WHOLE = {
@@ -186,6 +186,13 @@ WHOLE = {
     "Idefics3Model": "vision_model",
     "InstructBlipForConditionalGeneration": "vision_model",
     "InstructBlipModel": "vision_model",
+    "InstructBlipVideoForConditionalGeneration": "vision_model",
+    "InstructBlipVideoModel": "vision_model",
+    "JanusForConditionalGeneration": "model.vision_model",
+    "JanusModel": "vision_model",
+    "Kosmos2ForConditionalGeneration": "vision_model.model",
+    "Kosmos2Model": "vision_model.model",
+    "Kosmos2VisionModel": "model",
     "LlavaForConditionalGeneration": "model.vision_tower",
     "LlavaModel": "vision_tower",
     "OwlViTForObjectDetection": "owlvit",
@@ -194,6 +201,7 @@ WHOLE = {
     "PaliGemmaModel": "vision_tower",
     "SmolVLMForConditionalGeneration": "model.vision_model",
     "SmolVLMModel": "vision_model",
+    "Tipsv2Model": "vision_model",
     "ViTForMaskedImageModeling": "vit",
 }
 TINY = dict(

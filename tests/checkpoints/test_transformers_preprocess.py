@@ -108,6 +108,7 @@ def test_preprocess_equals_the_image_processor(kind, height, width):
         ({"size": {"longest_edge": 1024}}, "size"),
         ({"resample": 4}, "resample"),
         ({"keep_aspect_ratio": True}, "keep_aspect_ratio"),
+        ({"image_processor_type": "JanusImageProcessor"}, "do_pad"),
         ({"do_pad": True, "image_processor_type": "Owlv2ImageProcessor"}, "do_pad"),
         ({"do_resize": False}, "do_resize"),
         ({"rescale_factor": 1 / 127.5}, "rescale_factor"),

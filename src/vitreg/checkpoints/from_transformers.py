@@ -46,6 +46,10 @@ _VIT = _Family(replace(_SQUASHED, mean=HALF, std=HALF))
 _MAE = _MSN = _IJEPA = _DINOV3 = _Family(_SQUASHED)
 _DINOV2 = _Family(Preprocess(crop_pct=224 / 256))
 _DINOV2_REG = replace(_DINOV2, positions=PositionInterpolation("bicubic", antialias=True))
+_TIPS = _Family(
+    Preprocess(mean=(0.0,) * 3, std=(1.0,) * 3, interpolation="bilinear", crop="squash", crop_pct=1.0),
+    positions=PositionInterpolation("bilinear", antialias=True),
+)
 _CLIP = _Family(Preprocess(mean=CLIP_MEAN, std=CLIP_STD, crop_pct=1.0), names=TRANSFORMERS.norm_after_pool())
 _CLIP_UNNORMED = replace(_CLIP, names=replace(TRANSFORMERS, unused=rf"{TRANSFORMERS.unused}|(^|\.)post_layernorm\."))
 _CLIPSEG = replace(_CLIP, preprocess=_SQUASHED)
@@ -73,6 +77,7 @@ _CLASSES = {
     "Dinov2WithRegistersModel": _Class(_DINOV2_REG),
     "Dinov2WithRegistersBackbone": _Class(_DINOV2_REG),
     "Dinov2WithRegistersForImageClassification": _Class(_DINOV2_REG, "token+mean"),
+    "Tipsv2VisionModel": _Class(_TIPS),
     "DINOv3ViTModel": _Class(_DINOV3),
     "DINOv3ViTBackbone": _Class(_DINOV3),
     "CLIPModel": _Class(_CLIP),
@@ -87,6 +92,7 @@ _CLASSES = {
     "ChineseCLIPVisionModel": _Class(_CLIP),
     "AltCLIPModel": _Class(_CLIP),
     "AltCLIPVisionModel": _Class(_CLIP),
+    "Kosmos2VisionTransformer": _Class(_CLIP),
     "CLIPSegModel": _Class(_CLIPSEG),
     "CLIPSegVisionModel": _Class(_CLIPSEG),
     "OwlViTModel": _Class(_OWL),
@@ -98,6 +104,7 @@ _CLASSES = {
     "BlipVisionModel": _Class(_BLIP),
     "Blip2VisionModel": _Class(_BLIP),
     "InstructBlipVisionModel": _Class(_BLIP),
+    "InstructBlipVideoVisionModel": _Class(_BLIP),
     "FlavaImageModel": _Class(_FLAVA),
     "SiglipModel": _Class(_SIGLIP, "attention"),
     "SiglipVisionModel": _Class(_SIGLIP, "attention"),
@@ -108,6 +115,7 @@ _CLASSES = {
     "Idefics2VisionTransformer": _Class(_IDEFICS, "mean"),
     "Idefics3VisionTransformer": _Class(_IDEFICS, "mean"),
     "SmolVLMVisionTransformer": _Class(_IDEFICS, "mean"),
+    "JanusVisionModel": _Class(_SIGLIP, "mean"),
     "DPTModel": _Class(_DPT),
 }
 

@@ -37,7 +37,9 @@ def preprocess_from_processor(config: Mapping[str, Any], patch_size: int) -> Pre
         raise _unknown_processor("image_mean and image_std", None)
     if config.get("keep_aspect_ratio"):  # DPT, Depth Anything
         raise _unknown_processor("keep_aspect_ratio", True)
-    if config.get("do_pad") and str(config.get("image_processor_type")).startswith("Owlv2"):  # gray, to a square
+    if config.get("do_pad", True) and str(config.get("image_processor_type")).startswith(
+        ("Owlv2", "Janus")
+    ):  # to a square
         raise _unknown_processor("do_pad", True)
     if config.get("resample", 3) not in FILTERS:
         raise _unknown_processor("resample", config["resample"])

@@ -87,7 +87,7 @@ TRANSFORMERS = WeightNames(
         r"\.(attention\.attention|attention|self_attn)\.(k_proj|key)\.": ".attn.k.",
         r"\.(attention\.attention|attention|self_attn)\.(v_proj|value)\.": ".attn.v.",
         r"\.self_attn\.qkv\.": ".attn.qkv.",
-        r"\.(attention\.output\.dense|attention\.o_proj|self_attn\.out_proj|self_attn\.projection)\.": ".attn.proj.",
+        r"\.(attention\.output\.dense|attention\.o_proj|self_attn\.(out_proj|projection(_layer)?))\.": ".attn.proj.",
         r"\.(intermediate\.dense|mlp\.weights_in)\.": ".mlp.fc1.",
         r"\.(output\.dense|mlp\.weights_out|mlp\.down_proj)\.": ".mlp.fc2.",
         r"\.mlp\.gate_proj\.": ".mlp.gate.",
