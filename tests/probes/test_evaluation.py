@@ -211,6 +211,13 @@ def test_sizes_are_those_of_the_protocol(classification, tmp_path):
     assert preprocessing(vit, PROBES["depth"], dataclasses.replace(dense, size=(3, 33))).size == (16, 32)
 
 
+def test_quick_keeps_what_was_chosen(classification, tmp_path):
+    """Three draws that were asked for were cut to two, and nothing said so."""
+    chosen = dataclasses.replace(PROBES["position"].config, epochs=7)
+    found = answers(small_vit(), classification, {"position": chosen}, tmp_path, quick=True)
+    assert set(found) == {"position"}, "nothing was cut"
+
+
 def test_quick_is_never_taken_for_the_protocol(classification, tmp_path):
     probes = {name: PROBES[name].config for name in ("knn", "linear", "position")}
     found = answers(small_vit(), classification, probes, tmp_path, quick=True)

@@ -101,8 +101,12 @@ class _Question:
     @classmethod
     def of(cls, passes: Passes, data: EvalData, name: str, settings: Any, quick: bool, folder: Path) -> _Question:
         probe, key = PROBES[name], name
-        if quick and (cut := probe.quick(settings, len(data.train))) != settings:
-            settings, key = cut, name + QUICK
+        if quick:
+            # What was chosen is kept: three draws that were asked for are not cut to two.
+            own = {field.name: getattr(settings, field.name) for field in dataclasses.fields(settings)}
+            chosen = {name: value for name, value in own.items() if value != getattr(probe.config, name)}
+            cut = dataclasses.replace(probe.quick(settings, len(data.train)), **chosen)
+            settings, key = cut, name + QUICK * (cut != settings)
         preprocess = preprocessing(passes.vit, probe, data)
         limited = probe.patches and data.task == "classification"
         asked = Asked.of(
