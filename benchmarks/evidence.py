@@ -143,4 +143,4 @@ if __name__ == "__main__":
                 line += f", {figure['difference']:+.3f} [{below:+.3f}, {above:+.3f}]"
             print(line)
     if options.json:
-        options.json.write_text(json.dumps({"machine": machine(), "models": results}, indent=1))
+        options.json.write_text(json.dumps({"machine": machine(), "models": results}, indent=1), encoding="utf-8")
