@@ -20,7 +20,7 @@ from vitreg.training.engine.method import Augmentation, Batch, ExtraModules, Met
 from vitreg.training.engine.randomness import fixed_randomness
 from vitreg.training.recipes.configs import DistillConfig
 from vitreg.training.recipes.sizes import Chosen, Scale, smoke_form
-from vitreg.training.recipes.teacher import Teacher, attention_row
+from vitreg.training.recipes.teacher import Teacher, attention_row, output_of, without_registers
 
 
 def distill(
@@ -56,11 +56,10 @@ def distill(
         class_token=source.class_token,
         pool="token" if source.class_token else "mean",
     )
-    normalization = {"mean": source.preprocess.mean, "std": source.preprocess.std}
     preprocess = dataclasses.replace(source.preprocess, size=model.preprocess.size, multiple_of=scale.patch_size)
     config = TrainingConfig(
         recipe="distill",
-        model=dataclasses.replace(model, preprocess=dataclasses.replace(preprocess, **normalization)),
+        model=dataclasses.replace(model, preprocess=preprocess),
         method=method,
         optimizer=OptimizerConfig(
             name="adamw",
@@ -148,14 +147,10 @@ class Distill(Method):
         trace = self.vit.trace(
             images, blocks=self.blocks, hidden=True, attention_from="cls" if self.vit.config.class_token else None
         )
-        pooled = self.vit.pool(trace.tokens)
-        output = pooled if self.vit.head is None else self.vit.head(pooled)
+        output = output_of(self.vit, trace.tokens)
         assert trace.hidden is not None
         with torch.autocast(images.device.type, enabled=False):
-            tokens = trace.hidden.patches.float()
-            if trace.hidden.cls is not None:
-                tokens = torch.cat((trace.hidden.cls.float().unsqueeze(-2), tokens), dim=-2)
-            direction, norm = _distances(tokens, target.tokens.transpose(0, 1))
+            direction, norm = _distances(without_registers(trace.hidden).float(), target.tokens.transpose(0, 1))
             register = attention = direction.new_zeros(())
             if target.register.shape[2] and self.vit.num_registers:
                 mean = trace.hidden.registers.float().mean(-2)
@@ -180,9 +175,7 @@ class Distill(Method):
             target = self.teacher(batch.images, None, self.projection.to(device))
             trace = vit.trace(batch.images, blocks=[-1], patches=True)
             assert trace.patches is not None
-            pooled = vit.pool(trace.tokens)
-            found = pooled if vit.head is None else vit.head(pooled)
-            output += float(F.cosine_similarity(found, target.output, dim=-1).sum())
+            output += float(F.cosine_similarity(output_of(vit, trace.tokens), target.output, dim=-1).sum())
             patches = target.tokens[:, -1, int(vit.config.class_token) :]
             token += float(F.cosine_similarity(trace.patches[-1], patches, dim=-1).mean(-1).sum())
             total += len(batch.images)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import zlib
 from dataclasses import dataclass
 from pathlib import Path
@@ -15,7 +16,7 @@ from torch import Tensor
 
 from vitreg.checkpoints.state import digest
 from vitreg.common.disk import check_room, writing
-from vitreg.model import Trace, VisionTransformer, ViTConfig
+from vitreg.model import Tokens, Trace, VisionTransformer, ViTConfig
 from vitreg.training.recipes.configs import DistillConfig
 
 
@@ -119,15 +120,13 @@ class Teacher:
         hidden = trace.hidden
         assert hidden is not None
         with torch.autocast(images.device.type, enabled=False):
-            rows = [tokens.float() @ projection.T for tokens in (hidden.patches, hidden.registers)]
-            if hidden.cls is not None:
-                rows[0] = torch.cat(((hidden.cls.float() @ projection.T).unsqueeze(-2), rows[0]), dim=-2)
+            rows = [tokens.float() @ projection.T for tokens in (without_registers(hidden), hidden.registers)]
             rows[1] = rows[1].mean(-2, keepdim=True) if rows[1].shape[-2] else rows[1]
             rows = [part.transpose(0, 1).flatten(1) for part in rows]
             if hidden.cls is not None:
                 rows.append(attention_row(trace).float().transpose(0, 1).flatten(1))
-            pooled = self.vit.pool(trace.tokens)
-            output = pooled.float() @ projection.T if self.vit.head is None else self.vit.head(pooled).float()
+            output = output_of(self.vit, trace.tokens).float()
+            output = output @ projection.T if self.vit.head is None else output
             rows += [F.normalize(output, dim=-1), _fingerprint(images)]
             return torch.cat(rows, dim=1)
 
@@ -166,6 +165,17 @@ FINGERPRINT = 4
 
 def _fingerprint(images: Float[Tensor, "B 3 H W"]) -> Float[Tensor, "B parts"]:
     return F.adaptive_avg_pool2d(images.float().mean(1, keepdim=True), FINGERPRINT).flatten(1)
+
+
+def without_registers(tokens: Tokens) -> Float[Tensor, "*B T D"]:
+    """The class token, where there is one, and the patches."""
+    return dataclasses.replace(tokens, registers=tokens.registers[..., :0, :]).sequence()
+
+
+def output_of(vit: VisionTransformer, tokens: Tokens) -> Float[Tensor, "B C"]:
+    """What the head says, or without one the pooled feature."""
+    pooled = vit.pool(tokens)
+    return pooled if vit.head is None else vit.head(pooled)
 
 
 def attention_row(trace: Trace) -> Float[Tensor, "L B K"]:
