@@ -78,7 +78,10 @@ def errors(vit: Any, model: Any, images: Tensor) -> dict[str, float]:
     """Error of everything that a timm model returns: every kind of token, pooled feature, logits."""
     tokens, sequence = vit(images), model.forward_features(images)
     found = token_errors(tokens, sequence, model)
-    found["pooled"] = error(vit.pool(tokens), model.forward_head(sequence, pre_logits=True))
+    pooled = vit.pool(tokens)
+    if vit.config.num_summary_tokens:  # timm's is the mean, although each has a head of its own
+        pooled = pooled.unflatten(-1, (-1, vit.config.embed_dim)).mean(1)
+    found["pooled"] = error(pooled, model.forward_head(sequence, pre_logits=True))
     if vit.head is not None:
         found["logits"] = error(vit.classify(images), model.forward_head(sequence))
     return found

@@ -18,6 +18,7 @@ FAMILIES = {
     "mae": ("vit_base_patch16_224", dict(num_classes=0)),
     "mae_finetuned": ("vit_base_patch16_224", dict(global_pool="avg")),
     "deit": ("deit_small_patch16_224", {}),
+    "deit_distilled": ("deit_tiny_distilled_patch16_224", {}),
     "deit3": ("deit3_small_patch16_224", {}),
     "deit3_patch14": ("deit3_huge_patch14_224", dict(img_size=98)),
     "dinov2": ("vit_small_patch14_dinov2", dict(img_size=98)),
@@ -124,7 +125,6 @@ def timm_patch(model) -> int:
 REFUSED = {
     "registers in its pooling": "test_vit3",
     "blocks of type": "_18x2_",
-    "a distillation token": "_distilled_",
 }
 ARCHITECTURES = [name for module in ("vision_transformer", "eva", "deit") for name in timm.list_models(module=module)]
 

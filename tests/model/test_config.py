@@ -30,6 +30,8 @@ def test_what_follows_from_the_fields():
         (dict(patch_size=0), "patch_size is 0"),
         (dict(num_heads=5), "embed_dim 24 is not a multiple of num_heads 5"),
         (dict(num_registers=-1), "num_registers is -1"),
+        (dict(num_summary_tokens=1), "num_summary_tokens is 1: it counts the first of the 0 registers"),
+        (dict(num_summary_tokens=1, num_registers=1, pool="mean"), "and pool is 'mean'"),
         (dict(class_token=False), "pool 'token' needs a class token; use 'mean' or 'attention'"),
         (dict(class_token=False, pool="token+mean"), "needs a class token"),
         (dict(image_size=(32, 7)), r"image_size \(32, 7\) is smaller than one patch of 8 pixels"),

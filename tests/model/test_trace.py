@@ -16,6 +16,7 @@ from vitreg.model import attention
 FAMILIES = {
     "plain": ("vit_small_patch16_224", {}),
     "registers": ("vit_small_patch14_reg4_dinov2", dict(img_size=70)),
+    "distilled": ("deit_tiny_distilled_patch16_224", {}),
     "qk_norm": ("vit_small_patch16_224", dict(qk_norm=True, reg_tokens=2)),
     "rope": ("vit_small_patch16_dinov3_qkvb", {}),
     "rope_interleaved": ("eva02_small_patch14_224", {}),
@@ -89,9 +90,10 @@ def test_timm_d1_fused_model_gives_maps_equal_to_the_unfused_softmax(traced):
     rows = vit.trace(images, attention_from=asked).attention
     queries = [*range(prefix), prefix + 7, prefix + 23]
     chosen = expected[:, :, :, queries]
+    named = "summary token" if vit.config.num_summary_tokens else "register"
     assert rows.queries == (
         *["class token"] * first,
-        *[f"register {r + 1}" for r in range(vit.num_registers)],
+        *[f"{named} {r + 1}" for r in range(vit.num_registers)],
         "patch (1, 1)",
         "patch (3, 5)",
     )

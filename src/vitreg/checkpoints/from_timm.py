@@ -56,6 +56,7 @@ def from_timm(model: nn.Module) -> VisionTransformer:
         image_size = tuple(timm_model.patch_embed.img_size)
         state = join(weights, image_size)
         fields = config_fields(state) | _attributes(timm_model)
+        fields["num_summary_tokens"] = int(hasattr(timm_model, "dist_token"))
         if timm_model.attn_pool is not None:
             _check_attention_pool(timm_model.attn_pool, gated=fields["gated_mlp"])
             hidden = timm_model.attn_pool.mlp.fc1.out_features
@@ -70,6 +71,9 @@ def _make_alike(model: Any, weights: dict[str, torch.Tensor]) -> None:
     """Write weights of modules that compute as ours do with other weights as those."""
     if "rope_frequencies" in weights and model.rope.grid_indexing == "xy":  # columns first
         weights["rope_frequencies"] = weights["rope_frequencies"].flip(0)
+    if "head_dist.weight" in weights:  # the mean of what two heads say of a token each is what one says of both
+        both = {kind: (weights[f"head.{kind}"] / 2, weights.pop(f"head_dist.{kind}") / 2) for kind in KINDS}
+        weights["head.weight"], weights["head.bias"] = torch.cat(both["weight"], dim=1), sum(both["bias"])
     for path, module in model.named_modules():
         if getattr(module, "gate_last", False):
             for kind in KINDS:
@@ -84,7 +88,7 @@ def _make_alike(model: Any, weights: dict[str, torch.Tensor]) -> None:
 
 
 def is_readable(model: nn.Module) -> bool:
-    """Whether the class is one that `from_timm` knows, or the same with a distillation token, which it refuses."""
+    """Whether the class is one that `from_timm` knows."""
     from timm.models.deit import VisionTransformerDistilled
     from timm.models.eva import Eva
     from timm.models.vision_transformer import VisionTransformer as TimmVisionTransformer
@@ -136,7 +140,7 @@ def activation_name(act: nn.Module) -> Any:
 
 def _check_supported(model: Any) -> None:
     """Refuse what neither weights nor attributes would tell."""
-    check_supported(not hasattr(model, "dist_token"), "a distillation token")
+    check_supported(not hasattr(model, "dist_token") or model.reg_token is None, "registers and a distillation token")
     block, patch = model.blocks[0], model.patch_embed
     parallel = _is(block, "ParallelScalingBlock", "DiffParallelScalingBlock")
     check_supported(parallel or _is(block, "Block", "EvaBlock", *POST_NORM), f"blocks of type {type(block).__name__}")

@@ -44,6 +44,7 @@ def timm_architecture(config: ViTConfig) -> tuple[str, dict[str, Any], nn.Module
         raise _unsupported(f"pool={config.pool!r}")
     generic = (
         "vit_base_patch16_224",
+        "deit_tiny_distilled_patch16_224",
         "vit_base_patch16_clip_224",  # epsilon 1e-5
         "vit_giant_patch14_dinov2",  # SwiGLU
         "vit_pwee_patch16_reg1_gap_256",  # parallel blocks
@@ -124,7 +125,7 @@ def _shared_kwargs(config: ViTConfig, global_pool: str) -> dict[str, Any]:
 
 def _vit_kwargs(config: ViTConfig) -> dict[str, Any]:
     kwargs = {
-        "reg_tokens": config.num_registers,
+        "reg_tokens": config.num_registers - config.num_summary_tokens,
         "mlp_ratio": _ratio(config) * (1 + (config.gated_mlp and not config.patch_norm)),  # AIMv2's counts one branch
         "proj_bias": config.proj_bias or config.mlp_bias,
         "pos_embed": "learn" if config.learned_positions else "none",

@@ -44,7 +44,7 @@ class WeightNames:
 
 TIMM = WeightNames(
     rules={
-        r"^reg_token$": "registers",
+        r"^(reg|dist)_token$": "registers",
         r"^patch_embed\.proj\.": "patch_embed.",
         r"^patch_embed\.norm\.": "patch_norm.",
         r"^attn_pool\.": "attention_pool.",
@@ -62,7 +62,8 @@ TIMM = WeightNames(
         r"\.mlp_out_proj\.": ".mlp.fc2.",
         r"\.mlp_bias$": ".mlp.fc1.bias",
     },
-    unused=r"^(?!(blocks|patch_embed|norm_pre|norm|fc_norm|head|attn_pool)\.|(cls_token|reg_token|pos_embed|rope\.freqs)$)",
+    unused=r"^(?!(blocks|patch_embed|norm_pre|norm|fc_norm|head|head_dist|attn_pool)\.|"
+    r"((cls|reg|dist)_token|pos_embed|rope\.freqs)$)",
 )
 
 # transformers 4 nests more than transformers 5; both arrive at the same name.

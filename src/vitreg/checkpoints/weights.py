@@ -111,6 +111,10 @@ def split(vit: VisionTransformer) -> dict[str, Tensor]:
     """Our weights, and besides them their parts and fusions; the inverse of `join`."""
     config = vit.config
     weights = {name: tensor.detach() for name, tensor in vit.state_dict().items()}
+    if config.num_summary_tokens == 1 and config.num_classes:  # a head for each of both tokens, whose mean is taken
+        weights["head.weight"], weights["head_dist.weight"] = (2 * weights["head.weight"]).chunk(2, dim=1)
+        if config.head_bias:
+            weights["head_dist.bias"] = weights["head.bias"].clone()
     for kind in KINDS:
         if "attention" in config.pool:
             pool = [weights[f"attention_pool.{part}.{kind}"] for part in ("q", "kv")]

@@ -66,6 +66,8 @@ class ViTConfig:
         patch_size: side of a patch in pixels.
         image_size: (height, width) in pixels of the checkpoint's own position embedding.
         num_registers: tokens added to the input and discarded at the output.
+        num_summary_tokens: so many of them, the first, are no scratch memory: the head reads them beside the class
+            token (DeiT's distillation token).
         num_test_time_registers: so many of them, the last, are the untrained ones that `register_neurons` write to.
         register_neurons: (block, hidden unit) of the MLP units whose activation is moved, in every image, to the
             test-time registers (see `Mlp`).
@@ -111,6 +113,7 @@ class ViTConfig:
     patch_size: int
     image_size: tuple[int, int]
     num_registers: int = 0
+    num_summary_tokens: int = 0
     num_test_time_registers: int = 0
     register_neurons: tuple[tuple[int, int], ...] = ()
     register_weight: int = 1
@@ -165,6 +168,11 @@ class ViTConfig:
             )
         if self.num_registers < 0:
             raise ValueError(f"num_registers is {self.num_registers}; it must be 0 or more")
+        if self.num_summary_tokens and (self.pool != "token" or self.num_summary_tokens > self.num_registers):
+            raise ValueError(
+                f"num_summary_tokens is {self.num_summary_tokens}: it counts the first of the {self.num_registers} "
+                f"registers, which pool 'token' reads beside the class token, and pool is {self.pool!r}"
+            )
         self._check_register_neurons()
         if "token" in self.pool and not self.class_token:
             raise ValueError(f"pool {self.pool!r} needs a class token; use 'mean' or 'attention'")

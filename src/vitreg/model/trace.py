@@ -222,7 +222,9 @@ def _rows(
         elif query == "registers":
             if not config.num_registers:
                 raise ValueError("the model has no registers to ask attention from; use 'cls' or patches")
-            rows.extend((int(config.class_token) + r, f"register {r + 1}") for r in range(config.num_registers))
+            for r in range(config.num_registers):
+                kind = "summary token" if r < config.num_summary_tokens else "register"
+                rows.append((int(config.class_token) + r, f"{kind} {r + 1}"))
         else:
             row, column = _patch(query, grid)
             rows.append((config.num_prefix_tokens + row * grid[1] + column, f"patch ({row}, {column})"))

@@ -63,7 +63,7 @@ class VisionTransformer(nn.Module):
         self.norm = norm_layer(config, dim) if config.final_norm else nn.Identity()
         self.attention_pool = AttentionPool(config) if "attention" in config.pool else None
         self.fc_norm = norm_layer(config, dim) if config.fc_norm else nn.Identity()
-        features = dim * (1 + (config.pool == "token+mean"))
+        features = dim * (1 + (config.pool == "token+mean") + config.num_summary_tokens)
         self.head = nn.Linear(features, config.num_classes, bias=config.head_bias) if config.num_classes else None
         if not self.patch_embed.weight.is_meta:  # nothing to fill there, and `normal_` would import Dynamo, in 1.2 s
             self.reset_parameters()
@@ -116,7 +116,7 @@ class VisionTransformer(nn.Module):
         return self._run(images, None, masked=masked)
 
     def pool(self, tokens: Tokens) -> Float[Tensor, "B F"]:
-        """One feature per image, as the checkpoint's head reads it. Registers never take part."""
+        """One feature per image, as the checkpoint's head reads it. Registers take no part, summary tokens do."""
         if self.attention_pool is not None:
             read = tokens.patches
             if tokens.cls is not None and self.config.pool == "token+attention":
@@ -128,6 +128,8 @@ class VisionTransformer(nn.Module):
         pooled = tokens.cls
         if self.config.pool == "token+mean":
             pooled = torch.cat([pooled, tokens.patches.mean(1)], dim=-1)
+        if count := self.config.num_summary_tokens:
+            pooled = torch.cat([pooled, tokens.registers[:, :count].flatten(1)], dim=-1)
         return self.fc_norm(pooled)
 
     def classify(self, images: Float[Tensor, "B 3 H W"]) -> Float[Tensor, "B classes"]:
