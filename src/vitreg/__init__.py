@@ -19,7 +19,13 @@ if TYPE_CHECKING:
     from vitreg.discovery import Detection, discover_objects
     from vitreg.images import ImageError
     from vitreg.model import AttentionRows, Preprocess, Tokens, Trace, VisionTransformer, ViTConfig
-    from vitreg.registers import RegisterNeuron, add_registers, add_test_time_registers, find_register_neurons
+    from vitreg.registers import (
+        RegisterNeuron,
+        add_registers,
+        add_test_time_registers,
+        find_register_neurons,
+        install_registers,
+    )
 
     __version__: str
 
@@ -46,6 +52,7 @@ __all__ = [
     "from_state_dict",
     "from_timm",
     "from_transformers",
+    "install_registers",
     "list_models",
     "load",
     "save",
@@ -62,7 +69,10 @@ _get, __dir__ = lazy(
         "discovery": ["Detection", "discover_objects"],
         "images": ["ImageError"],
         "model": ["AttentionRows", "Preprocess", "Tokens", "Trace", "ViTConfig", "VisionTransformer"],
-        "registers": ["RegisterNeuron", "add_registers", "add_test_time_registers", "find_register_neurons"],
+        "registers": [
+            *("RegisterNeuron", "add_registers", "add_test_time_registers", "find_register_neurons"),
+            "install_registers",
+        ],
     },
 )
 

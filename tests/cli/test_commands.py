@@ -446,7 +446,8 @@ def test_the_public_names_are_frozen():
         "AttentionRows", "CheckpointError", "Comparison", "Detection", "Diagnosis", "ImageError", "Preprocess",
         "RegisterNeuron", "Tokens", "Trace", "ViTConfig", "VisionTransformer", "add_registers",
         "add_test_time_registers", "compare", "diagnose", "discover_objects", "find_register_neurons",
-        "from_open_clip", "from_state_dict", "from_timm", "from_transformers", "list_models", "load", "save",
+        "from_open_clip", "from_state_dict", "from_timm", "from_transformers", "install_registers", "list_models",
+        "load", "save",
     ]  # fmt: skip
 
 

@@ -41,7 +41,8 @@ def save(vit: VisionTransformer, path: str | os.PathLike[str], format: Format = 
     if vit.config.register_neurons and format in ("timm", "transformers"):
         raise CheckpointError(
             f"format {format!r} cannot express test-time registers, to which activations are moved inside the MLPs; "
-            f"save with format='vitreg'"
+            f"save with format='vitreg'. vitreg.install_registers runs them inside a model of timm, transformers or "
+            f"open_clip"
         )
     if format == "transformers":
         with replacing_files(path) as folder:

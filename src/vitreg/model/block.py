@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable
 
 import torch
-from jaxtyping import Float, Int
+from jaxtyping import Bool, Float, Int
 from torch import Tensor, nn
 
 from vitreg.model.attention import Attention, Record
@@ -69,22 +69,39 @@ class Mlp(nn.Module):
             x = self.act(x)
         x = self.norm(x)
         if self.register_neurons is not None:
-            x = self._shift(x, self.register_neurons)
+            x = move_activations(x, self.register_neurons, self.test_time_registers, signed=self.signed)
         if record is not None:
             record("activations", x)
         return self.fc2(x)
 
-    def _shift(self, x: Float[Tensor, "B T F"], neurons: Int[Tensor, " K"]) -> Float[Tensor, "B T F"]:
-        """Move the register neurons' activations to the test-time registers."""
-        units = x[..., neurons]
-        strongest = units.amax(1, keepdim=True)
-        if self.signed:
-            lowest = units.amin(1, keepdim=True)
-            strongest = torch.where(-lowest > strongest, lowest, strongest)
-        moved = torch.zeros_like(units)
-        moved[:, self.test_time_registers] = strongest
-        # In place: a copy of all units would cost more than the rest of the fix, and no derivative needs the old ones.
-        return x.index_copy_(-1, neurons, moved)
+
+def move_activations(
+    x: Float[Tensor, "B T F"],
+    neurons: Int[Tensor, " K"],
+    registers: slice,
+    *,
+    signed: bool,
+    valid: Bool[Tensor, "B T"] | None = None,
+) -> Float[Tensor, "B T F"]:
+    """Move the strongest activation of each register neuron, over all tokens, to the test-time registers; in place.
+
+    Args:
+        x: hidden units of every token.
+        neurons: which units.
+        registers: where in the sequence the test-time registers are.
+        signed: whether units may be negative (`ViTConfig.signed_units`): then the largest magnitude is the strongest.
+        valid: false at padding, which has no say; the first token is never padding.
+    """
+    units = x[..., neurons]
+    seen = units if valid is None else torch.where(valid[..., None], units, units[:, :1])
+    strongest = seen.amax(1, keepdim=True)
+    if signed:
+        lowest = seen.amin(1, keepdim=True)
+        strongest = torch.where(-lowest > strongest, lowest, strongest)
+    moved = torch.zeros_like(units)
+    moved[:, registers] = strongest
+    # In place: a copy of all units would cost more than the rest of the fix, and no derivative needs the old ones.
+    return x.index_copy_(-1, neurons, moved)
 
 
 class Block(nn.Module):

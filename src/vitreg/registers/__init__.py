@@ -1,7 +1,15 @@
 """The fix: registers for a pretrained Vision Transformer, untrained or trainable."""
 
+from vitreg.registers.install import InstalledRegisters, install_registers
 from vitreg.registers.neurons import RegisterNeuron, find_register_neurons
 from vitreg.registers.trainable import add_registers
 from vitreg.registers.training_free import add_test_time_registers
 
-__all__ = ["RegisterNeuron", "add_registers", "add_test_time_registers", "find_register_neurons"]
+__all__ = [
+    "InstalledRegisters",
+    "RegisterNeuron",
+    "add_registers",
+    "add_test_time_registers",
+    "find_register_neurons",
+    "install_registers",
+]
