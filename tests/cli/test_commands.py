@@ -280,7 +280,7 @@ def test_import_needs_no_command_line_plotting_or_training_package():
         "        if name.split('.')[0] in blocked: raise ImportError(name)\n"
         "sys.meta_path.insert(0, Block())\n"
         "import vitreg\n"
-        "assert len(vitreg.__all__) <= 25\n"
+        "assert len(vitreg.__all__) <= 35  # those of the design\n"
         "assert all(getattr(vitreg, name) for name in vitreg.__all__)\n"
     )
     assert subprocess.run([sys.executable, "-c", code], check=False).returncode == 0
