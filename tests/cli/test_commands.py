@@ -186,6 +186,14 @@ def test_models(capsys):
     assert run("models", "--filter", "resnet") == 2
 
 
+def test_models_coverage(capsys):
+    assert run("models", "--coverage", "--filter", "vit_tiny_patch16", "--json") == 0
+    found = json.loads(capsys.readouterr().out)
+    assert found["versions"]["timm"]
+    assert {row["module"]: row["status"] for row in found["models"]}["vision_transformer"] == "converted"
+    assert run("models", "--coverage", "--filter", "no such model") == 2
+
+
 @pytest.mark.parametrize(
     ("args", "message"),
     [
@@ -335,7 +343,7 @@ FLAGS = {
     ),
     "evaluate zero-shot": f"{EVALUATION} --data --class-names --templates",
     "fix": f"IMAGES {MODEL} --size --out --method --registers --report {READING} --json",
-    "models": "--filter --json",
+    "models": "--filter --coverage --json",
     "timeline": "RUN --out --json",
     "train": TRAIN,
 }

@@ -43,7 +43,8 @@ def from_timm(model: nn.Module) -> VisionTransformer:
     if not is_readable(model):
         raise CheckpointError(
             f"{type(model).__name__} is not a timm VisionTransformer or Eva model; "
-            f"for other libraries use from_transformers, from_open_clip or from_state_dict"
+            f"for other libraries use from_transformers, from_open_clip or from_state_dict",
+            part=f"a class of its own, {type(model).__name__}",
         )
     cfg = getattr(model, "pretrained_cfg", None) or {}
     architecture = cfg.get("architecture") or ""

@@ -206,12 +206,14 @@ def check_class(kind: type[nn.Module]) -> _Class:
     if _is_of_transformers(kind) and name.startswith("DeiT"):
         raise CheckpointError(
             f"{name} has a distillation token, which vitreg does not implement; for other DeiTs "
-            f"load timm's deit_base_patch16_224, or deit3_base_patch16_224"
+            f"load timm's deit_base_patch16_224, or deit3_base_patch16_224",
+            part="a distillation token",
         )
     if not _is_known(kind):
         raise CheckpointError(
             f"{name} is not one of transformers' classes that vitreg reads, and holds none: {', '.join(_CLASSES)}; "
-            f"for other libraries use from_timm, from_open_clip or from_state_dict"
+            f"for other libraries use from_timm, from_open_clip or from_state_dict",
+            part="an architecture of its own",
         )
     return _CLASSES[name]
 

@@ -16,7 +16,15 @@ SHOWN_KEYS = 5
 
 
 class CheckpointError(ValueError):
-    """A checkpoint that cannot be used: what was given, what was expected, what to do."""
+    """A checkpoint that cannot be used: what was given, what was expected, what to do.
+
+    Attributes:
+        part: what it has that vitreg does not implement, where that is why.
+    """
+
+    def __init__(self, sentence: str, *, part: str = "") -> None:
+        super().__init__(sentence)
+        self.part = part
 
 
 class UnsupportedByFormat(CheckpointError):
@@ -60,7 +68,7 @@ def conversion_errors(
         raise
     except _Unsupported as part:
         sentence = f"{subject} has {part}, which vitreg does not implement; `vitreg models` lists what it reads"
-        raise CheckpointError(sentence) from None
+        raise CheckpointError(sentence, part=str(part)) from None
     except (AttributeError, IndexError, KeyError, RuntimeError, TypeError, ValueError) as error:
         raise CheckpointError(f"{subject} {trouble} ({one_line(error)}); {advice}") from error
 
