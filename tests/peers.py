@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any
@@ -14,6 +15,8 @@ from torch import Tensor, nn
 from vitreg import Tokens
 
 TINY = dict(depth=2, embed_dim=96, num_heads=3, num_classes=7)
+FIXED_SIZE = ("beit", "vision_transformer_relpos")
+"""Modules of timm whose models take images of one size, which is changed by `set_input_size`."""
 TOLERANCE = 1e-5
 """Relative error in float32 between two orders of the same sums."""
 
@@ -37,7 +40,18 @@ def perturb(model: nn.Module, seed: int = 0) -> nn.Module:
 
 def timm_model(architecture: str, *, seed: int = 0, **options: Any) -> Any:
     """A tiny, perturbed timm model that takes any image size."""
-    return perturb(timm.create_model(architecture, **{**TINY, "dynamic_img_size": True, **options}), seed)
+    module = timm.models.model_entrypoint(architecture).__module__.rpartition(".")[2]
+    any_size = {} if module in FIXED_SIZE else {"dynamic_img_size": True}
+    return perturb(timm.create_model(architecture, **{**TINY, **any_size, **options}), seed)
+
+
+def at_size(model: Any, images: Tensor) -> Any:
+    """The model, or a copy for the images' size where it has but one."""
+    if type(model).__module__.rpartition(".")[2] not in FIXED_SIZE:
+        return model
+    model = copy.deepcopy(model)
+    model.set_input_size(tuple(images.shape[-2:]))
+    return model
 
 
 def random_images(height: int, width: int | None = None, batch: int = 2, seed: int = 1) -> Tensor:
@@ -76,6 +90,7 @@ def token_errors(tokens: Tokens, sequence: Tensor, model: Any) -> dict[str, floa
 @torch.no_grad()
 def errors(vit: Any, model: Any, images: Tensor) -> dict[str, float]:
     """Error of everything that a timm model returns: every kind of token, pooled feature, logits."""
+    model = at_size(model, images)
     tokens, sequence = vit(images), model.forward_features(images)
     found = token_errors(tokens, sequence, model)
     pooled = vit.pool(tokens)

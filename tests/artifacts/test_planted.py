@@ -95,6 +95,8 @@ def test_a_copy_is_saved_and_loaded_with_what_was_planted(pair, images, tmp_path
         ("vit_small_patch16_dinov3", {}),
         ("vit_giant_patch14_dinov2", {"mlp_ratio": 2.0}),
         ("vit_small_patch16_224", {"depth": 1}),
+        ("vit_base_patch16_rpn_224", {}),
+        ("beit_base_patch16_224", {"use_abs_pos_emb": True}),
     ],
 )
 def test_models_that_have_no_place_for_them_are_refused(family, options, images):

@@ -10,12 +10,13 @@ import math
 import re
 
 import pytest
+import timm
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
 from checkpoints.narrow import check, small
-from peers import TOLERANCE, error, random_images
+from peers import TOLERANCE, error, perturb, random_images
 from vitreg import from_state_dict
 
 State = dict[str, Tensor]
@@ -302,3 +303,9 @@ def test_siglip_under_open_clip_names():
     images = random_images(224, batch=1)
     check(vit, model, images)
     assert error(vit.pool(vit(images)), model(images)) <= TOLERANCE
+
+
+@pytest.mark.parametrize("architecture", ["beit_base_patch16_224", "vit_relpos_small_patch16_224"])
+def test_relative_positions_go_through_their_own_converter(narrow, architecture):
+    model = perturb(timm.create_model(architecture, num_classes=0))
+    check(from_state_dict(model.state_dict(), architecture), model, random_images(224, batch=1))

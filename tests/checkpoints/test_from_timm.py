@@ -7,7 +7,7 @@ import timm
 import torch
 from torch import nn
 
-from peers import TOLERANCE, error, errors, perturb, random_images, timm_model
+from peers import FIXED_SIZE, TOLERANCE, at_size, error, errors, perturb, random_images, timm_model
 from vitreg import CheckpointError, from_timm
 
 # One of each way to build a Vision Transformer, with what timm must be told beyond its own defaults.
@@ -74,6 +74,14 @@ FAMILIES = {
     "sapiens2": ("vit_large_patch16_sapiens2", dict(img_size=96, num_kv_heads=(3, 1))),
     "qk_norm": ("vit_small_patch16_224", dict(qk_norm=True, init_values=1e-5)),
     "reg_with_positions": ("vit_small_patch16_224", dict(reg_tokens=3)),
+    "beit": ("beit_base_patch16_224", {}),
+    "beit_absolute": ("beitv2_base_patch16_224", dict(use_abs_pos_emb=True, global_pool="token")),
+    "beit_shared": ("beit_base_patch16_224", dict(use_rel_pos_bias=False, use_shared_rel_pos_bias=True)),
+    "relpos": ("vit_relpos_small_patch16_224", {}),
+    "relpos_shared": ("vit_srelpos_small_patch16_224", {}),
+    "relpos_class_token": ("vit_relpos_medium_patch16_cls_224", {}),
+    "relpos_post_norm": ("vit_relpos_small_patch16_rpn_224", {}),
+    "relpos_table": ("vit_relpos_medium_patch16_cls_224", dict(rel_pos_type="bias")),
 }
 # Not in the oldest timm that is supported.
 FAMILIES = {name: family for name, family in FAMILIES.items() if timm.is_model(family[0])}
@@ -101,6 +109,7 @@ def test_every_parameter_counts(family):
     architecture, options = FAMILIES[family]
     model = timm_model(architecture, **options)
     images = random_images(4 * timm_patch(model), batch=1)
+    model = at_size(model, images)
 
     def outputs():
         sequence = model.forward_features(images)
@@ -110,6 +119,8 @@ def test_every_parameter_counts(family):
     for name, parameter in model.named_parameters():
         if name.endswith("k_norm.bias") and getattr(model, "rope", None) is None:
             continue  # without RoPE it adds the same to every logit of a row
+        if name.endswith("rel_pos.mlp.fc2.bias") and model.cls_token is None:
+            continue  # so does this
         kept = parameter.clone()
         # The norm after differential attention undoes most of what lambda changes.
         parameter.add_((1.0 if "lambda" in name else 0.1) * torch.randn_like(parameter))
@@ -126,7 +137,9 @@ REFUSED = {
     "registers in its pooling": "test_vit3",
     "blocks of type": "_18x2_",
 }
-ARCHITECTURES = [name for module in ("vision_transformer", "eva", "deit") for name in timm.list_models(module=module)]
+ARCHITECTURES = [
+    name for module in ("vision_transformer", "eva", "deit", *FIXED_SIZE) for name in timm.list_models(module=module)
+]
 
 
 def expected_refusal(architecture: str) -> str | None:
@@ -139,7 +152,9 @@ def expected_refusal(architecture: str) -> str | None:
 @pytest.mark.parametrize("architecture", ARCHITECTURES)
 def test_every_timm_architecture_is_equal_or_refused(architecture):
     side = 4 * (14 if "patch14" in architecture else 32 if "patch32" in architecture else 16)
-    options = dict(depth=2, embed_dim=48, num_heads=3, num_classes=5, img_size=side, dynamic_img_size=True)
+    options = dict(depth=2, embed_dim=48, num_heads=3, num_classes=5, img_size=side)
+    if timm.models.model_entrypoint(architecture).__module__.rpartition(".")[2] not in FIXED_SIZE:
+        options["dynamic_img_size"] = True
     if "sapiens2" in architecture:
         options.update(num_kv_heads=(3, 1))
     model = perturb(timm.create_model(architecture, **options))

@@ -77,6 +77,8 @@ EVERYTHING = {
     "differential": {"differential": True, "qk_norm": True},
     "clip": CLIP | {"num_classes": 24, "head_bias": False},
     "siglip": SIGLIP,
+    "table of relative positions": {"rel_pos": "table", "learned_positions": False},
+    "MLP of relative positions": {"rel_pos": "mlp", "rel_pos_dim": 5},
     "distillation token": {"num_registers": 2, "num_summary_tokens": 1, "num_classes": 7},
 }
 
@@ -208,6 +210,8 @@ def test_what_timm_lacks_is_refused(tmp_path):
         ({"norm_eps": 1e-12, "attention_norm": True}, r"norm_eps=1e-12; save with format='vitreg'"),
         (DINO | {"pool": "token+mean"}, r"pool='token\+mean'"),
         ({"norm_pre": True}, "patch_bias=True"),
+        ({"rel_pos": "table"}, "rel_pos='table'; save"),
+        ({"rel_pos": "mlp", "rel_pos_dim": 5, "architecture": "vit_relpos_small_patch16_224"}, "rel_pos='mlp'"),
         (SIGLIP | SWIGLU, "format 'timm' cannot express .*gated_mlp=True; save with format='vitreg'"),
         (ROPE | {"pool": "attention"}, "format 'timm' cannot express pool='attention'; save with format='vitreg'"),
     ):

@@ -9,7 +9,7 @@ import pytest
 import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from peers import TOLERANCE, attention_inputs, error, random_images, split, timm_model, unfused_attention
+from peers import TOLERANCE, at_size, attention_inputs, error, random_images, split, timm_model, unfused_attention
 from vitreg import from_timm
 from vitreg.model import attention
 
@@ -20,6 +20,8 @@ FAMILIES = {
     "qk_norm": ("vit_small_patch16_224", dict(qk_norm=True, reg_tokens=2)),
     "rope": ("vit_small_patch16_dinov3_qkvb", {}),
     "rope_interleaved": ("eva02_small_patch14_224", {}),
+    "biased": ("beit_base_patch16_224", {}),
+    "biased_by_mlp": ("vit_relpos_small_patch16_224", {}),
     "parallel": ("vit_pwee_patch16_reg1_gap_256", {}),
     "differential": ("vit_dwee_patch16_reg1_gap_256", dict(class_token=True)),
     "differential_parallel": ("vit_dpwee_patch16_reg1_gap_256", dict(qk_norm=True)),
@@ -32,7 +34,8 @@ def pair(family: str):
     architecture, options = FAMILIES[family]
     model = timm_model(architecture, depth=4, **options)
     vit = from_timm(model)
-    return model, vit, random_images(*(side * vit.config.patch_size for side in GRID))
+    images = random_images(*(side * vit.config.patch_size for side in GRID))
+    return at_size(model, images), vit, images
 
 
 @pytest.fixture(params=FAMILIES)

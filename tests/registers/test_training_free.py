@@ -82,7 +82,7 @@ def test_a_batch_equals_single_images_at_several_sizes(fixed, photograph_batch):
 
 
 @torch.no_grad()
-@pytest.mark.parametrize("family", ["vit_base_patch16_224", "vit_giant_patch14_dinov2"])
+@pytest.mark.parametrize("family", ["vit_base_patch16_224", "vit_giant_patch14_dinov2", "beit_base_patch16_224"])
 def test_a_weight_equals_so_many_registers(family, photographs):
     vit = random_vit(family, embed_dim=96, num_heads=3)
     images, marks = with_patches(photos(photographs[:8], vit), vit.config.patch_size)

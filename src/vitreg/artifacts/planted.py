@@ -53,10 +53,11 @@ def plant_artifacts(vit: VisionTransformer, images: Float[Tensor, "B 3 H W"]) ->
     """
     config = vit.config
     name = config.name or config.architecture
-    if vit.pos_embed is None or not config.mlp_bias or config.signed_units or config.parallel or config.depth < 2:
+    unfit = config.signed_units or config.parallel or config.post_norm or config.rel_pos or config.depth < 2
+    if vit.pos_embed is None or not config.mlp_bias or unfit:
         raise ValueError(
             f"artifacts cannot be planted in {name or 'this model'}: that needs learned positions, a plain MLP with "
-            f"biases, and two blocks one after the other"
+            f"biases, and two blocks one after the other whose norms come before their branches"
         )
     height, width = images.shape[-2:]
     grid = (height // config.patch_size, width // config.patch_size)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import math
+import sys
 from collections.abc import Mapping
 from typing import Any
 
@@ -117,16 +118,15 @@ def _grid_side(num_positions: int) -> int | None:
 
 def _translate(weights: dict[str, Tensor], model: Any) -> dict[str, Tensor]:
     """To timm's names, by timm's own converters."""
-    import timm.models.eva
-    import timm.models.vision_transformer as vision_transformer
+    from timm.models import vision_transformer
 
     weights = dict(weights)
     if "class_embedding" in weights and "conv1.weight" in weights:
         weights = {f"visual.{key}": tensor for key, tensor in weights.items()}
-    if isinstance(model, timm.models.eva.Eva):
-        return timm.models.eva.checkpoint_filter_fn(weights, model)
-    # `adapt_layer_scale` only renames DeiT-III's gamma_1 and gamma_2.
-    return vision_transformer.checkpoint_filter_fn(weights, model, adapt_layer_scale=True)
+    translate = sys.modules[type(model).__module__].checkpoint_filter_fn
+    if translate is vision_transformer.checkpoint_filter_fn:
+        return translate(weights, model, adapt_layer_scale=True)  # it only renames DeiT-III's gamma_1 and gamma_2
+    return translate(weights, model)
 
 
 def _official(

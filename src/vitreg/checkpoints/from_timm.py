@@ -27,7 +27,7 @@ ACTIVATIONS: dict[str, Any] = {
 }
 
 
-POST_NORM = ("ResPostBlock", "EvaBlockPostNorm")
+POST_NORM = ("ResPostBlock", "EvaBlockPostNorm", "ResPostRelPosBlock")
 
 
 def from_timm(model: nn.Module) -> VisionTransformer:
@@ -58,9 +58,9 @@ def from_timm(model: nn.Module) -> VisionTransformer:
         state = join(weights, image_size)
         fields = config_fields(state) | _attributes(timm_model)
         fields["num_summary_tokens"] = int(hasattr(timm_model, "dist_token"))
-        if timm_model.attn_pool is not None:
-            _check_attention_pool(timm_model.attn_pool, gated=fields["gated_mlp"])
-            hidden = timm_model.attn_pool.mlp.fc1.out_features
+        if (pooling := _attention_pool(timm_model)) is not None:
+            _check_attention_pool(pooling, gated=fields["gated_mlp"])
+            hidden = pooling.mlp.fc1.out_features
             fields["pool_mlp_dim"] = 0 if hidden == fields["mlp_dim"] else hidden
         # The checkpoint's own evaluation transform, at the size that the model was built for.
         preprocess = Preprocess.from_timm({**cfg, "input_size": (3, *image_size)}, multiple_of=fields["patch_size"])
@@ -73,8 +73,12 @@ def _make_alike(model: Any, weights: dict[str, torch.Tensor]) -> None:
     if "rope_frequencies" in weights and model.rope.grid_indexing == "xy":  # columns first
         weights["rope_frequencies"] = weights["rope_frequencies"].flip(0)
     if "head_dist.weight" in weights:  # the mean of what two heads say of a token each is what one says of both
-        both = {kind: (weights[f"head.{kind}"] / 2, weights.pop(f"head_dist.{kind}") / 2) for kind in KINDS}
-        weights["head.weight"], weights["head.bias"] = torch.cat(both["weight"], dim=1), sum(both["bias"])
+        of_two = [weights["head.weight"], weights.pop("head_dist.weight")]
+        weights["head.weight"] = torch.cat(of_two, dim=1) / 2
+        weights["head.bias"] = (weights["head.bias"] + weights.pop("head_dist.bias")) / 2
+    for name in [name for name in weights if name.startswith("blocks.*.")]:  # shared: each block gets its own
+        shared = weights.pop(name)
+        weights |= {name.replace("*", str(i)): shared for i in range(len(model.blocks))}
     for path, module in model.named_modules():
         if getattr(module, "gate_last", False):
             for kind in KINDS:
@@ -90,11 +94,13 @@ def _make_alike(model: Any, weights: dict[str, torch.Tensor]) -> None:
 
 def is_readable(model: nn.Module) -> bool:
     """Whether the class is one that `from_timm` knows."""
+    from timm.models.beit import Beit
     from timm.models.deit import VisionTransformerDistilled
     from timm.models.eva import Eva
     from timm.models.vision_transformer import VisionTransformer as TimmVisionTransformer
+    from timm.models.vision_transformer_relpos import VisionTransformerRelPos
 
-    return type(model) in (TimmVisionTransformer, VisionTransformerDistilled, Eva)
+    return type(model) in (TimmVisionTransformer, VisionTransformerDistilled, VisionTransformerRelPos, Beit, Eva)
 
 
 def _is(module: nn.Module, *names: str) -> bool:
@@ -105,9 +111,13 @@ def _is_rms(module: nn.Module) -> bool:
     return "rmsnorm" in type(module).__name__.lower()
 
 
+def _attention_pool(model: Any) -> Any:
+    return getattr(model, "attn_pool", None)
+
+
 def _pools_prefix(model: Any) -> bool:
     """Whether its head reads the tokens before the patches besides these."""
-    if _is(model, "Eva") and model.attn_pool is not None:
+    if _is(model, "Eva") and _attention_pool(model) is not None:
         return True
     return model.global_pool != "token" and getattr(model, "pool_include_prefix", False)
 
@@ -122,8 +132,8 @@ def _attributes(model: Any) -> dict[str, Any]:
     return {
         "num_heads": attention.num_heads,
         "pool": pool,
-        "pool_heads": model.attn_pool.num_heads if model.attn_pool is not None else 0,
-        "key_bias": not _is(attention, "EvaAttention"),
+        "pool_heads": getattr(_attention_pool(model), "num_heads", 0),
+        "key_bias": not hasattr(attention, "k_bias"),
         "activation": activation_name(block.mlp.act if hasattr(block, "mlp") else block.mlp_act),
         "norm_eps": (block.norm1 if hasattr(block, "norm1") else block.in_norm).eps,
         "post_norm": _is(block, *POST_NORM),
@@ -144,7 +154,9 @@ def _check_supported(model: Any) -> None:
     check_supported(not hasattr(model, "dist_token") or model.reg_token is None, "registers and a distillation token")
     block, patch = model.blocks[0], model.patch_embed
     parallel = _is(block, "ParallelScalingBlock", "DiffParallelScalingBlock")
-    check_supported(parallel or _is(block, "Block", "EvaBlock", *POST_NORM), f"blocks of type {type(block).__name__}")
+    check_supported(
+        parallel or _is(block, "Block", "EvaBlock", "RelPosBlock", *POST_NORM), f"blocks of type {type(block).__name__}"
+    )
     plain = isinstance(getattr(patch, "proj", None), nn.Conv2d) and hasattr(patch, "norm")
     check_supported(plain, f"a patch embedding {type(patch).__name__}")
     check_supported(patch.proj.in_channels == 3, f"{patch.proj.in_channels} input channels")
@@ -154,7 +166,7 @@ def _check_supported(model: Any) -> None:
     if differential:
         _check_lambdas(model)
     if not parallel:
-        kinds = ("Attention", "AttentionRope", "EvaAttention", "DiffAttention")
+        kinds = ("Attention", "AttentionRope", "EvaAttention", "DiffAttention", "RelPosAttention")
         check_supported(_is(attention, *kinds), f"attention {type(attention).__name__}")
         check_supported(getattr(attention, "gate", None) is None, "gated attention")
         width = attention.proj.in_features
@@ -167,9 +179,13 @@ def _check_supported(model: Any) -> None:
         # An adapter such as LoRA shows the weight that it adapts, without what it adds.
         plain = place not in ("qkv", "q_proj", "k_proj", "v_proj") or type(module) is nn.Linear
         check_supported(plain, f"a {kind} in its attention (merge adapters first)")
+        check_supported(getattr(module, "mode", "cr") == "cr", "relative positions of Swin V2")
+        shared = getattr(model, "rel_pos_bias", None)
+        twice = shared is not None and place == "attn" and module.relative_position_bias_table is not None
+        check_supported(not twice, "relative positions per block and shared ones")
     check_norms(model)
     check_supported(model.global_pool in (*POOLS, ""), f"global_pool={model.global_pool!r}")
-    more_than_cls = model.num_prefix_tokens > (model.cls_token is not None and model.attn_pool is not None)
+    more_than_cls = model.num_prefix_tokens > (model.cls_token is not None and _attention_pool(model) is not None)
     check_supported(not (_pools_prefix(model) and more_than_cls), "registers in its pooling")
 
 

@@ -60,7 +60,10 @@ def timm_architecture(config: ViTConfig) -> tuple[str, dict[str, Any], nn.Module
     for name in dict.fromkeys((config.architecture, *generic)):
         if not timm.is_model(name):
             continue
-        eva = timm.models.model_entrypoint(name).__module__.endswith(".eva")
+        module = timm.models.model_entrypoint(name).__module__.rpartition(".")[2]
+        if module not in ("vision_transformer", "deit", "eva"):
+            continue  # the arguments below are those of these classes
+        eva = module == "eva"
         if eva is not (config.rope is not None or config.mixed_rope) and name != config.architecture:
             continue
         kwargs = _shared_kwargs(config, pools[config.pool])

@@ -49,6 +49,10 @@ TIMM = WeightNames(
         r"^patch_embed\.norm\.": "patch_norm.",
         r"^attn_pool\.": "attention_pool.",
         r"^rope\.freqs$": "rope_frequencies",
+        r"^(shared_rel_pos|rel_pos_bias)\.": "blocks.*.attn.rel_pos.",
+        r"\.relative_position_bias_table$": ".table",
+        r"\.attn\.table$": ".attn.rel_pos.table",
+        r"\.rel_pos\.mlp\.": ".rel_pos.",
         r"\.(ls1?\.gamma|gamma_1)$": ".ls1",
         r"\.(ls2\.gamma|gamma_2)$": ".ls2",
         r"\.attn\.([qkv])_proj\.": r".attn.\1.",
@@ -62,7 +66,7 @@ TIMM = WeightNames(
         r"\.mlp_out_proj\.": ".mlp.fc2.",
         r"\.mlp_bias$": ".mlp.fc1.bias",
     },
-    unused=r"^(?!(blocks|patch_embed|norm_pre|norm|fc_norm|head|head_dist|attn_pool)\.|"
+    unused=r"^(?!(blocks|patch_embed|norm_pre|norm|fc_norm|head|head_dist|attn_pool|shared_rel_pos|rel_pos_bias)\.|"
     r"((cls|reg|dist)_token|pos_embed|rope\.freqs)$)",
 )
 

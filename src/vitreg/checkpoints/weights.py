@@ -40,6 +40,8 @@ PRESENT = {
     "mixed_rope": "rope_frequencies",
 }
 
+REL_POS = {"table": "blocks.0.attn.rel_pos.table", "mlp": "blocks.0.attn.rel_pos.fc1.weight"}
+
 
 def config_fields(state: Mapping[str, Tensor]) -> dict[str, Any]:
     """The fields of `ViTConfig` that names and shapes of the weights tell."""
@@ -53,6 +55,8 @@ def config_fields(state: Mapping[str, Tensor]) -> dict[str, Any]:
         "parallel": "blocks.0.norm2.weight" not in state,
         "patch_size": patch.shape[-1],
         "num_registers": state["registers"].shape[1] if "registers" in state else 0,
+        "rel_pos": next((kind for kind, name in REL_POS.items() if name in state), None),
+        "rel_pos_dim": state[REL_POS["mlp"]].shape[0] if REL_POS["mlp"] in state else 0,
         "num_classes": state["head.weight"].shape[0] if "head.weight" in state else 0,
         **{field: name in state for field, name in PRESENT.items()},
     }

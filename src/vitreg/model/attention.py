@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from typing import cast
 
 import torch
 import torch.nn.functional as F
@@ -11,10 +12,14 @@ from torch import Tensor, nn
 
 from vitreg.model.config import ViTConfig
 from vitreg.model.norm import norm_layer
+from vitreg.model.rel_pos import Grid, RelPosBias
 from vitreg.model.rope import Rotation, rotate
 
 Record = Callable[[str, Tensor], None]
 """Called with the name and the value of an intermediate of a block while it runs; see `trace`."""
+
+Position = Rotation | Grid
+"""Where the patches are: RoPE's cosines and sines, or the grid for a bias that follows from it."""
 
 # A private function of PyTorch's, which may be gone one day: then the CPU counts as one without tiles.
 TILED_CPU = bool(getattr(torch.cpu, "_is_amx_tile_supported", lambda: False)())
@@ -37,12 +42,13 @@ class Attention(nn.Module):
         self.k_norm = norm_layer(config, config.head_dim) if config.qk_norm else nn.Identity()
         self.norm = norm_layer(config, dim) if config.attention_norm else nn.Identity()
         self.proj = nn.Linear(dim, dim, bias=config.proj_bias)
+        self.rel_pos = RelPosBias(config) if config.rel_pos else None
         self.masks_key_bias = config.qkv_bias and not config.key_bias
 
     def forward(
-        self, x: Float[Tensor, "B T D"], rotation: Rotation | None = None, record: Record | None = None
+        self, x: Float[Tensor, "B T D"], position: Position | None = None, record: Record | None = None
     ) -> Float[Tensor, "B T D"]:
-        """Mix the tokens; `record` receives the queries, keys and values that enter the softmax."""
+        """Mix the tokens; `record` receives the bias, queries, keys and values that enter the softmax."""
         if self.masks_key_bias:  # DINOv3 holds the keys' bias at zero (`LinearKMaskedBias`)
             query_bias, key_bias, value_bias = self.qkv.bias.chunk(3)
             bias = torch.cat((query_bias, torch.zeros_like(key_bias), value_bias))
@@ -51,14 +57,21 @@ class Attention(nn.Module):
             qkv = self.qkv(x)
         q, k, v = qkv.unflatten(-1, (3, self.num_heads, -1)).permute(2, 0, 3, 1, 4).unbind(0)
         q, k = self.q_norm(q), self.k_norm(k)
-        if rotation is not None:
+        bias = None
+        if self.rel_pos is not None:
+            bias = self.rel_pos(position, q)
+            if record is not None:
+                record("bias", bias)
+        elif position is not None:
+            rotation = cast("Rotation", position)
             q = rotate(q, rotation, interleaved=self.interleaved)
             k = rotate(k, rotation, interleaved=self.interleaved)
         if record is not None:
             record("queries", q)
             record("keys", k)
             record("values", v)
-        x = self.mix(q, k, v).transpose(1, 2).flatten(2)
+        x = self.mix(q, k, v) if bias is None else _attend(q, k, v, bias)
+        x = x.transpose(1, 2).flatten(2)
         return self.proj(self.norm(x))
 
     def mix(
@@ -69,7 +82,10 @@ class Attention(nn.Module):
 
 
 def _attend(
-    q: Float[Tensor, "B H T d"], k: Float[Tensor, "B H T d"], v: Float[Tensor, "B H T d"]
+    q: Float[Tensor, "B H T d"],
+    k: Float[Tensor, "B H T d"],
+    v: Float[Tensor, "B H T d"],
+    bias: Float[Tensor, "1 H T T"] | None = None,
 ) -> Float[Tensor, "B H T d"]:
     """The fused kernel, on keys and values padded to whole tiles where that is faster.
 
@@ -79,25 +95,31 @@ def _attend(
     tokens = k.shape[2]
     missing = -tokens % TILE
     if not (TILED_CPU and missing and tokens <= MAX_PADDED and q.device.type == "cpu" and q.dtype != torch.float32):
-        return F.scaled_dot_product_attention(q, k, v)
-    mask = q.new_zeros(tokens + missing)
-    mask[tokens:] = -torch.inf
+        return F.scaled_dot_product_attention(q, k, v, attn_mask=bias)
+    mask = F.pad(q.new_zeros(1, 1, 1, tokens) if bias is None else bias, (0, missing), value=-torch.inf)
     pad = (0, 0, 0, missing)
-    return F.scaled_dot_product_attention(q, F.pad(k, pad), F.pad(v, pad), attn_mask=mask.expand(1, 1, tokens, -1))
+    mask = mask.expand(1, -1, tokens, -1)
+    return F.scaled_dot_product_attention(q, F.pad(k, pad), F.pad(v, pad), attn_mask=mask)
 
 
 def attention_rows(
-    queries: Float[Tensor, "B H T d"], keys: Float[Tensor, "B H T d"], rows: Int[Tensor, " Q"]
+    queries: Float[Tensor, "B H T d"],
+    keys: Float[Tensor, "B H T d"],
+    rows: Int[Tensor, " Q"],
+    bias: Float[Tensor, "1 H T T"] | None = None,
 ) -> Float[Tensor, "B H Q T"]:
     """The chosen rows of the attention matrix, float32, exactly as the fused kernel weighs the values.
 
-    Cost and memory are those of the rows asked for: `softmax(q[rows] k^T / sqrt(d))`, some rows at a time.
+    Cost and memory are those of the rows asked for: `softmax(q[rows] k^T / sqrt(d) + bias[rows])`, some at a time.
     """
     batch, heads, tokens, head_dim = keys.shape
     chunk = max(1, ROW_BUDGET // (batch * heads * tokens))
     chosen = queries[:, :, rows].float() * head_dim**-0.5
     keys = keys.float().transpose(-1, -2)  # in half precision a product would round before the softmax
-    parts = [_scores(part, keys).softmax(-1) for part in chosen.split(chunk, dim=2)]
+    parts = []
+    for part, numbers in zip(chosen.split(chunk, dim=2), rows.split(chunk), strict=True):
+        scores = _scores(part, keys)
+        parts.append((scores if bias is None else scores + bias[:, :, numbers]).softmax(-1))
     return parts[0] if len(parts) == 1 else torch.cat(parts, dim=2)
 
 

@@ -8,11 +8,10 @@ import torch
 from jaxtyping import Bool, Float, Int
 from torch import Tensor, nn
 
-from vitreg.model.attention import Attention, Record
+from vitreg.model.attention import Attention, Position, Record
 from vitreg.model.config import ViTConfig
 from vitreg.model.differential import DifferentialAttention
 from vitreg.model.norm import block_norm, norm_layer
-from vitreg.model.rope import Rotation
 
 Subset = tuple[Int[Tensor, " _"], float]
 """The images of a batch that take a branch, in order, and the factor of what it adds to them (stochastic depth)."""
@@ -134,7 +133,7 @@ class Block(nn.Module):
     def forward(
         self,
         x: Float[Tensor, "B T D"],
-        rotation: Rotation | None = None,
+        position: Position | None = None,
         record: Record | None = None,
         subsets: tuple[Subset, Subset] | None = None,
     ) -> Float[Tensor, "B T D"]:
@@ -142,12 +141,12 @@ class Block(nn.Module):
 
         Args:
             x: the tokens.
-            rotation: of queries and keys.
+            position: of the patches.
             record: sees the intermediates of attention and MLP.
             subsets: the images that take the first branch and those that take the second; all of them by default.
         """
         first, second = subsets or (None, None)
-        x = _add(x, lambda part: self._attention_branch(part, rotation, record), self.ls1, first)
+        x = _add(x, lambda part: self._attention_branch(part, position, record), self.ls1, first)
         if self.norm2 is None:
             return x
         norm2 = self.norm2
@@ -155,19 +154,19 @@ class Block(nn.Module):
             return _add(x, lambda part: norm2(self.mlp(part, record)), self.ls2, second)
         return _add(x, lambda part: self.mlp(norm2(part), record), self.ls2, second)
 
-    def _attention_branch(self, x: Tensor, rotation: Rotation | None, record: Record | None) -> Tensor:
+    def _attention_branch(self, x: Tensor, position: Position | None, record: Record | None) -> Tensor:
         """Attention; with `parallel` both branches in one."""
         normed = x if self.post_norm else self.norm1(x)
-        branch = self._attend(normed, rotation, record) if self.num_copies else self.attn(normed, rotation, record)
+        branch = self._attend(normed, position, record) if self.num_copies else self.attn(normed, position, record)
         if self.post_norm:
             return self.norm1(branch)
         return branch + self.mlp(normed, record) if self.parallel else branch
 
-    def _attend(self, normed: Tensor, rotation: Rotation | None, record: Record | None) -> Tensor:
+    def _attend(self, normed: Tensor, position: Position | None, record: Record | None) -> Tensor:
         """Attention in which test-time registers count several times; their copies come first."""
         registers = normed[:, self.test_time_registers]
         copies = registers.repeat(1, self.num_copies // registers.shape[1], 1)
-        return self.attn(torch.cat((copies, normed), dim=1), rotation, record)[:, self.num_copies :]
+        return self.attn(torch.cat((copies, normed), dim=1), position, record)[:, self.num_copies :]
 
 
 def _add(x: Tensor, branch: Callable[[Tensor], Tensor], scale: Tensor | None, subset: Subset | None) -> Tensor:

@@ -99,6 +99,8 @@ class ViTConfig:
         learned_positions: whether there is a position table for the patches.
         position_interpolation: the checkpoint's rule for other image sizes.
         rope: rotary embedding, or None.
+        rel_pos: a bias on attention by the offset of query and key, from a table (BEiT) or an MLP (`RelPosBias`).
+        rel_pos_dim: hidden units of that MLP.
         mixed_rope: rotary embedding whose frequencies are learned per block and head (arXiv 2403.13298).
         preprocess: how images become the checkpoint's input.
         name: where the weights come from, for reports.
@@ -147,6 +149,8 @@ class ViTConfig:
     position_interpolation: PositionInterpolation = PositionInterpolation()
     rope: RopeConfig | None = None
     mixed_rope: bool = False
+    rel_pos: Literal["table", "mlp"] | None = None
+    rel_pos_dim: int = 0
     preprocess: Preprocess = field(default_factory=lambda: Preprocess(size=(224, 224)))
     name: str = ""
     architecture: str = ""
@@ -165,6 +169,12 @@ class ViTConfig:
         if self.mixed_rope and (self.rope or self.differential):
             raise ValueError(
                 "mixed_rope has frequencies of its own, and no differential attention; leave out the other"
+            )
+        if self.rel_pos and (self.rope or self.mixed_rope or self.differential):
+            raise ValueError("rel_pos biases plain attention without RoPE; leave out rope, mixed_rope and differential")
+        if (self.rel_pos == "mlp") != (self.rel_pos_dim > 0):
+            raise ValueError(
+                f"rel_pos is {self.rel_pos!r} and rel_pos_dim {self.rel_pos_dim}: an MLP has 1 unit or more"
             )
         if self.num_registers < 0:
             raise ValueError(f"num_registers is {self.num_registers}; it must be 0 or more")

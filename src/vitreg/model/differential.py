@@ -9,9 +9,8 @@ import torch.nn.functional as F
 from jaxtyping import Float, Int
 from torch import Tensor, nn
 
-from vitreg.model.attention import Attention, Record, attention_rows
+from vitreg.model.attention import Attention, Position, Record, attention_rows
 from vitreg.model.config import ViTConfig
-from vitreg.model.rope import Rotation
 
 
 class DifferentialAttention(Attention):
@@ -47,12 +46,12 @@ class DifferentialAttention(Attention):
         return first.sum().float().exp() - second.sum().float().exp() + self.lambda_init
 
     def forward(
-        self, x: Float[Tensor, "B T D"], rotation: Rotation | None = None, record: Record | None = None
+        self, x: Float[Tensor, "B T D"], position: Position | None = None, record: Record | None = None
     ) -> Float[Tensor, "B T D"]:
         """As `Attention`; `record` receives `lambda` first."""
         if record is not None:
             record("lambda", self.lambda_full())
-        return super().forward(x, rotation, record)
+        return super().forward(x, position, record)
 
     def mix(
         self, q: Float[Tensor, "B H T d"], k: Float[Tensor, "B H T d"], v: Float[Tensor, "B H T d"]

@@ -117,6 +117,7 @@ class Recorder:
         self.kept: dict[str, list[Tensor]] = {}
         self._queries: Tensor | None = None
         self._lambda: Tensor | None = None
+        self._bias: Tensor | None = None
 
     def wants(self, block: int) -> bool:
         """Whether anything inside this block is recorded (norms are taken from outside)."""
@@ -126,6 +127,8 @@ class Recorder:
         """Take what a block hands out while it runs."""
         if name == "lambda":
             self._lambda = value
+        elif name == "bias":
+            self._bias = value
         elif name == "queries" and self.rows:
             self._queries = value
         elif name == "keys" and self.rows:
@@ -143,7 +146,7 @@ class Recorder:
         copies = self.config.num_attention_copies
         chosen = torch.tensor([row for row, _ in self.rows], device=keys.device) + copies
         if self._lambda is None:
-            rows = attention_rows(queries, keys, chosen)
+            rows = attention_rows(queries, keys, chosen, self._bias)
         else:
             rows = differential_rows(queries, keys, chosen, self._lambda)
         if copies:

@@ -16,6 +16,7 @@ from vitreg.model.norm import norm_layer
 from vitreg.model.pooling import AttentionPool
 from vitreg.model.pos_embed import resize_positions
 from vitreg.model.preprocess import Preprocess
+from vitreg.model.rel_pos import RelPosBias
 from vitreg.model.rope import mixed_rotation, rotation
 from vitreg.model.tokens import Masked, Tokens
 from vitreg.model.trace import Facet, Query, Recorder, Trace
@@ -83,6 +84,8 @@ class VisionTransformer(nn.Module):
                 for scale in (module.ls1, module.ls2):
                     if scale is not None:
                         nn.init.constant_(scale, 1e-5)
+            elif isinstance(module, RelPosBias) and module.table is not None:
+                nn.init.trunc_normal_(module.table, std=0.02)
             elif isinstance(module, AttentionPool):
                 nn.init.trunc_normal_(module.latent, std=self.config.embed_dim**-0.5)
         for token in (self.cls_token, self.pos_embed):
@@ -206,6 +209,8 @@ class VisionTransformer(nn.Module):
         unrotated = self.config.num_attention_copies + self.config.num_prefix_tokens
         if self.config.rope is not None:
             table = rotation(self.config.rope, grid, unrotated, x.device)
+        elif self.config.rel_pos:
+            table = grid
         tables = None
         if self.rope_frequencies is not None:
             tables = mixed_rotation(self.rope_frequencies, grid, unrotated)
