@@ -199,6 +199,8 @@ def plain_fields(config: Any, path: tuple[str, ...] = ()) -> Iterator[tuple[tupl
 
 OTHERS = {
     "teacher": "vitreg_tiny_reg4",
+    "start": "vitreg_tiny_reg4",
+    "teacher_blocks": (1, 3, 5, 7),
     "cache": "tokens",
     "loss": "ce",
     "dtype": "bfloat16",

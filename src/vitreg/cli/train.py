@@ -148,9 +148,9 @@ def configured(
     """The recipe's config with what was given instead; shorter runs warm up for a shorter time."""
     from vitreg.training import RECIPES
 
-    teacher = {"teacher": given.get("method", {}).get("teacher", "")} if recipe == "distill" else {}
+    shaping = ("teacher", "start") if recipe == "distill" else ()  # what decides the student's shape
     config = RECIPES[recipe](
-        **teacher,
+        **{name: given.get("method", {}).get(name, "") for name in shaping},
         num_images=num_images,
         num_classes=num_classes,
         num_registers=4 if shape.registers is None else shape.registers,

@@ -220,7 +220,10 @@ class DistillConfig(MethodConfig):
 
     Attributes:
         teacher: what `vitreg.load` takes.
+        start: a file of ours to begin from, of which the student has the shape; registers are new where it has none.
+            How it projects the teacher's tokens is in `projection.safetensors` beside it, where that exists.
         levels: so many depths are matched, at equal steps, the last block among them.
+        teacher_blocks: with which of the teacher's blocks; by default those at the same part of its depth.
         norm_weight, register_weight, attention_weight, output_weight: of the losses; the tokens' direction counts 1.
         min_crop: smallest part of an image's area that is seen.
         num_views: crops of an image that are seen again and again; 0 makes a new one each time.
@@ -228,7 +231,9 @@ class DistillConfig(MethodConfig):
     """
 
     teacher: str = ""
+    start: str = ""
     levels: int = 4
+    teacher_blocks: tuple[int, ...] = ()
     norm_weight: float = 0.5
     register_weight: float = 0.1
     attention_weight: float = 0.1
@@ -242,6 +247,11 @@ class DistillConfig(MethodConfig):
             raise ValueError("distillation needs a teacher: give a model with --teacher, as to vitreg diagnose")
         if self.levels < 1:
             raise ValueError(f"levels is {self.levels}; match at least the last block")
+        if self.teacher_blocks and len(self.teacher_blocks) != self.levels:
+            raise ValueError(
+                f"{self.levels} levels of the student are to be matched with {len(self.teacher_blocks)} blocks of the "
+                "teacher; give as many (--levels, --teacher-blocks)"
+            )
         if self.cache and not self.num_views:
             raise ValueError("a cache is of crops that are seen again: give --num-views, for instance 8")
 

@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import dataclasses
+from pathlib import Path
 from typing import Unpack
 
 import torch
 import torch.nn.functional as F
 from jaxtyping import Float
+from safetensors.torch import load_file
 from torch import Tensor
 from torchvision.transforms import v2
 from torchvision.transforms.v2.functional import pil_to_tensor
@@ -26,6 +28,7 @@ from vitreg.training.recipes.teacher import Teacher, attention_row, output_of, w
 def distill(
     *,
     teacher: str,
+    start: str = "",
     num_images: int,
     num_classes: int = 0,
     num_registers: int = 4,
@@ -39,27 +42,36 @@ def distill(
     teacher's hold. So a pair is inherited, not emerged. The class token's attention is matched too, and the output of
     the teacher's head where it has one. Needs no labels.
 
+    With `start` the student begins with weights that are there, `benchmarks/cut_student.py` cuts them from a teacher.
+
     - Command: `vitreg train distill --teacher fixed.safetensors --data photographs/ --cache tokens/ --out RUN`
     - Smoke: `vitreg train distill --teacher dinov2_vits14 --smoke --data photographs/ --out RUN`
     """
-    method = DistillConfig(teacher=teacher)
+    method = DistillConfig(teacher=teacher, start=start)
     source = load(teacher).config
     patch_size, image_size = source.patch_size, source.image_size[0]
     scale = Scale(num_images, "mini", image_size=image_size, patch_size=patch_size, batch_size=64, epochs=100)
     if smoke:
         scale = dataclasses.replace(scale, size="micro", batch_size=16, epochs=None, num_steps=60)
     scale = scale.choose(chosen)
-    model = scale.model(
-        num_registers,
-        num_classes=source.num_classes,
-        head_bias=source.head_bias,
-        class_token=source.class_token,
-        pool="token" if source.class_token else "mean",
-    )
-    preprocess = dataclasses.replace(source.preprocess, size=model.preprocess.size, multiple_of=scale.patch_size)
+    if start:
+        shape = [name for name in ("size", "image_size", "patch_size") if chosen.get(name) is not None]
+        if shape:
+            raise ValueError(f"the student has the shape of {start}; leave out its {' and '.join(shape)}")
+        model = dataclasses.replace(load(start).config, num_registers=num_registers, name="", changes=())
+    else:
+        model = scale.model(
+            num_registers,
+            num_classes=source.num_classes,
+            head_bias=source.head_bias,
+            class_token=source.class_token,
+            pool="token" if source.class_token else "mean",
+        )
+        preprocess = dataclasses.replace(source.preprocess, size=model.preprocess.size, multiple_of=scale.patch_size)
+        model = dataclasses.replace(model, preprocess=preprocess)
     config = TrainingConfig(
         recipe="distill",
-        model=dataclasses.replace(model, preprocess=preprocess),
+        model=model,
         method=method,
         optimizer=OptimizerConfig(
             name="adamw",
@@ -108,7 +120,8 @@ class Distill(Method):
         projection: rows of the teacher's space, orthonormal; zero until the first step.
 
     Raises:
-        ValueError: the teacher sees another grid of patches, or has a class token where the student has none.
+        ValueError: the teacher sees another grid of patches, or has a class token where the student has none; a
+            projection is of other widths.
     """
 
     projection: Tensor
@@ -132,10 +145,29 @@ class Distill(Method):
                 f"{config.teacher} has patches of {teacher.config.patch_size} pixels, the student of "
                 f"{model.patch_size}; tokens are matched one by one, so give the student the same"
             )
-        at = tuple(round(teacher.config.depth * (block + 1) / model.depth) - 1 for block in self.blocks)
+        equal = tuple(round(teacher.config.depth * (block + 1) / model.depth) - 1 for block in self.blocks)
+        at = config.teacher_blocks or equal
         self.teacher = Teacher(teacher, at, model, config)
         self._fitted = False
         self.register_buffer("projection", torch.zeros(model.embed_dim, teacher.config.embed_dim))
+        if config.start:
+            self._begin(config.start)
+
+    def _begin(self, start: str) -> None:
+        """With the weights of a file, and its projection; registers that it does not have stay as they are."""
+        vit = load(start)
+        if vit.num_registers != self.vit.num_registers:
+            vit.registers = self.vit.registers
+        self.vit.load_state_dict(vit.state_dict())
+        path = Path(start).with_name("projection.safetensors")
+        if Path(start).is_file() and path.is_file():
+            found = load_file(path)["projection"]
+            if found.shape != self.projection.shape:
+                raise ValueError(
+                    f"{path} projects {list(found.shape)[::-1]} channels, student and teacher have "
+                    f"{list(self.projection.shape)[::-1]}; give the one that was made with them"
+                )
+            self.projection.copy_(found)
 
     def forward(self, batch: Batch, progress: float) -> dict[str, Tensor]:
         """`loss` and its terms: `direction` and `norm` of tokens, `register`, `attention`, `output`."""
@@ -186,7 +218,7 @@ def _distances(found: Float[Tensor, "*T D"], wanted: Float[Tensor, "*T D"]) -> t
     """One minus cosine, and the difference of the logarithms of norms; means over all tokens."""
     direction = 1 - F.cosine_similarity(found, wanted, dim=-1).mean()
     found_norm, wanted_norm = (tokens.norm(dim=-1).clamp_min(1e-3).log() for tokens in (found, wanted))
-    return direction, F.l1_loss(found_norm, wanted_norm)
+    return direction, F.mse_loss(found_norm, wanted_norm)
 
 
 def _divergence(trace: Trace, wanted: Float[Tensor, "L B T"]) -> Tensor:
