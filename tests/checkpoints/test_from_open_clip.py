@@ -57,6 +57,7 @@ VARIANTS = {
     "patch dropout": {"patch_dropout": 0.5},
     "qk norm": {"qk_norm": True},
     "inner norms": {"scale_attn_inner": True, "scale_fc": True},
+    "attentional pool": {"attentional_pool": True, "attn_pooler_heads": 4, "attn_pooler_queries": 3},
     "not square": {"image_size": (56, 84)},
     "tanh gelu, own epsilon": {"act_kwargs": {"approximate": "tanh"}, "norm_kwargs": {"eps": 1e-3}},
 }
@@ -72,6 +73,17 @@ def test_embedding(variant, kind):
     close(vit.classify(x), theirs.encode_image(x))
     close(from_open_clip(theirs.visual).classify(x), theirs.visual(x))
     assert vit.preprocess.size == theirs.visual.image_size
+
+
+@torch.no_grad()
+def test_a_pool_as_wide_as_its_tokens_and_cocas_own_class():
+    """`nn.MultiheadAttention` then holds one fused projection."""
+    options = {**VISION, **VARIANTS["attentional pool"], "output_tokens": True}
+    text = {**TEXT, "embed_cls": True, "output_tokens": True}
+    theirs = perturb(open_clip.CoCa(32, {**TEXT, "attn_pooler_heads": 2}, text, options))
+    vit, x = from_open_clip(theirs), images()
+    pooled, _ = theirs.visual(x)
+    close(vit.classify(x), pooled)
 
 
 @pytest.mark.parametrize("variant", ["plain", "norm after pooling", "mean of patches", "mean, then norm"])
@@ -139,7 +151,7 @@ def test_mlp_projection_is_refused():
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        ({"attentional_pool": True}, "attentional pooling"),
+        ({"attentional_pool": "parallel"}, "attentional pooling"),
         ({"pool_type": "none"}, "pool_type='none'"),
         ({"scaled_cosine_attn": True}, "cosine"),
         ({"scale_heads": True}, "heads"),

@@ -37,6 +37,7 @@ def test_what_follows_from_the_fields():
         (dict(image_size=(32, 7)), r"image_size \(32, 7\) is smaller than one patch of 8 pixels"),
         (dict(differential=True, num_heads=8), "differential attention needs heads of an even number of channels"),
         (dict(differential=True, rope=RopeConfig((1.0, 2.0, 3.0))), "and has no RoPE"),
+        (dict(pool_dim=8), "pool_dim is 8, but pool 'token' is no attention pool"),
         (dict(rel_pos="table", mixed_rope=True), "rel_pos biases plain attention without RoPE"),
         (dict(rel_pos="mlp"), "rel_pos is 'mlp' and rel_pos_dim 0: an MLP has 1 unit or more"),
         (dict(rope=RopeConfig((1.0,))), "RoPE needs head_dim / 4 = 3 frequencies, got 1"),

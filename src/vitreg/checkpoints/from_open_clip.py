@@ -8,13 +8,14 @@ import os
 from collections.abc import Mapping
 from typing import Any
 
-from torch import nn
+import torch
+from torch import Tensor, nn
 
 from vitreg.checkpoints.from_timm import activation_name, empty_model, from_timm
 from vitreg.checkpoints.hub import downloading, import_optional, in_checkpoint_folder
 from vitreg.checkpoints.state import CheckpointError, build, check_norms, check_supported, conversion_errors
 from vitreg.checkpoints.weight_names import OPEN_CLIP
-from vitreg.checkpoints.weights import config_fields, join
+from vitreg.checkpoints.weights import KINDS, config_fields, join
 from vitreg.model import PositionInterpolation, Preprocess, VisionTransformer, ViTConfig
 from vitreg.model.preprocess import Crop
 
@@ -94,17 +95,22 @@ def _from_timm_tower(tower: Any) -> VisionTransformer:
 
 def _from_native_tower(tower: Any) -> VisionTransformer:
     _check_supported(tower)
-    after_pool = getattr(tower, "final_ln_after_pool", False)
+    pooler = getattr(tower, "attn_pool", None)
+    after_pool = pooler is not None or getattr(tower, "final_ln_after_pool", False)
     weights = (OPEN_CLIP.norm_after_pool() if after_pool else OPEN_CLIP).translate(tower.state_dict())
     if "head.weight" in weights:
         weights["head.weight"] = weights["head.weight"].T
+    if pooler is not None:
+        weights |= _of_pooler(pooler)
     image_size, block = tuple(tower.image_size), tower.transformer.resblocks[0]
     state = join(weights, image_size)
     config = ViTConfig(
         **config_fields(state),
         num_heads=block.attn.num_heads,
         image_size=image_size,
-        pool=POOLS[getattr(tower, "pool_type", "tok")],
+        pool="token+attention" if pooler is not None else POOLS[getattr(tower, "pool_type", "tok")],
+        pool_heads=pooler.attn.num_heads if pooler is not None else 0,
+        pool_dim=pooler.attn.embed_dim if pooler is not None else 0,
         activation=activation_name(block.mlp.gelu),
         norm_eps=block.ln_1.eps,
         position_interpolation=PositionInterpolation("bicubic", antialias=True),
@@ -113,10 +119,29 @@ def _from_native_tower(tower: Any) -> VisionTransformer:
     return build(config, state, "open_clip VisionTransformer")
 
 
+def _of_pooler(pooler: Any) -> dict[str, Tensor]:
+    """CoCa's pooling, under our names: the norm of the keys is that of all tokens; only the first query is pooled."""
+    attention = pooler.attn
+    separate = [attention.q_proj_weight, attention.k_proj_weight, attention.v_proj_weight]
+    fused = attention.in_proj_weight
+    q, k, v = separate if fused is None else fused.chunk(3)
+    q_bias, kv_bias = attention.in_proj_bias.tensor_split([attention.embed_dim])
+    return {
+        "attention_pool.latent": pooler.ln_q(pooler.query[:1]).unsqueeze(0),
+        "attention_pool.q.weight": q,
+        "attention_pool.q.bias": q_bias,
+        "attention_pool.kv.weight": torch.cat((k, v)),
+        "attention_pool.kv.bias": kv_bias,
+        **{f"attention_pool.proj.{kind}": getattr(attention.out_proj, kind) for kind in KINDS},
+        **{f"norm.{kind}": getattr(pooler.ln_k, kind) for kind in KINDS},
+    }
+
+
 def _check_supported(tower: Any) -> None:
     """Refuse what neither weights nor attributes would tell."""
     block, pool_type = tower.transformer.resblocks[0], getattr(tower, "pool_type", "tok")
-    check_supported(getattr(tower, "attn_pool", None) is None, "attentional pooling")
+    two_poolers = getattr(tower, "attn_pool_contrastive", None) is not None
+    check_supported(not two_poolers, "attentional pooling with a pool of its own for captions")
     check_supported(not getattr(tower, "input_patchnorm", False), "a norm in its patch embedding")
     check_supported(pool_type in POOLS, f"pool_type={pool_type!r}")
     check_supported(tower.patch_size[0] == tower.patch_size[1], f"patches of {tower.patch_size} pixels")

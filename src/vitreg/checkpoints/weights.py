@@ -120,7 +120,7 @@ def split(vit: VisionTransformer) -> dict[str, Tensor]:
         if config.head_bias:
             weights["head_dist.bias"] = weights["head.bias"].clone()
     for kind in KINDS:
-        if "attention" in config.pool:
+        if "attention" in config.pool and not config.pool_dim:
             pool = [weights[f"attention_pool.{part}.{kind}"] for part in ("q", "kv")]
             weights[f"attention_pool.in_proj.{kind}"] = torch.cat(pool)
         for i in range(config.depth):

@@ -79,6 +79,7 @@ class ViTConfig:
             attention pool of the patches or of class token and patches (Perception Encoder).
         pool_heads: heads of the attention pool.
         pool_mlp_dim: hidden units of the attention pool's MLP; 0 for as many as the blocks'.
+        pool_dim: width of the attention pool where it is not that of tokens, or 0; such a pool has no MLP (CoCa).
         final_norm: normalize all tokens after the last block.
         fc_norm: normalize the pooled feature (instead, for MAE-style and CLIP models).
         patch_norm: normalize the patch embedding, before positions (AIMv2).
@@ -125,6 +126,7 @@ class ViTConfig:
     pool: Literal["token", "mean", "token+mean", "attention", "token+attention"] = "token"
     pool_heads: int = 0
     pool_mlp_dim: int = 0
+    pool_dim: int = 0
     final_norm: bool = True
     fc_norm: bool = False
     patch_norm: bool = False
@@ -184,6 +186,8 @@ class ViTConfig:
                 f"registers, which pool 'token' reads beside the class token, and pool is {self.pool!r}"
             )
         self._check_register_neurons()
+        if self.pool_dim and "attention" not in self.pool:
+            raise ValueError(f"pool_dim is {self.pool_dim}, but pool {self.pool!r} is no attention pool; leave it out")
         if "token" in self.pool and not self.class_token:
             raise ValueError(f"pool {self.pool!r} needs a class token; use 'mean' or 'attention'")
         if min(self.grid) < 1:

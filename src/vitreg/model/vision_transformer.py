@@ -63,8 +63,9 @@ class VisionTransformer(nn.Module):
         self.blocks = nn.ModuleList(Block(config, i) for i in range(config.depth))
         self.norm = norm_layer(config, dim) if config.final_norm else nn.Identity()
         self.attention_pool = AttentionPool(config) if "attention" in config.pool else None
-        self.fc_norm = norm_layer(config, dim) if config.fc_norm else nn.Identity()
-        features = dim * (1 + (config.pool == "token+mean") + config.num_summary_tokens)
+        width = config.pool_dim or dim
+        self.fc_norm = norm_layer(config, width) if config.fc_norm else nn.Identity()
+        features = width * (1 + (config.pool == "token+mean") + config.num_summary_tokens)
         self.head = nn.Linear(features, config.num_classes, bias=config.head_bias) if config.num_classes else None
         if not self.patch_embed.weight.is_meta:  # nothing to fill there, and `normal_` would import Dynamo, in 1.2 s
             self.reset_parameters()
