@@ -24,6 +24,12 @@ def test_python_code_runs(page, test_data, photographs, tmp_path, monkeypatch):
 
     cat = next(path for path in bundled_photographs() if path.stem == "chelsea")
     read_image(cat).save(tmp_path / "photos" / "cat.png")
+    if page.name == "pipelines.md":
+        for library in ("open_clip", "transformers", "onnxruntime", "onnxscript"):
+            pytest.importorskip(library)
+        from pretrained import write_models
+
+        write_models(tmp_path, monkeypatch)
     blocks = re.findall(r"```python\n(.*?)```", page.read_text(), re.DOTALL)
     scope: dict[str, object] = {}
     for block in blocks:

@@ -23,8 +23,10 @@ if TYPE_CHECKING:
         RegisterNeuron,
         add_registers,
         add_test_time_registers,
+        export,
         find_register_neurons,
         install_registers,
+        push_to_hub,
     )
 
     __version__: str
@@ -47,6 +49,7 @@ __all__ = [
     "compare",
     "diagnose",
     "discover_objects",
+    "export",
     "find_register_neurons",
     "from_open_clip",
     "from_state_dict",
@@ -55,6 +58,7 @@ __all__ = [
     "install_registers",
     "list_models",
     "load",
+    "push_to_hub",
     "save",
 ]
 
@@ -71,7 +75,7 @@ _get, __dir__ = lazy(
         "model": ["AttentionRows", "Preprocess", "Tokens", "Trace", "ViTConfig", "VisionTransformer"],
         "registers": [
             *("RegisterNeuron", "add_registers", "add_test_time_registers", "find_register_neurons"),
-            "install_registers",
+            *("export", "install_registers", "push_to_hub"),
         ],
     },
 )

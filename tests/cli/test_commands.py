@@ -342,6 +342,7 @@ FLAGS = {
         "--held-back-seed --seed"
     ),
     "evaluate zero-shot": f"{EVALUATION} --data --class-names --templates",
+    "export": "MODEL --out --architecture --dtype --size --no-dynamic-batch --no-check --json",
     "fix": f"IMAGES {MODEL} --size --out --method --registers --report {READING} --json",
     "models": "--filter --coverage --json",
     "timeline": "RUN --out --json",
@@ -442,7 +443,7 @@ def test_every_command_has_a_default_folder_of_its_own():
     outs = {name: flag.default for name in cli.COMMANDS for flag in flags(cli.command(name)) if flag.name == "--out"}
     probes = {name for name in outs if name.startswith("evaluate ") and name != "evaluate discovery"}
     assert {outs[name] for name in probes} == {Path("vitreg-out/evaluate")}
-    alone = {name: out for name, out in outs.items() if name not in probes and name != "fix"}
+    alone = {name: out for name, out in outs.items() if name not in probes and name not in ("fix", "export")}
     assert alone == {name: Path("vitreg-out") / name.replace(" ", "-") for name in alone}
 
 
@@ -453,9 +454,9 @@ def test_the_public_names_are_frozen():
     assert sorted(vitreg.__all__) == [
         "AttentionRows", "CheckpointError", "Comparison", "Detection", "Diagnosis", "ImageError", "Preprocess",
         "RegisterNeuron", "Tokens", "Trace", "ViTConfig", "VisionTransformer", "add_registers",
-        "add_test_time_registers", "compare", "diagnose", "discover_objects", "find_register_neurons",
+        "add_test_time_registers", "compare", "diagnose", "discover_objects", "export", "find_register_neurons",
         "from_open_clip", "from_state_dict", "from_timm", "from_transformers", "install_registers", "list_models",
-        "load", "save",
+        "load", "push_to_hub", "save",
     ]  # fmt: skip
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import importlib
+import json
 import logging
 import os
 import socket
@@ -13,10 +14,13 @@ from typing import Any
 from urllib.parse import urlparse
 
 from vitreg.checkpoints import registry
-from vitreg.checkpoints.files import WEIGHT_FILES
+from vitreg.checkpoints.files import WEIGHT_FILES, is_vitreg_file
 from vitreg.checkpoints.state import CheckpointError
 
 FOLDER_VARIABLE = "VITREG_CHECKPOINTS"
+
+REPOSITORY_FILES = ("config.json", "model.safetensors")
+"""What a repository of ours has, by the names that `huggingface_hub.PyTorchModelHubMixin` uses."""
 
 
 def import_optional(library: str, what: str, extra: str, instead: str = "") -> Any:
@@ -74,7 +78,7 @@ def downloading(source: str, place: str) -> Iterator[None]:
         CheckpointError: it cannot be downloaded.
     """
     try:
-        with _reachable_hub(), _quiet_root_logger():
+        with reachable_hub(), _quiet_root_logger():
             yield
     except CheckpointError:
         raise
@@ -86,8 +90,30 @@ def downloading(source: str, place: str) -> Iterator[None]:
         ) from error
 
 
+def vitreg_weights(repository: str) -> Path | None:
+    """The weights of a repository or folder in vitreg's own format; None for another's, or where that cannot be asked.
+
+    Raises:
+        CheckpointError: it is in our format, but its weights cannot be downloaded.
+    """
+    config, weights = REPOSITORY_FILES
+    if (folder := Path(repository)).is_dir():
+        return folder / weights if is_vitreg_file(folder / weights) else None
+    from huggingface_hub import hf_hub_download
+
+    try:
+        with reachable_hub():
+            told = json.loads(Path(hf_hub_download(repository, config)).read_text(encoding="utf-8"))
+    except Exception:  # whoever asks next says why
+        return None
+    if not isinstance(told, dict) or told.get("library_name") != "vitreg":
+        return None
+    with downloading(repository, f"its {weights} as {repository.replace('/', '--')}.safetensors"):
+        return Path(hf_hub_download(repository, weights))
+
+
 @contextlib.contextmanager
-def _reachable_hub() -> Iterator[None]:
+def reachable_hub() -> Iterator[None]:
     """Use only what is cached where the hub's name does not resolve, instead of a minute of retries."""
     from huggingface_hub import constants
 

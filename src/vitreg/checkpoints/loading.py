@@ -17,7 +17,14 @@ from vitreg.checkpoints.from_open_clip import from_open_clip, open_clip_model
 from vitreg.checkpoints.from_state_dict import from_state_dict
 from vitreg.checkpoints.from_timm import empty_model, from_timm, unknown_name
 from vitreg.checkpoints.from_transformers import find_tower, from_transformers, name_of_tower
-from vitreg.checkpoints.hub import downloading, import_optional, in_checkpoint_folder, quiet_transformers, timm_name
+from vitreg.checkpoints.hub import (
+    downloading,
+    import_optional,
+    in_checkpoint_folder,
+    quiet_transformers,
+    timm_name,
+    vitreg_weights,
+)
 from vitreg.checkpoints.processors import preprocess_from_processor
 from vitreg.checkpoints.saving import config_from_metadata
 from vitreg.checkpoints.state import CheckpointError, build
@@ -170,7 +177,9 @@ def _from_timm_name(name: str) -> VisionTransformer:
 
 
 def _from_hub(repository: str, name: str) -> VisionTransformer:
-    """A model of transformers, from the hub or a folder."""
+    """A model of ours or of transformers, from the hub or a folder."""
+    if (weights := vitreg_weights(repository)) is not None:
+        return _from_file(weights, None, name)
     transformers = import_optional("transformers", f"loading {name}", "transformers", ", or use a timm name")
     folder = f"the repository's folder (config.json, model.safetensors) as {name.replace('/', '--')}"
     with downloading(name, folder), quiet_transformers():

@@ -42,7 +42,7 @@ def save(vit: VisionTransformer, path: str | os.PathLike[str], format: Format = 
         raise CheckpointError(
             f"format {format!r} cannot express test-time registers, to which activations are moved inside the MLPs; "
             f"save with format='vitreg'. vitreg.install_registers runs them inside a model of timm, transformers or "
-            f"open_clip"
+            f"open_clip, and vitreg.export writes them as ONNX"
         )
     if format == "transformers":
         with replacing_files(path) as folder:
