@@ -41,7 +41,7 @@ def perturb(model: nn.Module, seed: int = 0) -> nn.Module:
 def timm_model(architecture: str, *, seed: int = 0, **options: Any) -> Any:
     """A tiny, perturbed timm model that takes any image size."""
     module = timm.models.model_entrypoint(architecture).__module__.rpartition(".")[2]
-    any_size = {} if module in FIXED_SIZE else {"dynamic_img_size": True}
+    any_size = {} if module in (*FIXED_SIZE, "naflexvit") else {"dynamic_img_size": True}
     return perturb(timm.create_model(architecture, **{**TINY, **any_size, **options}), seed)
 
 
@@ -70,7 +70,7 @@ def error(ours: Tensor, theirs: Tensor) -> float:
 def split(sequence: Tensor, model: Any) -> tuple[Tensor | None, Tensor, Tensor]:
     """Class token, registers and patches of a timm sequence, by timm's own counts."""
     prefix = model.num_prefix_tokens
-    first = 0 if model.cls_token is None else 1
+    first = 0 if getattr(model, "embeds", model).cls_token is None else 1
     return sequence[:, 0] if first else None, sequence[:, first:prefix], sequence[:, prefix:]
 
 

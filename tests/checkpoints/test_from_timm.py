@@ -74,6 +74,13 @@ FAMILIES = {
     "sapiens2": ("vit_large_patch16_sapiens2", dict(img_size=96, num_kv_heads=(3, 1))),
     "qk_norm": ("vit_small_patch16_224", dict(qk_norm=True, init_values=1e-5)),
     "reg_with_positions": ("vit_small_patch16_224", dict(reg_tokens=3)),
+    "naflex": ("naflexvit_base_patch16_gap", dict(pos_embed_grid_size=(6, 6))),
+    "naflex_aspect_ratio": ("naflexvit_base_patch16_par_gap", dict(pos_embed_grid_size=(6, 6))),
+    "naflex_factorized": ("naflexvit_base_patch16_parfac_gap", dict(pos_embed_grid_size=(6, 6))),
+    "naflex_siglip": ("naflexvit_base_patch16_siglip", dict(pos_embed_grid_size=(6, 6))),
+    "naflex_map": ("naflexvit_base_patch16_map", dict(pos_embed_grid_size=(6, 6), embed_proj_type="conv")),
+    "radio_v3": ("naflexvit_base_patch16_radio_v3", dict(pos_embed_grid_size=(9, 9))),
+    "radio_v4": ("naflexvit_so400m_patch16_radio_v4", dict(pos_embed_grid_size=(9, 9), num_classes=0)),
     "beit": ("beit_base_patch16_224", {}),
     "beit_absolute": ("beitv2_base_patch16_224", dict(use_abs_pos_emb=True, global_pool="token")),
     "beit_shared": ("beit_base_patch16_224", dict(use_rel_pos_bias=False, use_shared_rel_pos_bias=True)),
@@ -129,7 +136,8 @@ def test_every_parameter_counts(family):
 
 
 def timm_patch(model) -> int:
-    return model.patch_embed.patch_size[0]
+    embeds = getattr(model, "embeds", None) or model.patch_embed
+    return embeds.patch_size[0]
 
 
 # What vitreg refuses: the pattern in the message, and every architecture of timm 1.0.31 that it is for.
@@ -138,7 +146,9 @@ REFUSED = {
     "blocks of type": "_18x2_",
 }
 ARCHITECTURES = [
-    name for module in ("vision_transformer", "eva", "deit", *FIXED_SIZE) for name in timm.list_models(module=module)
+    name
+    for module in ("vision_transformer", "eva", "deit", "naflexvit", *FIXED_SIZE)
+    for name in timm.list_models(module=module)
 ]
 
 
@@ -153,7 +163,7 @@ def expected_refusal(architecture: str) -> str | None:
 def test_every_timm_architecture_is_equal_or_refused(architecture):
     side = 4 * (14 if "patch14" in architecture else 32 if "patch32" in architecture else 16)
     options = dict(depth=2, embed_dim=48, num_heads=3, num_classes=5, img_size=side)
-    if timm.models.model_entrypoint(architecture).__module__.rpartition(".")[2] not in FIXED_SIZE:
+    if timm.models.model_entrypoint(architecture).__module__.rpartition(".")[2] not in (*FIXED_SIZE, "naflexvit"):
         options["dynamic_img_size"] = True
     if "sapiens2" in architecture:
         options.update(num_kv_heads=(3, 1))
@@ -263,10 +273,14 @@ def without_schedule():
         (lambda: timm_model("vit_small_patch16_224", in_chans=4), "4 input channels"),
         (lambda: timm_model("vit_small_patch16_224", patch_size=(8, 16)), r"patches of \(8, 16\) pixels"),
         (lambda: timm_model("vit_small_patch16_224", act_layer=nn.ReLU), "the activation ReLU"),
+        (
+            lambda: timm_model("naflexvit_base_patch16_parfac_gap", pos_embed_grid_size=(6, 5)),
+            "positions of two axes of 6 and 5 patches that keep the aspect ratio",
+        ),
         (with_scalar_lambdas, r"scalar lambdas \(dual_lambda\)"),
         (without_schedule, "a lambda_init in block 1 that is not the paper's"),
     ],
-    ids=["linear", "resnet", "channels", "patches", "activation", "dual_lambda", "lambda_init"],
+    ids=["linear", "resnet", "channels", "patches", "activation", "axes", "dual_lambda", "lambda_init"],
 )
 def test_what_is_not_implemented_is_refused_by_name(model, why):
     with pytest.raises(CheckpointError, match=why):

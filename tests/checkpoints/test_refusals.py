@@ -50,11 +50,11 @@ def outcomes(models: dict[str, Callable[[], Any]], convert: Callable[[Any], Any]
 
 # --- timm -----------------------------------------------------------------------------------------
 
-PLAIN = ("vision_transformer", "eva", "deit", "beit", "vision_transformer_relpos")
+PLAIN = ("vision_transformer", "eva", "deit", "beit", "naflexvit", "vision_transformer_relpos")
 OTHERS = tuple(
     module
     for module in (
-        "cait", "convit", "deepseek_vit", "gemma4_vit", "hiera", "naflexvit", "qwen3_vit", "tnt",
+        "cait", "convit", "deepseek_vit", "gemma4_vit", "hiera", "qwen3_vit", "tnt",
         "vision_transformer_hybrid", "vision_transformer_sam", "vitamin", "xcit",
     )
     if timm.list_models(module=module)

@@ -14,7 +14,7 @@ from vitreg.checkpoints import registry
 from vitreg.checkpoints.state import CheckpointError, build, check_norms, check_supported, conversion_errors, one_line
 from vitreg.checkpoints.weight_names import TIMM
 from vitreg.checkpoints.weights import KINDS, config_fields, join
-from vitreg.model import Preprocess, RopeConfig, VisionTransformer, ViTConfig
+from vitreg.model import PositionInterpolation, Preprocess, RopeConfig, VisionTransformer, ViTConfig
 from vitreg.model.differential import lambda_init
 
 POOLS: dict[str, Any] = {"token": "token", "avg": "mean", "map": "attention"}
@@ -54,7 +54,7 @@ def from_timm(model: nn.Module) -> VisionTransformer:
         _check_supported(timm_model)
         weights = TIMM.translate(model.state_dict())
         _make_alike(model, weights)
-        image_size = tuple(timm_model.patch_embed.img_size)
+        image_size = _image_size(timm_model)
         state = join(weights, image_size)
         fields = config_fields(state) | _attributes(timm_model)
         fields["num_summary_tokens"] = int(hasattr(timm_model, "dist_token"))
@@ -63,7 +63,8 @@ def from_timm(model: nn.Module) -> VisionTransformer:
             hidden = pooling.mlp.fc1.out_features
             fields["pool_mlp_dim"] = 0 if hidden == fields["mlp_dim"] else hidden
         # The checkpoint's own evaluation transform, at the size that the model was built for.
-        preprocess = Preprocess.from_timm({**cfg, "input_size": (3, *image_size)}, multiple_of=fields["patch_size"])
+        sized = {} if hasattr(timm_model, "embeds") else {"input_size": (3, *image_size)}
+        preprocess = Preprocess.from_timm({**cfg, **sized}, multiple_of=fields["patch_size"])
         config = ViTConfig(**fields, image_size=image_size, preprocess=preprocess, name=name, architecture=architecture)
         return build(config, state, f"timm {architecture or type(model).__name__}")
 
@@ -76,6 +77,8 @@ def _make_alike(model: Any, weights: dict[str, torch.Tensor]) -> None:
         of_two = [weights["head.weight"], weights.pop("head_dist.weight")]
         weights["head.weight"] = torch.cat(of_two, dim=1) / 2
         weights["head.bias"] = (weights["head.bias"] + weights.pop("head_dist.bias")) / 2
+    if "pos_embed_y" in weights:  # a sum of two, which is resized as each of them
+        weights["pos_embed"] = weights.pop("pos_embed_y").unsqueeze(2) + weights.pop("pos_embed_x").unsqueeze(1)
     for name in [name for name in weights if name.startswith("blocks.*.")]:  # shared: each block gets its own
         shared = weights.pop(name)
         weights |= {name.replace("*", str(i)): shared for i in range(len(model.blocks))}
@@ -97,10 +100,18 @@ def is_readable(model: nn.Module) -> bool:
     from timm.models.beit import Beit
     from timm.models.deit import VisionTransformerDistilled
     from timm.models.eva import Eva
+    from timm.models.naflexvit import NaFlexVit
     from timm.models.vision_transformer import VisionTransformer as TimmVisionTransformer
     from timm.models.vision_transformer_relpos import VisionTransformerRelPos
 
-    return type(model) in (TimmVisionTransformer, VisionTransformerDistilled, VisionTransformerRelPos, Beit, Eva)
+    return type(model) in (
+        TimmVisionTransformer,
+        VisionTransformerDistilled,
+        VisionTransformerRelPos,
+        Beit,
+        Eva,
+        NaFlexVit,
+    )
 
 
 def _is(module: nn.Module, *names: str) -> bool:
@@ -109,6 +120,11 @@ def _is(module: nn.Module, *names: str) -> bool:
 
 def _is_rms(module: nn.Module) -> bool:
     return "rmsnorm" in type(module).__name__.lower()
+
+
+def _embeddings(model: Any) -> Any:
+    """What holds its tokens: a part of NaFlex models, else the model."""
+    return getattr(model, "embeds", model)
 
 
 def _attention_pool(model: Any) -> Any:
@@ -126,8 +142,9 @@ def _attributes(model: Any) -> dict[str, Any]:
     """The fields of `ViTConfig` that the weights do not tell."""
     block = model.blocks[0]
     attention = getattr(block, "attn", block)  # a parallel block is its own attention and MLP
-    pool = POOLS.get(model.global_pool, "token" if model.cls_token is not None else "mean")
-    if pool == "attention" and model.cls_token is not None and _pools_prefix(model):
+    class_token = _embeddings(model).cls_token is not None
+    pool = POOLS.get(model.global_pool, "token" if class_token else "mean")
+    if pool == "attention" and class_token and _pools_prefix(model):
         pool = "token+attention"
     return {
         "num_heads": attention.num_heads,
@@ -138,6 +155,7 @@ def _attributes(model: Any) -> dict[str, Any]:
         "norm_eps": (block.norm1 if hasattr(block, "norm1") else block.in_norm).eps,
         "post_norm": _is(block, *POST_NORM),
         "rope": _rope(model),
+        "position_interpolation": _positions(model),
     }
 
 
@@ -152,14 +170,17 @@ def activation_name(act: nn.Module) -> Any:
 def _check_supported(model: Any) -> None:
     """Refuse what neither weights nor attributes would tell."""
     check_supported(not hasattr(model, "dist_token") or model.reg_token is None, "registers and a distillation token")
-    block, patch = model.blocks[0], model.patch_embed
+    block, patch = model.blocks[0], getattr(model, "embeds", None) or model.patch_embed
     parallel = _is(block, "ParallelScalingBlock", "DiffParallelScalingBlock")
     check_supported(
         parallel or _is(block, "Block", "EvaBlock", "RelPosBlock", *POST_NORM), f"blocks of type {type(block).__name__}"
     )
-    plain = isinstance(getattr(patch, "proj", None), nn.Conv2d) and hasattr(patch, "norm")
-    check_supported(plain, f"a patch embedding {type(patch).__name__}")
-    check_supported(patch.proj.in_channels == 3, f"{patch.proj.in_channels} input channels")
+    proj: Any = getattr(patch, "proj", None)
+    # A linear one takes patches as a list of pixels, of three channels each.
+    plain = isinstance(proj, nn.Conv2d) or (getattr(patch, "channels_last", False) and patch.norm_input is None)
+    check_supported(plain and hasattr(patch, "norm"), f"a patch embedding {type(patch).__name__}")
+    channels = getattr(patch, "in_chans", None) or proj.in_channels
+    check_supported(channels == 3, f"{channels} input channels")
     check_supported(patch.patch_size[0] == patch.patch_size[1], f"patches of {patch.patch_size} pixels")
     attention = getattr(block, "attn", block)  # a parallel block is its own attention
     differential = _is(attention, "DiffAttention", "DiffParallelScalingBlock")
@@ -185,7 +206,8 @@ def _check_supported(model: Any) -> None:
         check_supported(not twice, "relative positions per block and shared ones")
     check_norms(model)
     check_supported(model.global_pool in (*POOLS, ""), f"global_pool={model.global_pool!r}")
-    more_than_cls = model.num_prefix_tokens > (model.cls_token is not None and _attention_pool(model) is not None)
+    read_cls = _embeddings(model).cls_token is not None and _attention_pool(model) is not None
+    more_than_cls = model.num_prefix_tokens > read_cls
     check_supported(not (_pools_prefix(model) and more_than_cls), "registers in its pooling")
 
 
@@ -201,6 +223,32 @@ def _check_attention_pool(pool: Any, *, gated: bool) -> None:
     plain = pool.latent_len == 1 and pool.pos_embed is None and pool.mlp is not None and not gated
     check_supported(plain, "an attention pool unlike SigLIP's")
     check_supported(isinstance(pool.q_norm, nn.Identity), "q/k norm in its attention pool")
+
+
+def _image_size(model: Any) -> tuple[int, int]:
+    """(height, width) of the position table; NaFlex models have one whatever the images' size is."""
+    embeds = getattr(model, "embeds", None)
+    if embeds is None:
+        return tuple(model.patch_embed.img_size)
+    rows, columns = embeds.pos_embed_grid_size
+    return rows * embeds.patch_size[0], columns * embeds.patch_size[1]
+
+
+def _positions(model: Any) -> PositionInterpolation:
+    embeds = getattr(model, "embeds", None)
+    if embeds is None:
+        return PositionInterpolation()
+    if embeds.pos_embed_type == "factorized":
+        rows, columns = embeds.pos_embed_grid_size
+        kept = embeds.pos_embed_ar_preserving and rows != columns
+        check_supported(not kept, f"positions of two axes of {rows} and {columns} patches that keep the aspect ratio")
+        return PositionInterpolation("bilinear", antialias=False, square=embeds.pos_embed_ar_preserving)
+    return PositionInterpolation(
+        embeds.pos_embed_interp_mode,
+        antialias=embeds.pos_embed_antialias,
+        align_corners=embeds.pos_embed_align_corners,
+        square=embeds.pos_embed_ar_preserving,
+    )
 
 
 def _rope(model: Any) -> RopeConfig | None:

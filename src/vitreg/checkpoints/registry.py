@@ -11,7 +11,7 @@ from typing import Any
 
 from vitreg.model import PositionInterpolation
 
-MODULES = ("vision_transformer", "eva", "deit", "beit", "vision_transformer_relpos")
+MODULES = ("vision_transformer", "eva", "deit", "beit", "vision_transformer_relpos", "naflexvit")
 """Modules of timm with the classes that vitreg reads."""
 
 OFFICIAL_POSITIONS = PositionInterpolation("bicubic", antialias=False, offset=0.1)

@@ -44,6 +44,9 @@ class WeightNames:
 
 TIMM = WeightNames(
     rules={
+        r"^embeds\.proj\.": "patch_embed.",
+        r"^embeds\.norm\.": "patch_norm.",
+        r"^embeds\.": "",
         r"^(reg|dist)_token$": "registers",
         r"^patch_embed\.proj\.": "patch_embed.",
         r"^patch_embed\.norm\.": "patch_norm.",
@@ -66,7 +69,7 @@ TIMM = WeightNames(
         r"\.mlp_out_proj\.": ".mlp.fc2.",
         r"\.mlp_bias$": ".mlp.fc1.bias",
     },
-    unused=r"^(?!(blocks|patch_embed|norm_pre|norm|fc_norm|head|head_dist|attn_pool|shared_rel_pos|rel_pos_bias)\.|"
+    unused=r"^(?!(embeds|blocks|patch_embed|norm_pre|norm|fc_norm|head|head_dist|attn_pool|shared_rel_pos|rel_pos_bias)\.|"
     r"((cls|reg|dist)_token|pos_embed|rope\.freqs)$)",
 )
 

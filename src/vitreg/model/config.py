@@ -21,11 +21,15 @@ class PositionInterpolation:
         antialias: widen the kernel when shrinking (timm, DINOv2 with registers).
         offset: added to the new grid's sides to form a scale factor, the original DINO and DINOv2 rule
             (`dinov2/hub/backbones.py`, 0.1); 0 resizes to the exact grid.
+        align_corners: the corners of both grids coincide (C-RADIOv3).
+        square: resize to a square as long as the longer side and cut that, which keeps the aspect ratio (RADIO).
     """
 
     mode: Literal["bicubic", "bilinear", "bucket"] = "bicubic"
     antialias: bool = True
     offset: float = 0.0
+    align_corners: bool = False
+    square: bool = False
 
 
 @dataclass(frozen=True)

@@ -18,7 +18,8 @@ def resize_positions(
     Sources of the rules: `timm.layers.resample_abs_pos_embed` (bicubic, antialias);
     `interpolate_pos_encoding` of `dinov2/models/vision_transformer.py` and DINO v1 (`offset=0.1`: a scale
     factor a little above the exact one, which also shifts the samples); transformers (exact size, no
-    antialias, except for DINOv2 with registers and SigLIP 2); `Idefics2VisionEmbeddings` (buckets).
+    antialias, except for DINOv2 with registers and SigLIP 2); `Idefics2VisionEmbeddings` (buckets);
+    timm's `NaFlexEmbeds` (corners and squares).
     """
     if old == new:
         return table
@@ -30,7 +31,9 @@ def resize_positions(
         scale = [(side + rule.offset) / before for side, before in zip(new, old, strict=True)]
         image = F.interpolate(image, scale_factor=scale, mode=rule.mode, antialias=rule.antialias)
     else:
-        image = F.interpolate(image, size=new, mode=rule.mode, antialias=rule.antialias, align_corners=False)
+        size = (max(new), max(new)) if rule.square else new
+        options = {"antialias": rule.antialias, "align_corners": rule.align_corners}
+        image = F.interpolate(image, size=size, mode=rule.mode, **options)[..., : new[0], : new[1]]
     if tuple(image.shape[-2:]) != new:
         raise ValueError(f"position offset {rule.offset} turned a {new} grid into {tuple(image.shape[-2:])}")
     return image.flatten(2).transpose(1, 2).to(table.dtype)
