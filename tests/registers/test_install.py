@@ -18,24 +18,9 @@ from torch import nn
 
 import vitreg
 from checkpoints import transformers_models
-from peers import TOLERANCE, error, perturb, random_images, timm_model
+from checkpoints.test_from_timm import FAMILIES
+from peers import TOLERANCE, at_size, error, perturb, random_images, timm_model
 from vitreg.checkpoints.state import build
-
-TIMM = {
-    "augreg": ("vit_small_patch16_224", {}),
-    "deit3": ("deit3_small_patch16_224", {}),
-    "dinov2_reg": ("vit_small_patch14_reg4_dinov2", dict(img_size=98)),
-    "dinov2_swiglu": ("vit_giant_patch14_dinov2", dict(img_size=98)),
-    "dinov3": ("vit_small_patch16_dinov3_qkvb", {}),
-    "rope_mixed": ("vit_small_patch16_rope_mixed_224", {}),
-    "eva02": ("eva02_large_patch14_224", {}),
-    "clip": ("vit_base_patch16_clip_quickgelu_224", {}),
-    "siglip": ("vit_base_patch16_siglip_224", {}),
-    "parallel": ("vit_pwee_patch16_reg1_gap_256", {}),
-    "differential": ("vit_dpwee_patch16_reg1_gap_256", {}),
-    "post_norm": ("vit_base_patch16_rpn_224", {}),
-}
-TIMM = {name: family for name, family in TIMM.items() if timm.is_model(family[0])}  # the oldest timm has fewer
 
 
 def fix(model: nn.Module | vitreg.VisionTransformer, *, weight: int = 3) -> vitreg.VisionTransformer:
@@ -51,26 +36,28 @@ def without_added(fixed: vitreg.VisionTransformer, images: torch.Tensor, own: in
     return dataclasses.replace(tokens, registers=tokens.registers[:, :own]).sequence()
 
 
-@pytest.mark.parametrize("family", TIMM)
+@pytest.mark.parametrize("family", FAMILIES)
 @torch.no_grad()
 def test_timm(family):
-    architecture, options = TIMM[family]
+    architecture, options = FAMILIES[family]
     model = timm_model(architecture, **options)
-    fixed, own, patch = fix(model), vitreg.from_timm(model).num_registers, model.patch_embed.patch_size[0]
+    vit, patch = vitreg.from_timm(model), model.patch_embed.patch_size[0]
+    fixed = fix(vit)
     batches = [random_images(rows * patch, columns * patch, batch) for rows, columns, batch in ((7, 7, 2), (3, 5, 1))]
-    before = [model(images) for images in batches]
+    before = [at_size(model, images)(images) for images in batches]
     state = {name: weight.clone() for name, weight in model.state_dict().items()}
     with vitreg.install_registers(model, fixed):
         for images, old in zip(batches, before, strict=True):
-            assert error(model.forward_features(images), without_added(fixed, images, own)) <= TOLERANCE
-            assert error(model(images), fixed.classify(images)) <= TOLERANCE
-            assert error(model(images), old) > 100 * TOLERANCE
-            last, maps = model.forward_intermediates(images, norm=True)
-            assert error(maps[-1], fixed(images).patch_map()) <= TOLERANCE
-            assert maps[0].shape == maps[-1].shape
-            assert error(last, without_added(fixed, images, own)) <= TOLERANCE
+            sized, expected = at_size(model, images), without_added(fixed, images, vit.num_registers)
+            assert error(sized.forward_features(images), expected) <= TOLERANCE
+            output = sized(images)
+            assert error(output, fixed.pool(fixed(images)) if vit.head is None else fixed.classify(images)) <= TOLERANCE
+            assert error(output, old) > 100 * TOLERANCE
+            last, maps = sized.forward_intermediates(images, norm=True)
+            assert maps[0].shape == maps[-1].shape == (len(images), 96, *fixed(images).grid)
+            assert error(last, expected) <= TOLERANCE
         assert model.state_dict().keys() == state.keys()
-    assert all(torch.equal(model(images), old) for images, old in zip(batches, before, strict=True))
+    assert all(torch.equal(at_size(model, images)(images), old) for images, old in zip(batches, before, strict=True))
     assert all(torch.equal(weight, state[name]) for name, weight in model.state_dict().items())
     assert not any("forward" in vars(module) or module._forward_pre_hooks for module in model.modules())
 

@@ -22,6 +22,12 @@ from vitreg.registers.origin import check_plain, check_same
 MASKS = ("attention_mask", "attn_mask")
 """What the blocks of the libraries call the mask of attention, whose sides are as long as the sequence."""
 
+BIASES = ("shared_rel_pos_bias", "shared_rel_pos")
+"""What they call a bias on attention that all blocks share."""
+
+OWN_BIASES = ("_get_rel_pos_bias", "get_bias")
+"""What timm's modules inside a block call the function that gives its own bias."""
+
 CARRIED_AS = "vitreg_registers"
 """Attribute of the tokens between two blocks under which the registers travel."""
 
@@ -92,6 +98,14 @@ class _Place:
         before, registers, after = x.tensor_split([self.start, self.start + self.count], dim=self.axis)
         return torch.cat((before, after), dim=self.axis), registers
 
+    def pad(self, bias: Tensor) -> Tensor:
+        """A bias for the longer sequence, which is zero from and to registers: they are nowhere."""
+        for axis in (-1, -2):
+            before, after = bias.tensor_split([self.start], dim=axis)
+            nothing = torch.zeros_like(bias.narrow(axis, 0, 1))
+            bias = torch.cat((before, *[nothing] * self.count, after), dim=axis)
+        return bias
+
     def widen(self, mask: Tensor) -> Tensor:
         """A mask for the longer sequence: all tokens see the registers, and these see what the first token does."""
         columns = mask.new_ones if mask.dtype == torch.bool or mask.ndim == 2 else mask.new_zeros
@@ -123,7 +137,7 @@ class _RegisteredBlock:
         self.index, self.first, self.place = index, first, place
         self.original: Callable[..., Any] = block.forward
         parameters = list(inspect.signature(self.original).parameters)
-        self.mask = next((name for name in parameters if name in MASKS), None)
+        self.mask = next((name for name in parameters if name in (*MASKS, *BIASES)), None)
         self.mask_position = parameters.index(self.mask) if self.mask else -1
         self.valid: Bool[Tensor, "B T"] | None = None
 
@@ -165,13 +179,24 @@ class _RegisteredBlock:
         mask = given[self.mask_position] if positional else kwargs.get(self.mask)
         if mask is None:
             return
-        mask = self.place.widen(mask)
+        mask = self.place.widen(mask) if self.mask in MASKS else self.place.pad(mask)
         if positional:
             given[self.mask_position] = mask
         else:
             kwargs[self.mask] = mask
-        row = mask if mask.ndim == 2 else mask[:, 0, 0]
-        self.valid = row >= 0 if row.is_floating_point() and mask.ndim > 2 else row.bool()
+        if self.mask in MASKS:
+            row = mask if mask.ndim == 2 else mask[:, 0, 0]
+            self.valid = row >= 0 if row.is_floating_point() and mask.ndim > 2 else row.bool()
+
+
+class _PaddedBias:
+    """The bias of a block's own relative positions, for the longer sequence."""
+
+    def __init__(self, original: Callable[[], Tensor], place: _Place) -> None:
+        self.original, self.place = original, place
+
+    def __call__(self) -> Tensor:
+        return self.place.pad(self.original())
 
 
 class InstalledRegisters:
@@ -195,6 +220,9 @@ class InstalledRegisters:
             for module in block.modules():
                 if isinstance(before := getattr(module, "num_prefix_tokens", None), int):  # timm's, not to be rotated
                     self._set(module, "num_prefix_tokens", before + place.count)
+                for name in OWN_BIASES:
+                    if (bias := getattr(module, name, None)) is not None:
+                        self._set(module, name, _PaddedBias(bias, place))
                 if "attention" in type(module).__name__.lower():
                     hook = partial(_strip_attention, place)
                     self._undo.append(module.register_forward_hook(hook, prepend=True).remove)
