@@ -24,10 +24,12 @@ class Effect:
 
     Attributes:
         outliers: share of the patches that are still outliers, in the worst block.
+        mean_outliers: that share, mean over all blocks: it also falls where later blocks write as many anew.
         similarity: mean cosine between the pooled features of the changed and of the original model.
     """
 
     outliers: float
+    mean_outliers: float
     similarity: float
 
 
@@ -43,7 +45,7 @@ class HeldBack:
         ValueError: there are no images.
 
     Attributes:
-        original: share of the patches that are outliers in the original, counted as in changed models.
+        original, mean_original: `outliers` and `mean_outliers` of the original.
     """
 
     @torch.inference_mode()
@@ -57,7 +59,8 @@ class HeldBack:
         self.num_images = len(images)
         self._features = [vit.pool(vit(batch)).float() for batch in self._batches]
         self._limits = torch.tensor([outlier_limit(block) for block in diagnosis.blocks])
-        self.original = self.effect(vit).outliers
+        unchanged = self.effect(vit)
+        self.original, self.mean_original = unchanged.outliers, unchanged.mean_outliers
 
     @torch.inference_mode()
     def effect(self, vit: VisionTransformer) -> Effect:
@@ -69,7 +72,8 @@ class HeldBack:
             above += (norms >= self._limits[:, None]).sum(1)
             num_patches += norms.shape[1]
             similarity += float(F.cosine_similarity(vit.pool(trace.tokens).float(), original, dim=-1).sum())
-        return Effect(float(above.max()) / num_patches, similarity / self.num_images)
+        above /= num_patches
+        return Effect(float(above.max()), float(above.mean()), similarity / self.num_images)
 
 
 def outlier_limit(block: BlockNorms) -> float:

@@ -150,7 +150,7 @@ def _choose_units(
 ) -> tuple[list[Unit], int]:
     """The units to move, and how many were ranked to choose from."""
     chosen: list[Unit] = []
-    left = held_back.original
+    worst, left = held_back.original, held_back.mean_original
     current, num_ranked = vit, 0
     for _ in range(MAX_ROUNDS):
         found = find_register_neurons(current, finding, diagnosis=diagnosis, on_progress=on_progress)
@@ -162,14 +162,14 @@ def _choose_units(
             return held_back.effect(_moved(vit, list(ranked[:k]), count) if k else vit)
 
         k = _fewest(effect, len(chosen), len(ranked))
-        if effect(k).outliers >= left:
+        if effect(k).mean_outliers >= left:
             break  # these units write nothing of what is left
         if effect(k).outliers <= REMOVED:
             return ranked[: _closest(effect, k, len(ranked))], num_ranked
-        chosen, left = ranked[:k], effect(k).outliers
+        chosen, worst, left = ranked[:k], effect(k).outliers, effect(k).mean_outliers
         current = _moved(vit, chosen, count)
         diagnosis = diagnose(current, finding, max_examples=0, on_progress=on_progress)
-    return chosen, num_ranked
+    return (chosen if worst < held_back.original else []), num_ranked
 
 
 def _fewest(effect: Callable[[int], Effect], low: int, most: int) -> int:
@@ -182,7 +182,7 @@ def _fewest(effect: Callable[[int], Effect], low: int, most: int) -> int:
                 low, high = (low, middle) if effect(middle).outliers <= REMOVED else (middle, high)
             return high
         low = high
-    return min(sizes, key=lambda k: (effect(k).outliers, k))
+    return min(sizes, key=lambda k: (effect(k).mean_outliers, k))
 
 
 def _closest(effect: Callable[[int], Effect], fewest: int, most: int) -> int:
