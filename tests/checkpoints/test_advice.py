@@ -204,18 +204,6 @@ def test_an_image_processor_that_is_not_implemented_leaves_transformers_own(fold
     vit(transformers.ViTImageProcessor(do_resize=False)([torch.zeros(3, 32, 32)], return_tensors="pt")["pixel_values"])
 
 
-def test_a_distilled_deit_is_sent_to_deits_that_load():
-    transformers = pytest.importorskip("transformers")
-    with torch.device("meta"), pytest.raises(CheckpointError, match=r"load timm's (\w+), or (\w+)$") as caught:
-        vitreg.from_transformers(transformers.DeiTModel(transformers.DeiTConfig(num_hidden_layers=1)))
-    names = re.search(r"load timm's (\w+), or (\w+)$", str(caught.value))
-    assert names
-    for name in names.groups():
-        assert timm.models.is_model_pretrained(name)
-        with torch.device("meta"):
-            vitreg.from_timm(timm.create_model(name))
-
-
 def test_a_checkpoint_without_all_weights_is_not_filled_with_random_ones(folder):
     transformers = pytest.importorskip("transformers")
     config = transformers.ViTConfig(hidden_size=32, num_hidden_layers=2, num_attention_heads=2, image_size=32)

@@ -7,8 +7,56 @@ from pathlib import Path
 import pytest
 
 from vitreg.checkpoints.coverage import Covered, coverage, markdown, versions
+from vitreg.checkpoints.transformers_classes import CLASSES
 
 PAGE = Path(__file__).parents[2] / "docs" / "models.md"
+
+# Models that hold a Vision Transformer which is read, and where.
+WHOLE = {
+    "Blip2ForConditionalGeneration": "vision_model",
+    "Blip2ForImageTextRetrieval": "vision_model",
+    "Blip2Model": "vision_model",
+    "Blip2VisionModelWithProjection": "vision_model",
+    "BlipForConditionalGeneration": "vision_model",
+    "BlipForImageTextRetrieval": "vision_model",
+    "BlipForQuestionAnswering": "vision_model",
+    "CLIPSegForImageSegmentation": "clip",
+    "DPTForDepthEstimation": "dpt",
+    "DeiTForMaskedImageModeling": "deit",
+    "DPTForSemanticSegmentation": "dpt",
+    "DepthAnythingForDepthEstimation": "backbone",
+    "FlavaForPreTraining": "flava.image_model",
+    "FlavaModel": "image_model",
+    "GitForCausalLM": "git.image_encoder",
+    "GitModel": "image_encoder",
+    "Idefics2ForConditionalGeneration": "model.vision_model",
+    "Idefics2Model": "vision_model",
+    "Idefics3ForConditionalGeneration": "model.vision_model",
+    "Idefics3Model": "vision_model",
+    "InstructBlipForConditionalGeneration": "vision_model",
+    "InstructBlipModel": "vision_model",
+    "InstructBlipVideoForConditionalGeneration": "vision_model",
+    "InstructBlipVideoModel": "vision_model",
+    "InternVLForConditionalGeneration": "model.vision_tower",
+    "InternVLModel": "vision_tower",
+    "JanusForConditionalGeneration": "model.vision_model",
+    "JanusModel": "vision_model",
+    "Kosmos2ForConditionalGeneration": "vision_model.model",
+    "Kosmos2Model": "vision_model.model",
+    "Kosmos2VisionModel": "model",
+    "LlavaForConditionalGeneration": "model.vision_tower",
+    "LlavaModel": "vision_tower",
+    "OwlViTForObjectDetection": "owlvit",
+    "Owlv2ForObjectDetection": "owlv2",
+    "PaliGemmaForConditionalGeneration": "model.vision_tower",
+    "PaliGemmaModel": "vision_tower",
+    "SmolVLMForConditionalGeneration": "model.vision_model",
+    "SmolVLMModel": "vision_model",
+    "Tipsv2Model": "vision_model",
+    "ViTForMaskedImageModeling": "vit",
+}
+# Read, but not as their configs are by default.
+UNLIKE_THE_DEFAULT = {"YolosModel"}
 
 pytestmark = pytest.mark.filterwarnings("ignore")
 
@@ -33,6 +81,10 @@ def test_every_model_is_read_or_refused_in_a_sentence_and_in_the_page(library):
             assert "\n" not in model.sentence, model
             assert len(model.sentence) > 20, model
             assert model.detail, model
+    if library == "transformers":
+        found = {model.name: model.detail for model in models if model.status == "converted"}
+        assert {name for name, path in found.items() if not path} == set(CLASSES) - UNLIKE_THE_DEFAULT
+        assert WHOLE.items() <= found.items()
     page = PAGE.read_text(encoding="utf-8")
     if f"{library} {versions()[library]}" in page.splitlines()[0]:
         assert section(markdown(models), library) == section(page, library), "vitreg models --coverage > docs/models.md"

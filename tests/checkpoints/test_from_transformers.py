@@ -279,12 +279,6 @@ def test_unknown_classes_are_named():
         from_transformers(hf.CLIPTextModel(clip_config().text_config))
 
 
-def test_distillation_token_is_refused():
-    theirs = hf.DeiTModel(hf.DeiTConfig(**BASE, **MLP, **SQUARE))
-    with pytest.raises(CheckpointError, match="distillation token"):
-        from_transformers(theirs)
-
-
 def test_what_vitreg_lacks_is_refused():
     with pytest.raises(CheckpointError, match="activation 'relu'"):
         from_transformers(vit_model(hidden_act="relu"))

@@ -60,8 +60,6 @@ def from_timm(model: nn.Module) -> VisionTransformer:
         fields["num_summary_tokens"] = int(hasattr(timm_model, "dist_token"))
         if (pooling := _attention_pool(timm_model)) is not None:
             _check_attention_pool(pooling, gated=fields["gated_mlp"])
-            hidden = pooling.mlp.fc1.out_features
-            fields["pool_mlp_dim"] = 0 if hidden == fields["mlp_dim"] else hidden
         # The checkpoint's own evaluation transform, at the size that the model was built for.
         sized = {} if hasattr(timm_model, "embeds") else {"input_size": (3, *image_size)}
         preprocess = Preprocess.from_timm({**cfg, **sized}, multiple_of=fields["patch_size"])
@@ -73,10 +71,6 @@ def _make_alike(model: Any, weights: dict[str, torch.Tensor]) -> None:
     """Write weights of modules that compute as ours do with other weights as those."""
     if "rope_frequencies" in weights and model.rope.grid_indexing == "xy":  # columns first
         weights["rope_frequencies"] = weights["rope_frequencies"].flip(0)
-    if "head_dist.weight" in weights:  # the mean of what two heads say of a token each is what one says of both
-        of_two = [weights["head.weight"], weights.pop("head_dist.weight")]
-        weights["head.weight"] = torch.cat(of_two, dim=1) / 2
-        weights["head.bias"] = (weights["head.bias"] + weights.pop("head_dist.bias")) / 2
     if "pos_embed_y" in weights:  # a sum of two, which is resized as each of them
         weights["pos_embed"] = weights.pop("pos_embed_y").unsqueeze(2) + weights.pop("pos_embed_x").unsqueeze(1)
     for name in [name for name in weights if name.startswith("blocks.*.")]:  # shared: each block gets its own

@@ -6,6 +6,7 @@ from typing import Any
 
 from torch import nn
 
+from vitreg.checkpoints.from_timm import is_readable
 from vitreg.checkpoints.from_transformers import check_class, find_tower
 from vitreg.checkpoints.weight_names import OPEN_CLIP, TIMM, WeightNames
 
@@ -31,5 +32,5 @@ def _tower(model: Any) -> tuple[nn.Module, WeightNames]:
         return (tower.trunk, TIMM) if hasattr(tower, "trunk") else (tower, OPEN_CLIP)
     if library == "transformers":
         _, tower = find_tower(model)
-        return tower, check_class(type(tower)).family.names
+        return tower, TIMM if is_readable(tower) else check_class(type(tower)).family.names
     return model, TIMM

@@ -11,11 +11,12 @@ import torch
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
-from vitreg.checkpoints.from_transformers import ACTIVATIONS, ATTRIBUTES, check_class, dinov3_rope, from_transformers
+from vitreg.checkpoints.from_transformers import ACTIVATIONS, ATTRIBUTES, check_class, from_transformers
 from vitreg.checkpoints.hub import import_optional, quiet_transformers
 from vitreg.checkpoints.processors import processor_from_preprocess
 from vitreg.checkpoints.state import UnsupportedByFormat
 from vitreg.checkpoints.to_timm import FREE, differences, snap, theta_of, timm_architecture
+from vitreg.checkpoints.transformers_classes import dinov3_rope
 from vitreg.checkpoints.weights import split, tensor_for
 from vitreg.common.disk import replace_text, replacing
 from vitreg.model import VisionTransformer, ViTConfig

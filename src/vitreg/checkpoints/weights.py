@@ -1,8 +1,9 @@
 """Weights as our model holds them and as other libraries do, which keep apart what we fuse or fuse what we keep apart.
 
 Besides our own names, weights may have those of parts, `attn.q`, `attn.k` and `attn.v` of `attn.qkv`, `mlp.gate` and
-`mlp.up` of a gated `mlp.fc1`, and of fusions: `attention_pool.in_proj` (its `q` and `kv`) and, in the parallel block of
-timm, `in_proj` (`mlp.fc1` and `attn.qkv`) and `out_proj` (`attn.proj` and `mlp.fc2`, whose biases are added).
+`mlp.up` of a gated `mlp.fc1`, `head_dist` of a head that reads two tokens, and of fusions: `attention_pool.in_proj`
+(its `q` and `kv`) and, in the parallel block of timm, `in_proj` (`mlp.fc1` and `attn.qkv`) and `out_proj` (`attn.proj`
+and `mlp.fc2`, whose biases are added).
 """
 
 from __future__ import annotations
@@ -46,6 +47,7 @@ REL_POS = {"table": "blocks.0.attn.rel_pos.table", "mlp": "blocks.0.attn.rel_pos
 def config_fields(state: Mapping[str, Tensor]) -> dict[str, Any]:
     """The fields of `ViTConfig` that names and shapes of the weights tell."""
     patch, fc2, fc1 = (state[f"{name}.weight"] for name in ("patch_embed", "blocks.0.mlp.fc2", "blocks.0.mlp.fc1"))
+    pool = state.get("attention_pool.mlp.fc2.weight")
     return {
         "embed_dim": patch.shape[0],
         "depth": 1 + max(int(name.split(".")[1]) for name in state if name.startswith("blocks.")),
@@ -57,6 +59,7 @@ def config_fields(state: Mapping[str, Tensor]) -> dict[str, Any]:
         "num_registers": state["registers"].shape[1] if "registers" in state else 0,
         "rel_pos": next((kind for kind, name in REL_POS.items() if name in state), None),
         "rel_pos_dim": state[REL_POS["mlp"]].shape[0] if REL_POS["mlp"] in state else 0,
+        "pool_mlp_dim": 0 if pool is None or pool.shape[1] == fc2.shape[1] else pool.shape[1],
         "num_classes": state["head.weight"].shape[0] if "head.weight" in state else 0,
         **{field: name in state for field, name in PRESENT.items()},
     }
@@ -84,6 +87,9 @@ def join(weights: Mapping[str, Tensor], image_size: tuple[int, int]) -> dict[str
                 state[token] = state[token] + positions[:, :length]
                 positions, before = positions[:, length:], before - length
         state["pos_embed"] = positions
+    if "head_dist.weight" in state:  # the mean of what two heads say of a token each is what one says of both
+        state["head.weight"] = torch.cat([state["head.weight"], state.pop("head_dist.weight")], dim=1) / 2
+        state["head.bias"] = (state["head.bias"] + state.pop("head_dist.bias")) / 2
     for kind in KINDS:
         if (fused := state.pop(f"attention_pool.in_proj.{kind}", None)) is not None:
             state[f"attention_pool.q.{kind}"], state[f"attention_pool.kv.{kind}"] = fused.tensor_split([len(patch)])

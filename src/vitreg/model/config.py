@@ -17,7 +17,8 @@ class PositionInterpolation:
     The rule belongs to the weights: features differ visibly when another one is used (transformers #32175).
 
     Attributes:
-        mode: kernel of the interpolation; `"bucket"` takes the position whose cell a patch begins in, as NaViT does.
+        mode: kernel of the interpolation; `"bucket"` takes the position whose cell a patch begins in, as NaViT does;
+            `"sincos"` computes the sines and cosines that the table was filled with (AIMv2 native).
         antialias: widen the kernel when shrinking (timm, DINOv2 with registers).
         offset: added to the new grid's sides to form a scale factor, the original DINO and DINOv2 rule
             (`dinov2/hub/backbones.py`, 0.1); 0 resizes to the exact grid.
@@ -25,7 +26,7 @@ class PositionInterpolation:
         square: resize to a square as long as the longer side and cut that, which keeps the aspect ratio (RADIO).
     """
 
-    mode: Literal["bicubic", "bilinear", "bucket"] = "bicubic"
+    mode: Literal["bicubic", "bilinear", "bucket", "sincos"] = "bicubic"
     antialias: bool = True
     offset: float = 0.0
     align_corners: bool = False
@@ -47,6 +48,7 @@ class RopeConfig:
         reference_grid: rescale patch numbers so that the grid spans this one (EVA); None leaves them.
         interleaved: rotate neighboring channels together (EVA) instead of the two halves of a head (DINOv3).
         swap_axes: put the column before the row.
+        column_frequencies: of columns, where they turn by others than rows (Pixtral).
     """
 
     frequencies: tuple[float, ...]
@@ -55,6 +57,7 @@ class RopeConfig:
     reference_grid: tuple[int, int] | None = None
     interleaved: bool = False
     swap_axes: bool = False
+    column_frequencies: tuple[float, ...] = ()
 
 
 @accepts_old_names
@@ -89,6 +92,7 @@ class ViTConfig:
         patch_norm: normalize the patch embedding, before positions (AIMv2).
         norm_pre: normalize after the position embedding (CLIP).
         patch_bias: whether the patch projection has a bias.
+        patch_padding: pixels of zeros around the image, by which its patches are shifted (ViTPose).
         qkv_bias, key_bias: whether queries, keys, values have a bias; DINOv3 masks the keys' part.
         proj_bias, mlp_bias: whether the outputs of attention and the MLP's layers have a bias.
         differential: attention is the difference of two softmaxes (`DifferentialAttention`).
@@ -136,6 +140,7 @@ class ViTConfig:
     patch_norm: bool = False
     norm_pre: bool = False
     patch_bias: bool = True
+    patch_padding: int = 0
     qkv_bias: bool = True
     key_bias: bool = True
     proj_bias: bool = True

@@ -19,10 +19,12 @@ def resize_positions(
     `interpolate_pos_encoding` of `dinov2/models/vision_transformer.py` and DINO v1 (`offset=0.1`: a scale
     factor a little above the exact one, which also shifts the samples); transformers (exact size, no
     antialias, except for DINOv2 with registers and SigLIP 2); `Idefics2VisionEmbeddings` (buckets);
-    timm's `NaFlexEmbeds` (corners and squares).
+    timm's `NaFlexEmbeds` (corners and squares); `Aimv2VisionEmbeddings` (sincos).
     """
     if old == new:
         return table
+    if rule.mode == "sincos":
+        return sincos_positions(new, table.shape[-1]).to(table)
     if rule.mode == "bucket":
         rows, columns = (_buckets(*sides, table.device) for sides in zip(old, new, strict=True))
         return table.unflatten(1, old)[:, rows][:, :, columns].flatten(1, 2)
@@ -37,6 +39,14 @@ def resize_positions(
     if tuple(image.shape[-2:]) != new:
         raise ValueError(f"position offset {rule.offset} turned a {new} grid into {tuple(image.shape[-2:])}")
     return image.flatten(2).transpose(1, 2).to(table.dtype)
+
+
+def sincos_positions(grid: tuple[int, int], dim: int) -> Float[Tensor, "1 N {dim}"]:
+    """Sines and cosines of the column, then of the row (AIMv2, like MAE)."""
+    omega = 10_000.0 ** -(torch.arange(dim // 4, dtype=torch.float64) / (dim // 4))
+    axes = torch.meshgrid(*(torch.arange(side, dtype=torch.float64) for side in grid), indexing="ij")
+    y, x = (axis.flatten()[:, None] * omega for axis in axes)
+    return torch.cat([x.sin(), x.cos(), y.sin(), y.cos()], dim=1).unsqueeze(0).float()
 
 
 def _buckets(old: int, new: int, device: torch.device) -> Int[Tensor, " N"]:

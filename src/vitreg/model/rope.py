@@ -45,9 +45,9 @@ def _table(rope: RopeConfig, grid: tuple[int, int], num_prefix: int, device: tor
                 axis = axis / size * rope.reference_grid[side]
         axes.append(axis)
     coordinates = torch.stack(torch.meshgrid(*axes, indexing="ij"), dim=-1).flatten(0, 1)
-    if rope.swap_axes:
-        coordinates = coordinates.flip(-1)
-    angles = (coordinates[:, :, None] * torch.tensor(rope.frequencies, dtype=torch.float32, device=device)).flatten(1)
+    frequencies = (rope.frequencies, rope.column_frequencies or rope.frequencies)
+    angles = coordinates[:, :, None] * torch.tensor(frequencies, dtype=torch.float32, device=device)
+    angles = (angles.flip(1) if rope.swap_axes else angles).flatten(1)
     angles = angles.repeat_interleave(2, -1) if rope.interleaved else angles.repeat(1, 2)
     angles = torch.cat([angles.new_zeros(num_prefix, angles.shape[1]), angles])
     return angles.cos(), angles.sin()

@@ -49,7 +49,9 @@ class VisionTransformer(nn.Module):
         self.gradient_checkpointing = False
         self.stochastic_depth: Callable[[int, torch.device], Sequence[tuple[Subset, Subset]]] | None = None
         dim, patch = config.embed_dim, config.patch_size
-        self.patch_embed = nn.Conv2d(3, dim, kernel_size=patch, stride=patch, bias=config.patch_bias)
+        self.patch_embed = nn.Conv2d(
+            3, dim, kernel_size=patch, stride=patch, padding=config.patch_padding, bias=config.patch_bias
+        )
         self.patch_norm = norm_layer(config, dim) if config.patch_norm else nn.Identity()
         self.cls_token = nn.Parameter(torch.empty(1, 1, dim)) if config.class_token else None
         self.registers = nn.Parameter(torch.empty(1, config.num_registers, dim)) if config.num_registers else None
