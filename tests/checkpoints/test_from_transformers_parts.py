@@ -20,7 +20,7 @@ def build(name: str, module: str, **options: Any) -> Any:
     """A small model with all parameters perturbed."""
     try:
         found = importlib.import_module(f"transformers.models.{module}.modeling_{module}")
-        kind = getattr(found, name)
+        kind = getattr(hf, name, None) or getattr(found, name)
     except (ImportError, AttributeError):
         pytest.skip(f"this transformers has no {name}")
     config = kind.config_class(**{**TOWER, **options})
@@ -162,3 +162,19 @@ def test_a_vit_of_timm_inside_of_transformers():
 def test_what_would_bend_the_model_is_refused_by_name(name, module, options, message):
     with pytest.raises(CheckpointError, match=message):
         from_transformers(build(name, module, **options))
+
+
+@pytest.mark.parametrize("size", SIZES)
+@pytest.mark.parametrize("shared", [False, True])
+@pytest.mark.parametrize("family", ["Beit", "Data2VecVision"])
+@torch.no_grad()
+def test_beit(family, shared, size):
+    x = images(*size)
+    options = {"use_shared_relative_position_bias": shared, "use_relative_position_bias": not shared, "num_labels": 7}
+    for mean in (True, False):
+        theirs = build(f"{family}Model", "beit", **options, use_mean_pooling=mean)
+        vit, expected = from_transformers(theirs), theirs(x)
+        same_tokens(vit, x, expected.last_hidden_state)
+        close(vit.pool(vit(x)), expected.pooler_output)
+        theirs = build(f"{family}ForImageClassification", "beit", **options, use_mean_pooling=mean)
+        close(from_transformers(theirs).classify(x), theirs(x).logits)

@@ -42,7 +42,7 @@ AUDIO = ("audio_spectrogram_transformer", "clap")
 
 _SMALL = {
     **{"hidden_size": 32, "num_hidden_layers": 1, "num_attention_heads": 2, "intermediate_size": 64},
-    **{"image_size": 56, "patch_size": 14},
+    **{"image_size": 56, "patch_size": 14, "patch_dim": 3 * 14**2},
 }
 _SMALL_TEXT = {"context_length": 8, "vocab_size": 16, "width": 8, "heads": 1, "layers": 1}
 

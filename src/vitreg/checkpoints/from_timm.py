@@ -73,9 +73,6 @@ def _make_alike(model: Any, weights: dict[str, torch.Tensor]) -> None:
         weights["rope_frequencies"] = weights["rope_frequencies"].flip(0)
     if "pos_embed_y" in weights:  # a sum of two, which is resized as each of them
         weights["pos_embed"] = weights.pop("pos_embed_y").unsqueeze(2) + weights.pop("pos_embed_x").unsqueeze(1)
-    for name in [name for name in weights if name.startswith("blocks.*.")]:  # shared: each block gets its own
-        shared = weights.pop(name)
-        weights |= {name.replace("*", str(i)): shared for i in range(len(model.blocks))}
     for path, module in model.named_modules():
         if getattr(module, "gate_last", False):
             for kind in KINDS:

@@ -127,7 +127,8 @@ def _attributes(model: Any, kind: Class, weights: Mapping[str, Tensor]) -> dict[
     # DINOv2's gated MLP is always SwiGLU, whatever its config says.
     act = "silu" if getattr(hf, "use_swiglu_ffn", False) else hf.hidden_act
     check_supported(act in ACTIVATIONS, f"the activation {act!r}")
-    pool = "mean" if kind.pool == "attention" and "attention_pool.latent" not in weights else kind.pool
+    pool = "token" if not getattr(hf, "use_mean_pooling", True) else kind.pool
+    pool = "mean" if pool == "attention" and "attention_pool.latent" not in weights else pool
     eps = family.norm_eps or next(getattr(hf, name) for name in NORM_EPS if hasattr(hf, name))
     biases = {part for part in "qkv" if f"blocks.0.attn.{part}.bias" in weights}
     table = _table_size(hf)

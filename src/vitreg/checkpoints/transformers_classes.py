@@ -97,6 +97,11 @@ _SIGLIP = Family(replace(_VIT.preprocess, interpolation="bicubic"))
 _IDEFICS = replace(_VIT, positions=PositionInterpolation("bucket", antialias=False))
 _DPT = Family(_SIGLIP.preprocess, positions=PositionInterpolation("bilinear", antialias=False))
 _SIGLIP2 = replace(_VIT, positions=PositionInterpolation("bilinear", antialias=True))
+_BEIT = Family(
+    replace(_SIGLIP.preprocess, interpolation="bicubic"),
+    positions=PositionInterpolation("bilinear", antialias=False),  # of the table of offsets
+    rewrite=rewrites.beit,
+)
 _PHI4 = replace(_SIGLIP, positions=_IDEFICS.positions)
 _DEIT = Family(Preprocess(crop_pct=224 / 256))
 _INTERNVL = Family(replace(_SQUASHED, interpolation="bicubic"), rewrite=rewrites.internvl)
@@ -167,6 +172,10 @@ CLASSES = {
     "SmolVLMVisionTransformer": Class(_IDEFICS, "mean"),
     "JanusVisionModel": Class(_SIGLIP, "mean"),
     "DPTModel": Class(_DPT),
+    "BeitModel": Class(_BEIT, "mean"),
+    "BeitForImageClassification": Class(_BEIT, "mean"),
+    "Data2VecVisionModel": Class(_BEIT, "mean"),
+    "Data2VecVisionForImageClassification": Class(_BEIT, "mean"),
     "DeiTModel": Class(_DEIT, num_summary_tokens=lambda hf: 1),
     "DeiTForImageClassification": Class(_DEIT),
     "DeiTForImageClassificationWithTeacher": Class(_DEIT, num_summary_tokens=lambda hf: 1),
@@ -179,7 +188,6 @@ CLASSES = {
     "Aimv2VisionModel": Class(_AIMV2, "attention"),
     "RadioModel": Class(_RADIO, num_summary_tokens=lambda hf: len(hf.summary_idxs) - 1),
     "PixioModel": Class(_PIXIO, num_summary_tokens=lambda hf: hf.n_cls_tokens - 1),
-    "PixioBackbone": Class(_PIXIO, num_summary_tokens=lambda hf: hf.n_cls_tokens - 1),
     "YolosModel": Class(_YOLOS),
     "VitPoseBackbone": Class(_VITPOSE, "mean"),
     "Tipsv2VisionBackbone": Class(_TIPS),

@@ -56,7 +56,15 @@ def vitpose(tower: Any, weights: Weights) -> None:
     weights["pos_embed"] = weights["pos_embed"][:, 1:] + weights["pos_embed"][:, :1]
 
 
-def internvl(tower: Any, weights: Weights) -> None:
+def beit(tower: Any, _: Weights) -> None:
+    """Refuses tables of positions, which nobody released, and two biases at once."""
+    config = tower.config
+    check_supported(not config.use_absolute_position_embeddings, "positions besides a bias on attention")
+    both = config.use_relative_position_bias and config.use_shared_relative_position_bias
+    check_supported(not both, "two biases on attention")
+
+
+def internvl(tower: Any, _: Weights) -> None:
     """Norms of queries and keys are over all heads together."""
     check_supported(not tower.config.use_qk_norm, "a norm of queries and keys over all heads")
 

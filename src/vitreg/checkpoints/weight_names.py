@@ -76,13 +76,16 @@ TIMM = WeightNames(
 # transformers 4 nests more than transformers 5; both arrive at the same name.
 TRANSFORMERS = WeightNames(
     rules={
-        r"^(vit|ijepa|deit|dinov2|dinov2_with_registers|vision_model)\.": "",
+        r"^(vit|ijepa|deit|beit|data2vec_vision|dinov2|dinov2_with_registers|vision_model)\.": "",
         r"^head\.attention\.in_proj_": "attention_pool.in_proj.",
         r"^head\.attention\.out_proj\.": "attention_pool.proj.",
         r"^head\.layernorm\.": "attention_pool.norm.",
         r"^head\.probe$": "attention_pool.latent",
         r"^head\.": "attention_pool.",
         r"^(classifier|cls_classifier|visual_projection)\.": "head.",
+        r"(^|\.)pooler\.layernorm\.": "fc_norm.",
+        r"^(encoder\.relative|shared)_position_bias\.relative_position_bias_table$": "blocks.*.attn.rel_pos.table",
+        r"\.(attention\.attention\.)?relative_position_bias\.relative_position_bias_table$": ".attn.rel_pos.table",
         r"^distillation_classifier\.": "head_dist.",
         r"^embeddings\.rms_norm\.": "patch_norm.",
         r"^embeddings\.": "",
@@ -109,7 +112,7 @@ TRANSFORMERS = WeightNames(
     },
     # Other towers, training-time parts and ViTModel's pooler (a layer for next-sentence prediction, from BERT).
     unused=r"^(text_|logit_|decoder\.|vision_adapter\.|input_conditioner\.|summary_idxs$)"
-    r"|(^|\.)(pooler\.|mask_token$|position_ids$|inv_freq$|video_patch_projection\.)",
+    r"|(^|\.)(pooler\.(?!layernorm)|mask_token$|position_ids$|relative_position_index$|inv_freq$|video_patch_projection\.)",
 )
 
 OPEN_CLIP = WeightNames(

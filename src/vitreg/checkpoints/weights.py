@@ -71,6 +71,10 @@ def join(weights: Mapping[str, Tensor], image_size: tuple[int, int]) -> dict[str
     Positions of tokens before the patches are constants added to learned tokens: they move into the tokens.
     """
     state = dict(weights)
+    depth = 1 + max(int(name.split(".")[1]) for name in state if name.startswith("blocks.") and "*" not in name)
+    for name in [name for name in state if name.startswith("blocks.*.")]:  # shared: each block gets its own
+        shared = state.pop(name)
+        state |= {name.replace("*", str(i)): shared for i in range(depth)}
     patch = state["patch_embed.weight"]
     if patch.ndim == 2:  # SigLIP 2 NaFlex flattens a patch as (row, column, channel) (`convert_image_to_patches`)
         side = math.isqrt(patch.shape[1] // 3)
@@ -93,7 +97,7 @@ def join(weights: Mapping[str, Tensor], image_size: tuple[int, int]) -> dict[str
     for kind in KINDS:
         if (fused := state.pop(f"attention_pool.in_proj.{kind}", None)) is not None:
             state[f"attention_pool.q.{kind}"], state[f"attention_pool.kv.{kind}"] = fused.tensor_split([len(patch)])
-    for block in {".".join(name.split(".")[:2]) for name in weights if name.startswith("blocks.")}:
+    for block in {".".join(name.split(".")[:2]) for name in state if name.startswith("blocks.")}:
         for kind in KINDS:
             _join_block(state, block, kind, len(patch))
     return state

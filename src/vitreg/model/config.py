@@ -106,7 +106,8 @@ class ViTConfig:
         rms_norm: all norms are RMSNorms instead of LayerNorms (AIMv2).
         norm_eps: epsilon of the norms.
         learned_positions: whether there is a position table for the patches.
-        position_interpolation: the checkpoint's rule for other image sizes.
+        position_interpolation: the checkpoint's rule for other image sizes; where it is not bilinear, tables of offsets
+            are resized by BEiT's own.
         rope: rotary embedding, or None.
         rel_pos: a bias on attention by the offset of query and key, from a table (BEiT) or an MLP (`RelPosBias`).
         rel_pos_dim: hidden units of that MLP.

@@ -26,6 +26,7 @@ class RelPosBias(nn.Module):
         super().__init__()
         self.grid, self.class_token = config.grid, config.class_token
         self.num_copies, self.num_prefix = config.num_attention_copies, config.num_prefix_tokens
+        self.rule = config.position_interpolation
         self.table = None
         if config.rel_pos == "table":
             self.table = nn.Parameter(torch.empty(_num_offsets(config.grid) + 3, config.num_heads))
@@ -51,8 +52,12 @@ class RelPosBias(nn.Module):
         if grid == self.grid:
             return self.table
         patches, others = self.table.float().split((_num_offsets(self.grid), 3))
-        rows, columns = (_resampling(*sides).to(patches.device) for sides in zip(self.grid, grid, strict=True))
         patches = patches.unflatten(0, [2 * side - 1 for side in self.grid])
+        if self.rule.mode == "bilinear":  # transformers
+            size = [2 * side - 1 for side in grid]
+            image = F.interpolate(patches.permute(2, 0, 1).unsqueeze(0), size, mode="bilinear")[0]
+            return torch.cat([image.permute(1, 2, 0).flatten(0, 1), others])
+        rows, columns = (_resampling(*sides).to(patches.device) for sides in zip(self.grid, grid, strict=True))
         return torch.cat([torch.einsum("ya,xb,abh->yxh", rows, columns, patches).flatten(0, 1), others])
 
 
