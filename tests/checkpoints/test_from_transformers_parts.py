@@ -175,6 +175,7 @@ def test_beit(family, shared, size):
         theirs = build(f"{family}Model", "beit", **options, use_mean_pooling=mean)
         vit, expected = from_transformers(theirs), theirs(x)
         same_tokens(vit, x, expected.last_hidden_state)
-        close(vit.pool(vit(x)), expected.pooler_output)
+        if expected.pooler_output is not None:
+            close(vit.pool(vit(x)), expected.pooler_output)
         theirs = build(f"{family}ForImageClassification", "beit", **options, use_mean_pooling=mean)
         close(from_transformers(theirs).classify(x), theirs(x).logits)
