@@ -110,7 +110,6 @@ def _from_native_tower(tower: Any) -> VisionTransformer:
         image_size=image_size,
         pool="token+attention" if pooler is not None else POOLS[getattr(tower, "pool_type", "tok")],
         pool_heads=pooler.attn.num_heads if pooler is not None else 0,
-        pool_dim=pooler.attn.embed_dim if pooler is not None else 0,
         activation=activation_name(block.mlp.gelu),
         norm_eps=block.ln_1.eps,
         position_interpolation=PositionInterpolation("bicubic", antialias=True),

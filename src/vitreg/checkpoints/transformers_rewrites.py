@@ -70,27 +70,20 @@ def internvl(tower: Any, _: Weights) -> None:
 
 
 def aimv2(tower: Any, weights: Weights) -> None:
-    """Its attention pool asks with a token as it is, and no MLP follows: the identity, and an MLP with a zero unit."""
+    """Its attention pool asks with a token as it is."""
     hf = getattr(tower.config, "vision_config", None) or tower.config
     patch = weights["patch_embed.weight"]
     if hf.is_native:
         side = hf.image_size // hf.patch_size
         weights["pos_embed"] = sincos_positions((side, side), hf.hidden_size).to(patch)
-    pool = {key: weights.pop(key) for key in list(weights) if key.startswith("attention_pool.")}
-    if not pool:
+    if (query := weights.pop("attention_pool.cls_token", None)) is None:
         return
-    pool = {key.removeprefix("attention_pool."): weight for key, weight in pool.items()}
-    dim = hf.hidden_size
-    ours = {"latent": pool["cls_token"], "q.weight": torch.eye(dim).to(patch), "q.bias": patch.new_zeros(dim)}
+    dim, bias = hf.hidden_size, patch.new_zeros(hf.hidden_size)
+    pool = {"latent": query, "q.weight": torch.eye(dim).to(patch), "q.bias": bias}
     for kind in KINDS:
-        ours[f"proj.{kind}"] = pool[f"output_proj.{kind}"]
-        parts = [pool.get(f"{part}_proj.{kind}") for part in "kv"]
-        ours[f"kv.{kind}"] = torch.cat([patch.new_zeros(dim) if part is None else part for part in parts])
-        if hf.mlp_bias or kind == "weight":
-            ours[f"mlp.fc1.{kind}"] = patch.new_zeros((2, dim) if kind == "weight" else 2)
-            ours[f"mlp.fc2.{kind}"] = patch.new_zeros((dim, 1) if kind == "weight" else dim)
-    ours["norm.weight"] = patch.new_ones(dim)
-    weights |= {f"attention_pool.{key}": weight for key, weight in ours.items()}
+        parts = [weights.pop(f"attention_pool.{part}_proj.{kind}", bias) for part in "kv"]
+        pool |= {f"kv.{kind}": torch.cat(parts), f"proj.{kind}": weights.pop(f"attention_pool.output_proj.{kind}")}
+    weights |= {f"attention_pool.{key}": weight for key, weight in pool.items()}
 
 
 def _convolution(tower: Any, weights: Weights) -> None:

@@ -47,7 +47,7 @@ REL_POS = {"table": "blocks.0.attn.rel_pos.table", "mlp": "blocks.0.attn.rel_pos
 def config_fields(state: Mapping[str, Tensor]) -> dict[str, Any]:
     """The fields of `ViTConfig` that names and shapes of the weights tell."""
     patch, fc2, fc1 = (state[f"{name}.weight"] for name in ("patch_embed", "blocks.0.mlp.fc2", "blocks.0.mlp.fc1"))
-    pool = state.get("attention_pool.mlp.fc2.weight")
+    latent, pool = state.get("attention_pool.latent"), state.get("attention_pool.mlp.fc2.weight")
     return {
         "embed_dim": patch.shape[0],
         "depth": 1 + max(int(name.split(".")[1]) for name in state if name.startswith("blocks.")),
@@ -59,6 +59,7 @@ def config_fields(state: Mapping[str, Tensor]) -> dict[str, Any]:
         "num_registers": state["registers"].shape[1] if "registers" in state else 0,
         "rel_pos": next((kind for kind, name in REL_POS.items() if name in state), None),
         "rel_pos_dim": state[REL_POS["mlp"]].shape[0] if REL_POS["mlp"] in state else 0,
+        "pool_dim": latent.shape[-1] if latent is not None and pool is None else 0,
         "pool_mlp_dim": 0 if pool is None or pool.shape[1] == fc2.shape[1] else pool.shape[1],
         "num_classes": state["head.weight"].shape[0] if "head.weight" in state else 0,
         **{field: name in state for field, name in PRESENT.items()},
