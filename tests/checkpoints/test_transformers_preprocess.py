@@ -102,12 +102,25 @@ def test_preprocess_equals_the_image_processor(kind, height, width):
     close(preprocess_from_processor(processor.to_dict(), 1)(image), theirs, 1e-2)
 
 
+@pytest.mark.parametrize(("height", "width"), [(300, 400), (390, 250), (224, 224)])
+def test_preprocess_equals_the_processor_of_depth_anything(height, width):
+    """preprocessor_config.json of depth-anything/Depth-Anything-V2-Small-hf, at another size."""
+    options = dict(keep_aspect_ratio=True, ensure_multiple_of=14, size={"height": 224, "width": 224}, resample=3)
+    processor = (getattr(hf, "DPTImageProcessorPil", None) or hf.DPTImageProcessor)(**options)
+    image = read_image(next(path for path in bundled_photographs() if path.stem == "coffee")).crop(
+        (0, 0, width, height)
+    )
+    theirs = torch.as_tensor(np.asarray(processor(image, return_tensors="np")["pixel_values"][0]))
+    close(preprocess_from_processor(processor.to_dict(), 14)(image), theirs, 1e-2)
+
+
 @pytest.mark.parametrize(
     ("change", "message"),
     [
         ({"size": {"longest_edge": 1024}}, "size"),
         ({"resample": 4}, "resample"),
-        ({"keep_aspect_ratio": True}, "keep_aspect_ratio"),
+        ({"keep_aspect_ratio": True, "size": {"height": 224, "width": 256}}, "keep_aspect_ratio"),
+        ({"ensure_multiple_of": 24}, "ensure_multiple_of"),
         ({"image_processor_type": "JanusImageProcessor"}, "do_pad"),
         ({"do_pad": True, "image_processor_type": "Owlv2ImageProcessor"}, "do_pad"),
         ({"do_resize": False}, "do_resize"),

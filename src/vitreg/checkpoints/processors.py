@@ -35,8 +35,6 @@ def preprocess_from_processor(config: Mapping[str, Any], patch_size: int) -> Pre
         mean, std = (0.0, 0.0, 0.0), (1.0, 1.0, 1.0)
     if mean is None or std is None:
         raise _unknown_processor("image_mean and image_std", None)
-    if config.get("keep_aspect_ratio"):  # DPT, Depth Anything
-        raise _unknown_processor("keep_aspect_ratio", True)
     if config.get("do_pad", True) and str(config.get("image_processor_type")).startswith(
         ("Owlv2", "Janus")
     ):  # to a square
@@ -44,6 +42,9 @@ def preprocess_from_processor(config: Mapping[str, Any], patch_size: int) -> Pre
     if config.get("resample", 3) not in FILTERS:
         raise _unknown_processor("resample", config["resample"])
     size, crop, crop_pct = _geometry(config)
+    multiple = max(config.get("ensure_multiple_of") or 1, patch_size)
+    if multiple % patch_size:
+        raise _unknown_processor("ensure_multiple_of", multiple)
     return Preprocess(
         size=size,
         mean=tuple(mean),
@@ -51,7 +52,7 @@ def preprocess_from_processor(config: Mapping[str, Any], patch_size: int) -> Pre
         interpolation=FILTERS[config.get("resample", 3)],
         crop_pct=crop_pct,
         crop=crop,
-        multiple_of=patch_size,
+        multiple_of=multiple if crop == "none" else patch_size,
     )
 
 
@@ -66,6 +67,11 @@ def _geometry(config: Mapping[str, Any]) -> tuple[tuple[int, int], Crop, float]:
         size = {"shortest_edge": size} if center else {"height": size, "width": size}
     if not isinstance(size, Mapping) or set(size) not in ({"height", "width"}, {"shortest_edge"}):
         raise _unknown_processor("size", size)
+    if config.get("keep_aspect_ratio"):
+        # DPT, Depth Anything: the side that changes less; the short one, unless the image is smaller than that.
+        if center or "height" not in size or size["height"] != size["width"]:
+            raise _unknown_processor("keep_aspect_ratio", True)
+        return _height_and_width(size), "none", 1.0
     square = "shortest_edge" in size
     resized = _height_and_width(size["shortest_edge"] if square else size)
     if not center:
