@@ -144,6 +144,51 @@ def test_transformers(name):
         )
 
 
+CLASSES = ("ViTMAE", "ViTMSN", "IJepa", "Tipsv2Vision", "MetaClip2Vision", "ChineseCLIPVision", "AltCLIPVision")
+CLASSES += ("CLIPSegVision", "OwlViTVision", "Owlv2Vision", "GitVision", "Blip2Vision", "InstructBlipVision")
+CLASSES += ("InstructBlipVideoVision", "FlavaImage", "Siglip2Vision", "JanusVision", "DPT")
+
+
+@pytest.mark.parametrize("name", CLASSES)
+@torch.no_grad()
+def test_other_classes_of_transformers(name):
+    kind = getattr(transformers_models.hf, f"{name}Model", None)
+    if kind is None:
+        pytest.skip(f"this transformers has no {name}Model")
+    sizes = {**transformers_models.BASE, **transformers_models.MLP, **transformers_models.SQUARE}
+    other = {"mask_ratio": 0.0} if name == "ViTMAE" else {"num_patches": 16} if name == "Siglip2Vision" else {}
+    model = transformers_models.perturb(kind(kind.config_class(**sizes, **other)))
+    fixed, images = fix(model), transformers_models.images(56, 56)
+    own = vitreg.from_transformers(model).num_registers
+    inputs = {"pixel_values": images}
+    if name == "ViTMAE":  # which shuffles patches, by this noise not
+        inputs["noise"] = torch.arange(16.0).expand(2, -1)
+    if name == "Siglip2Vision":
+        patches = images.unfold(2, 14, 14).unfold(3, 14, 14).permute(0, 2, 3, 4, 5, 1).reshape(2, 16, -1)
+        inputs = {"pixel_values": patches, "spatial_shapes": torch.tensor([[4, 4]] * 2), "pixel_attention_mask": None}
+    before = model(**inputs).last_hidden_state
+    with vitreg.install_registers(model, fixed):
+        assert error(model(**inputs).last_hidden_state, without_added(fixed, images, own)) <= TOLERANCE
+    assert torch.equal(model(**inputs).last_hidden_state, before)
+
+
+@torch.no_grad()
+def test_towers_of_whole_models():
+    """The depth of Depth Anything changes with the fix of its backbone; so does what OWL-ViT detects with."""
+    hf, m = transformers_models.hf, transformers_models
+    backbone = hf.Dinov2Config(**m.BASE, **m.SQUARE, out_features=["stage2"], reshape_hidden_states=False)
+    sizes = {"reassemble_factors": [1], "neck_hidden_sizes": [8], "fusion_hidden_size": 8, "reassemble_hidden_size": 32}
+    depth = m.perturb(hf.DepthAnythingForDepthEstimation(hf.DepthAnythingConfig(backbone_config=backbone, **sizes)))
+    fixed, images = fix(depth), m.images(42, 70)
+    before = depth(images).predicted_depth
+    with vitreg.install_registers(depth, fixed):
+        assert error(depth.backbone(images).feature_maps[-1], without_added(fixed, images)) <= TOLERANCE
+        after = depth(images).predicted_depth
+    assert after.shape == before.shape
+    assert not torch.equal(after, before)
+    assert torch.equal(depth(images).predicted_depth, before)
+
+
 @pytest.mark.parametrize("attention", ["sdpa", "eager"])
 @torch.no_grad()
 def test_padded_images_of_siglip2(attention):

@@ -39,9 +39,9 @@ def install_registers(model: nn.Module, fixed: VisionTransformer) -> InstalledRe
     states and attention maps have the shapes they had, whoever collects them, and `forward`, `forward_features`,
     `forward_intermediates`, `get_image_features`, heads and pipelines are the module's own. Activations of register
     neurons are moved where they enter the last layer of an MLP. A register that counts several times in attention
-    (`ViTConfig.register_weight`) is there as often, which is the same. Registers are never rotated by RoPE, and tokens
-    that a mask hides (SigLIP 2 NaFlex) have no say in what is moved. The module's weights and its state dict stay as
-    they are; the registers are no parameters of it, and follow its device and precision.
+    (`ViTConfig.register_weight`) is there as often, which is the same. Registers are never rotated by RoPE, have no
+    relative position, and tokens that a mask hides (SigLIP 2 NaFlex) have no say in what is moved. The module's weights
+    and its state dict stay as they are; the registers are no parameters of it, and follow its device and precision.
 
     Install before `torch.compile`. Training with gradient checkpointing works, except timm's and open_clip's with
     `use_reentrant=True`.
