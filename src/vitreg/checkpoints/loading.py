@@ -47,8 +47,8 @@ def load(
 
     Args:
         source: a short name (`dinov2_vitl14_reg`; `vitreg models` lists them; `vitreg_tiny` and
-            `vitreg_tiny_reg4` come with the package), a timm name
-            (`vit_large_patch14_dinov2.lvd142m`), a hub repository (`facebook/dinov2-large`, `timm/...`, one of `push_to_hub`),
+            `vitreg_tiny_reg4` come with the package), a timm name (`vit_large_patch14_dinov2.lvd142m`), a hub
+            repository (`facebook/dinov2-large`, `timm/...`, one that `push_to_hub` made),
             `open_clip:ARCH/PRETRAINED`, a file (`.safetensors`, `.pth`, a saved vitreg model), the folder of a
             training run, or one with transformers' `config.json`. The folder named by the environment variable
             `VITREG_CHECKPOINTS` is searched first, for `<source>.safetensors`, so that a machine without a
