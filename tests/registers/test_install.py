@@ -18,7 +18,7 @@ from torch import nn
 
 import vitreg
 from checkpoints import transformers_models
-from checkpoints.test_from_timm import FAMILIES
+from checkpoints.test_from_timm import FAMILIES, timm_patch
 from peers import TOLERANCE, at_size, error, perturb, random_images, timm_model
 from vitreg.checkpoints.state import build
 
@@ -41,7 +41,7 @@ def without_added(fixed: vitreg.VisionTransformer, images: torch.Tensor, own: in
 def test_timm(family):
     architecture, options = FAMILIES[family]
     model = timm_model(architecture, **options)
-    vit, patch = vitreg.from_timm(model), model.patch_embed.patch_size[0]
+    vit, patch = vitreg.from_timm(model), timm_patch(model)
     fixed = fix(vit)
     batches = [random_images(rows * patch, columns * patch, batch) for rows, columns, batch in ((7, 7, 2), (3, 5, 1))]
     before = [at_size(model, images)(images) for images in batches]
