@@ -14,6 +14,7 @@ if TYPE_CHECKING:
         from_transformers,
         list_models,
         load,
+        observe,
         save,
     )
     from vitreg.discovery import Detection, discover_objects
@@ -58,6 +59,7 @@ __all__ = [
     "install_registers",
     "list_models",
     "load",
+    "observe",
     "push_to_hub",
     "save",
 ]
@@ -68,7 +70,7 @@ _get, __dir__ = lazy(
         "artifacts": ["Comparison", "Diagnosis", "compare", "diagnose"],
         "checkpoints": [
             *("CheckpointError", "from_open_clip", "from_state_dict", "from_timm", "from_transformers"),
-            *("list_models", "load", "save"),
+            *("list_models", "load", "observe", "save"),
         ],
         "discovery": ["Detection", "discover_objects"],
         "images": ["ImageError"],

@@ -15,10 +15,12 @@ from vitreg.artifacts.diagnosis import Diagnosis
 from vitreg.artifacts.histogram import BINS_PER_STEP, NUM_BINS, add_counts
 from vitreg.artifacts.observer import Observer, look_through
 from vitreg.artifacts.outcome import judge, write_comparison_verdict
-from vitreg.checkpoints import from_module
+from vitreg.checkpoints import ObservedViT, convert_or_observe
 from vitreg.common.progress import OnProgress
 from vitreg.images import Batches, Images
 from vitreg.model import Tokens, Trace, VisionTransformer
+
+Model = VisionTransformer | ObservedViT
 
 
 def compare(
@@ -55,7 +57,7 @@ def compare(
     Raises:
         ValueError: models that cannot be compared, or whatever `diagnose` raises.
     """
-    before, after = from_module(before), from_module(after)
+    before, after = convert_or_observe(before), convert_or_observe(after)
     _check_comparable(before, after)
     observers = [Observer(vit, threshold=threshold, block=block, max_examples=max_examples) for vit in (before, after)]
     device = next(before.parameters()).device
@@ -91,7 +93,7 @@ def compare(
     return dataclasses.replace(comparison, verdict=write_comparison_verdict(comparison))
 
 
-def _check_comparable(before: VisionTransformer, after: VisionTransformer) -> None:
+def _check_comparable(before: Model, after: Model) -> None:
     for what, one, two in (
         ("blocks", before.config.depth, after.config.depth),
         ("pixels to a side of a patch", before.config.patch_size, after.config.patch_size),
@@ -102,17 +104,18 @@ def _check_comparable(before: VisionTransformer, after: VisionTransformer) -> No
             raise ValueError(f"the models cannot be compared block by block: {what}: {one} and {two}; diagnose each")
 
 
-def _are_same(before: VisionTransformer, after: VisionTransformer) -> bool:
+def _are_same(before: Model, after: Model) -> bool:
     one, two = before.state_dict(), after.state_dict()
-    return before.config == after.config and all(torch.equal(one[name], two[name].to(one[name])) for name in one)
+    alike = before.config == after.config and one.keys() == two.keys()
+    return alike and all(torch.equal(one[name], two[name].to(one[name])) for name in one)
 
 
-def _as_normalized_by(after: VisionTransformer, before: VisionTransformer, batch: Tensor) -> Tensor:
+def _as_normalized_by(after: Model, before: Model, batch: Tensor) -> Tensor:
     """The batch in the second model's normalization, dtype and device."""
     one, two = before.preprocess, after.preprocess
     if (one.mean, one.std) != (two.mean, two.std):
         batch = two.normalize(one.unnormalize(batch))
-    return batch.to(after.patch_embed.weight.device)
+    return batch.to(next(after.parameters()).device)
 
 
 def _block_change(i: int, observers: list[Observer], one: Diagnosis, two: Diagnosis) -> BlockChange:
@@ -138,7 +141,7 @@ def _block_change(i: int, observers: list[Observer], one: Diagnosis, two: Diagno
 class _Features:
     """Sums of the cosines between two models' outputs; those of patches by the norm of the patch in the first model."""
 
-    def __init__(self, before: VisionTransformer, after: VisionTransformer) -> None:
+    def __init__(self, before: Model, after: Model) -> None:
         self._models = (before, after)
         self._patches = torch.zeros(2, before.config.depth, NUM_BINS, dtype=torch.float64)
         self._sums: dict[str, float] = {}
@@ -155,7 +158,8 @@ class _Features:
             if before.cls is not None and after.cls is not None:
                 self._add("cls", _cosine(before.cls, after.cls))
         pairs = zip(self._models, (before, after), strict=True)
-        outputs = [vit.head(vit.pool(tokens)).cpu() for vit, tokens in pairs if vit.head is not None]
+        heads = [(vit, tokens) for vit, tokens in pairs if isinstance(vit, VisionTransformer)]
+        outputs = [vit.head(vit.pool(tokens)).cpu() for vit, tokens in heads if vit.head is not None]
         if len(outputs) == 2 and outputs[0].shape == outputs[1].shape:
             self._add("head", _cosine(*outputs))
             self._add("agreement", (outputs[0].argmax(-1) == outputs[1].argmax(-1)).float())

@@ -7,6 +7,7 @@ from jaxtyping import Float
 from torch import Tensor
 
 from vitreg.artifacts.diagnosis import ChannelShare
+from vitreg.checkpoints import ObservedViT
 from vitreg.model import Query, Trace, VisionTransformer
 from vitreg.report import ExampleMaps
 
@@ -25,13 +26,15 @@ class Examples:
         most: how many to keep.
     """
 
-    def __init__(self, vit: VisionTransformer, most: int) -> None:
+    def __init__(self, vit: VisionTransformer | ObservedViT, most: int) -> None:
         self._vit, self._most = vit, most
         self.maps: list[ExampleMaps] = []
         self._largest: list[Float[Tensor, "depth B K D"]] = []
 
     def queries(self) -> list[Query]:
         """Whose attention the next batch should record: the class token first, registers while examples are kept."""
+        if isinstance(self._vit, ObservedViT) and self._vit.config.no_attention:
+            return []
         queries: list[Query] = ["cls"] if self._vit.config.class_token else []
         if self._vit.num_registers and len(self.maps) < self._most:
             queries.append("registers")
@@ -46,7 +49,9 @@ class Examples:
         room = min(self._most - len(self.maps), len(batch))
         if room <= 0:
             return
-        photos = self._vit.preprocess.unnormalize(batch[:room]).permute(0, 2, 3, 1).cpu().numpy()
+        photos = self._vit.preprocess.unnormalize(batch[:room]).permute(0, 2, 3, 1).cpu()
+        if isinstance(self._vit, ObservedViT):  # a still image is seen at every time
+            photos = photos.repeat(1, self._vit.config.time_steps, 1, 1)
         attention = trace.attention.to_patches.mean(2).float().cpu().numpy() if trace.attention else None
         if trace.largest is not None:
             self._largest.append(trace.largest[:, :room].float().cpu())
@@ -54,7 +59,7 @@ class Examples:
             self.maps.append(
                 ExampleMaps(
                     name=names[i],
-                    photo=photos[i],
+                    photo=photos[i].numpy(),
                     norms=trace.patch_norms[:, i].cpu().numpy(),
                     attention={}
                     if attention is None or trace.attention is None

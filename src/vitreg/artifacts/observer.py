@@ -25,10 +25,10 @@ from vitreg.artifacts.outliers import onset, reported_block
 from vitreg.artifacts.statistics import NormStatistics
 from vitreg.artifacts.threshold import parse_rule, threshold_step
 from vitreg.artifacts.verdict import position_kind, write_verdict
-from vitreg.checkpoints import from_module
+from vitreg.checkpoints import ObservedViT, convert_or_observe
 from vitreg.common.progress import OnProgress
 from vitreg.images import Batches, Images, SkippedImage, no_images
-from vitreg.model import Trace, VisionTransformer
+from vitreg.model import ObservedConfig, Trace, VisionTransformer
 
 Seen = TypeVar("Seen")
 
@@ -45,7 +45,7 @@ class Observer:
     """
 
     def __init__(
-        self, vit: VisionTransformer, *, threshold: float | int | str, block: int | str, max_examples: int
+        self, vit: VisionTransformer | ObservedViT, *, threshold: float | int | str, block: int | str, max_examples: int
     ) -> None:
         depth = vit.config.depth
         if block != "auto" and not (isinstance(block, int) and -depth <= block < depth):
@@ -79,7 +79,10 @@ class Observer:
         """
         if self._statistics is None:
             self._image_size = (batch.shape[-2], batch.shape[-1])
-            self._statistics = NormStatistics(self._vit.config.depth, trace.tokens.grid, self._axis, batch.device)
+            steps = self._vit.config.time_steps if isinstance(self._vit, ObservedViT) else 1
+            self._statistics = NormStatistics(
+                self._vit.config.depth, trace.tokens.grid, self._axis, batch.device, time_steps=steps
+            )
         elif trace.tokens.grid != self._statistics.grid:
             raise ValueError(
                 f"images of {tuple(batch.shape[-2:])} pixels follow images of {self._image_size}: a diagnosis needs "
@@ -182,7 +185,8 @@ def diagnose(
     Images stream through once, in memory that does not grow with their number.
 
     Args:
-        vit: the model, also one of timm, transformers or open_clip; it is used on the device and in the dtype it is in.
+        vit: the model, also one of timm, transformers or open_clip, or any module that `observe` takes; it is used on
+            the device and in the dtype it is in.
         images: a normalized batch `[B, 3, H, W]` or image; a file, folder or glob, an image of Pillow or an array of
             8-bit pixels, or a list of these; a DataLoader (or any iterable) of batches, or of tuples that begin so.
         threshold: `"auto"` finds two separated modes or none (`two_modes`); or a norm such as 150, `"mean+3sd"`,
@@ -198,7 +202,7 @@ def diagnose(
     Raises:
         ValueError: no images, an unknown threshold or block, or a model whose tokens are not finite.
     """
-    vit = from_module(vit)
+    vit = convert_or_observe(vit)
     observer = Observer(vit, threshold=threshold, block=block, max_examples=max_examples)
     device = next(vit.parameters()).device
     batches = Batches(images, vit.preprocess, batch_size=batch_size, device=device, strict=strict, limit=limit)
@@ -220,7 +224,7 @@ def look_through(
     batches: Batches,
     look: Callable[[Tensor], Seen],
     note: Callable[[Seen, Tensor, list[str]], None],
-    models: Sequence[VisionTransformer],
+    models: Sequence[nn.Module],
     *,
     keep_partial: bool,
     on_progress: OnProgress | None,
@@ -234,7 +238,7 @@ def look_through(
         KeyboardInterrupt: on Ctrl-C, unless `keep_partial` and something was looked at.
     """
     start, done, interrupted = time.perf_counter(), 0, False
-    training = [vit.training for vit in models]
+    modes = [(part, part.training) for vit in models for part in vit.modules()]
     for vit in models:
         vit.eval()
     try:
@@ -250,8 +254,8 @@ def look_through(
             raise
         interrupted = True
     finally:
-        for vit, was_training in zip(models, training, strict=True):
-            vit.train(was_training)
+        for part, was_training in modes:
+            part.training = was_training
     if not done:
         raise no_images(batches.skipped)
     return {"skipped": batches.skipped, "interrupted": interrupted, "seconds": time.perf_counter() - start}
@@ -282,8 +286,11 @@ def _trimmed_histogram(axis: LogAxis, counts: NDArray[np.int64]) -> Histogram:
     return Histogram(tuple(edges.round(4).tolist()), tuple(per_step[first:last].tolist()))
 
 
-def _model_card(vit: VisionTransformer) -> dict[str, Any]:
+def _model_card(vit: VisionTransformer | ObservedViT) -> dict[str, Any]:
     config = vit.config
+    observed = {}
+    if isinstance(config, ObservedConfig):
+        observed = {name: getattr(config, name) for name in ("assumed", "no_attention", "time_steps")}
     return {
         "name": config.name or config.architecture or "Vision Transformer",
         "family": config.architecture,
@@ -295,4 +302,5 @@ def _model_card(vit: VisionTransformer) -> dict[str, Any]:
         "embed_dim": config.embed_dim,
         "has_class_token": config.class_token,
         "changes": list(config.changes),
+        **({"observed": observed} if observed else {}),
     }

@@ -36,6 +36,7 @@ def write_comparison_verdict(comparison: Comparison) -> tuple[str, ...]:
     if c.outcome in ("partly removed", "not removed"):
         sentences += _why(c)
     sentences += _attention(c) + _registers(c) + _features(c)
+    sentences += dict.fromkeys(d.model["observed"]["assumed"] for d in (c.before, c.after) if "observed" in d.model)
     return tuple(sentences + interrupted(c.before))
 
 

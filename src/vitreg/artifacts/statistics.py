@@ -26,10 +26,13 @@ class NormStatistics:
         grid: rows and columns of patches; the same for all batches.
         axis: the bins.
         device: that of the traces.
+        time_steps: grids of a video model, one below the other in `grid`.
     """
 
-    def __init__(self, depth: int, grid: tuple[int, int], axis: LogAxis, device: torch.device) -> None:
-        self.axis, self.grid, self.depth = axis, grid, depth
+    def __init__(
+        self, depth: int, grid: tuple[int, int], axis: LogAxis, device: torch.device, *, time_steps: int = 1
+    ) -> None:
+        self.axis, self.grid, self.depth, self.time_steps = axis, grid, depth, time_steps
         self.num_images = 0
         self._device = device = summing_device(device)
 
@@ -70,8 +73,10 @@ class NormStatistics:
         self._sum_of_squares += norms.double().square().sum((1, 2))
         self._max = torch.maximum(self._max, norms.amax((1, 2)).double())
         assert trace.embeddings is not None
-        similarity = neighbour_similarity(trace.embeddings, self.grid).to(self._device)
-        add_counts(self._similarity, rows, bins, similarity.flatten(1).expand_as(norms))
+        each = trace.embeddings.unflatten(1, (self.time_steps, -1)).flatten(0, 1)  # two times are no neighbors
+        grid = (self.grid[0] // self.time_steps, self.grid[1])
+        similarity = neighbour_similarity(each, grid).to(self._device)
+        add_counts(self._similarity, rows, bins, similarity.view(norms.shape[1:]).expand_as(norms))
         if trace.attention is not None and trace.attention.to_cls is not None:
             self._add_attention(trace, rows, bins)
         for name, values in (("registers", trace.register_norms), ("cls", trace.cls_norms)):

@@ -40,6 +40,8 @@ def write_verdict(diagnosis: Diagnosis) -> tuple[str, ...]:
     sentences += _registers(diagnosis)
     if diagnosis.status == "artifacts":
         sentences += _advice(diagnosis)
+    if observed := diagnosis.model.get("observed"):
+        sentences.append(observed["assumed"])
     return tuple(sentences + interrupted(diagnosis))
 
 
@@ -173,7 +175,10 @@ def _advice(d: Diagnosis) -> list[str]:
         if with_registers
         else "use a checkpoint trained with registers (`vitreg models --filter reg4`)"
     )
+    moved = ", or move the artifacts into a register without training (`vitreg fix`)"
+    if d.model.get("observed"):
+        moved = "; `vitreg fix` moves the artifacts of models that are converted, which this one is not"
     return [
         "For classification from the class token they do no known harm. For attention maps, object discovery, "
-        f"segmentation or depth, {trained}, or move the artifacts into a register without training (`vitreg fix`)."
+        f"segmentation or depth, {trained}{moved}."
     ]

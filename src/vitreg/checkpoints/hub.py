@@ -23,6 +23,10 @@ REPOSITORY_FILES = ("config.json", "model.safetensors")
 """What a repository of ours has, by the names that `huggingface_hub.PyTorchModelHubMixin` uses."""
 
 
+class DownloadError(CheckpointError):
+    """A checkpoint that could not be had."""
+
+
 def import_optional(library: str, what: str, extra: str, instead: str = "") -> Any:
     """A library that not everyone has installed.
 
@@ -75,7 +79,7 @@ def downloading(source: str, place: str) -> Iterator[None]:
         place: what a machine without a network needs in the folder of checkpoints.
 
     Raises:
-        CheckpointError: it cannot be downloaded.
+        DownloadError: it cannot be downloaded.
     """
     try:
         with reachable_hub(), _quiet_root_logger():
@@ -84,7 +88,7 @@ def downloading(source: str, place: str) -> Iterator[None]:
         raise
     except Exception as error:
         reason = next((line.strip().rstrip(".;") for line in str(error).splitlines() if line.strip()), "")
-        raise CheckpointError(
+        raise DownloadError(
             f"could not get {source}: {reason or type(error).__name__}. Without a network, put {place} into the folder "
             f"that {FOLDER_VARIABLE} names"
         ) from error

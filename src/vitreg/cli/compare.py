@@ -13,6 +13,7 @@ from vitreg.cli.output import INTERRUPTED, command_line, print_findings, progres
 
 if TYPE_CHECKING:
     from vitreg import VisionTransformer
+    from vitreg.checkpoints import ObservedViT
 
 Before = Annotated[Positional[str], arg(metavar="A")]
 After = Annotated[Positional[str], arg(metavar="B")]
@@ -50,13 +51,13 @@ def compare(
     """
     out = writable_folder(out)
     options = {"architecture": architecture, "size": size, **dataclasses.asdict(runtime)}
-    one, two = (ModelOptions(name, **options).load() for name in (before, after))
+    one, two = (ModelOptions(name, **options).load_or_observe() for name in (before, after))
     return compare_models(one, two, images, out, reading, json=json)
 
 
 def compare_models(
-    before: VisionTransformer,
-    after: VisionTransformer,
+    before: VisionTransformer | ObservedViT,
+    after: VisionTransformer | ObservedViT,
     images: list[str],
     out: Path,
     reading: Batching,

@@ -23,7 +23,7 @@ def diagnose(
     """Tell whether a model has artifacts: where, from which block on, and what they do to its attention.
 
     Writes report.html (open it in a browser, or send it) and diagnosis.json. Files that cannot be read are skipped
-    and listed.
+    and listed. A model of timm or transformers that cannot be converted is observed as it is (docs/diagnosis.md).
 
     Example: vitreg diagnose photos/ --model dinov2_vitb14 --out report
 
@@ -39,7 +39,7 @@ def diagnose(
     import vitreg
 
     out = writable_folder(out)
-    vit = model.load()
+    vit = model.load_or_observe()
     with progress("looking at images") as on_progress:
         diagnosis = vitreg.diagnose(
             vit,

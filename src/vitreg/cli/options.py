@@ -4,10 +4,11 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
-from collections.abc import Iterator
+import sys
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Literal, TextIO
+from typing import TYPE_CHECKING, Annotated, Any, Literal, TextIO, TypeVar
 
 from tyro.conf import Positional, arg
 
@@ -18,7 +19,10 @@ if TYPE_CHECKING:
     import torch
 
     from vitreg import VisionTransformer
+    from vitreg.checkpoints import ObservedViT
 
+Loaded = TypeVar("Loaded")
+Model = TypeVar("Model", "VisionTransformer", "ObservedViT", "VisionTransformer | ObservedViT")
 Images = Annotated[Positional[list[str]], arg(metavar="IMAGES")]
 Size = int | tuple[int, int]
 
@@ -63,16 +67,40 @@ class Checkpoint(Runtime):
     architecture: str | None = None
 
     def load(self) -> VisionTransformer:
-        """The model, ready to look at images."""
+        """The model, ready to look at images.
+
+        Raises:
+            ValueError: it cannot be loaded; the message says so where it could be observed.
+        """
+        import vitreg
+        from vitreg.checkpoints import can_be_observed
+
+        try:
+            return self._loaded_by(vitreg.load)
+        except vitreg.CheckpointError as refusal:
+            if not can_be_observed(self.model, self.architecture, refusal):
+                raise
+            advice = "if it has patch tokens, `vitreg diagnose` and `vitreg compare` can observe it as it is"
+            raise vitreg.CheckpointError(f"{refusal}; {advice}") from refusal
+
+    def load_or_observe(self) -> VisionTransformer | ObservedViT:
+        """The model, or what is not converted as it is, and a line that says why."""
+        from vitreg.checkpoints import load_or_observe
+
+        vit, refusal = self._loaded_by(load_or_observe)
+        if refusal:
+            print(f"vitreg: {refusal.partition('; ')[0]}; it is observed as it is", file=sys.stderr)
+        return vit
+
+    def _loaded_by(self, load: Callable[..., Loaded]) -> Loaded:
         import torch
 
-        import vitreg
         from vitreg.common.memory import keep_freed_memory
 
         keep_freed_memory()
         with status(f"loading {self.model}"), self.using() as device:
             dtype = getattr(torch, self.dtype)
-            return vitreg.load(self.model, architecture=self.architecture, device=device, dtype=dtype)
+            return load(self.model, architecture=self.architecture, device=device, dtype=dtype)
 
 
 @dataclass(frozen=True)
@@ -87,13 +115,20 @@ class ModelOptions(Checkpoint):
 
     def load(self) -> VisionTransformer:
         """The model, ready to look at images of the size that was asked for."""
-        vit = super().load()
+        return self._sized(super().load())
+
+    def load_or_observe(self) -> VisionTransformer | ObservedViT:
+        """The same, and models that are not converted are observed."""
+        return self._sized(super().load_or_observe())
+
+    def _sized(self, vit: Model) -> Model:
         if self.size is not None:
             height, width = sides(self.size)
             if height % vit.config.patch_size or width % vit.config.patch_size:
                 given = self.size if height == width else f"{height} {width}"
                 raise ValueError(f"--size {given} is not a multiple of the patch size {vit.config.patch_size}")
-            vit.config = dataclasses.replace(vit.config, preprocess=vit.preprocess.with_size(height, width))
+            config: Any = vit.config
+            vit.config = dataclasses.replace(config, preprocess=vit.preprocess.with_size(height, width))
         return vit
 
 

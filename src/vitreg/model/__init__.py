@@ -2,6 +2,7 @@
 
 from vitreg.model.block import Block
 from vitreg.model.config import PositionInterpolation, RopeConfig, ViTConfig
+from vitreg.model.observed_config import ObservedConfig
 from vitreg.model.preprocess import Preprocess
 from vitreg.model.tokens import Masked, Tokens
 from vitreg.model.trace import AttentionRows, Query, Trace
@@ -12,6 +13,7 @@ __all__ = [
     "AttentionRows",
     "Block",
     "Masked",
+    "ObservedConfig",
     "PositionInterpolation",
     "Preprocess",
     "Query",

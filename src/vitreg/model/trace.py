@@ -14,6 +14,7 @@ from torch import Tensor
 from vitreg.model.attention import attention_rows
 from vitreg.model.config import ViTConfig
 from vitreg.model.differential import differential_rows
+from vitreg.model.observed_config import ObservedConfig
 from vitreg.model.tokens import Tokens
 
 Facet = Literal["queries", "keys", "values"]
@@ -94,7 +95,7 @@ class Recorder:
 
     def __init__(
         self,
-        config: ViTConfig,
+        config: ViTConfig | ObservedConfig,
         grid: tuple[int, int],
         *,
         blocks: Iterable[int] | None,
@@ -213,7 +214,7 @@ def _block(block: int, depth: int) -> int:
 
 
 def _rows(
-    config: ViTConfig, grid: tuple[int, int], attention_from: Query | Sequence[Query] | None
+    config: ViTConfig | ObservedConfig, grid: tuple[int, int], attention_from: Query | Sequence[Query] | None
 ) -> list[tuple[int, str]]:
     """Position in the sequence and name of every query that was asked for."""
     rows: list[tuple[int, str]] = []
