@@ -43,6 +43,7 @@ class ObservedConfig:
     no_attention: str = ""
 
     num_attention_copies: ClassVar[int] = 0
+    num_summary_tokens: ClassVar[int] = 0
     num_test_time_registers: ClassVar[int] = 0
     test_time_registers: ClassVar[slice] = slice(0)
 
