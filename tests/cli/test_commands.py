@@ -456,7 +456,7 @@ def test_the_public_names_are_frozen():
         "RegisterNeuron", "Tokens", "Trace", "ViTConfig", "VisionTransformer", "add_registers",
         "add_test_time_registers", "compare", "diagnose", "discover_objects", "export", "find_register_neurons",
         "from_open_clip", "from_state_dict", "from_timm", "from_transformers", "install_registers", "list_models",
-        "load", "push_to_hub", "save",
+        "load", "observe", "push_to_hub", "save",
     ]  # fmt: skip
 
 

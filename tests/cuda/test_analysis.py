@@ -6,6 +6,7 @@ import copy
 import inspect
 
 import pytest
+import timm
 import torch
 
 import vitreg
@@ -97,6 +98,14 @@ def test_sums_over_many_batches(device, dtype, folders):
 def test_what_overflows_float16_is_said(device, planted, folders):
     with pytest.raises(ValueError, match=r"not finite after block .* use bfloat16 or float32"):
         vitreg.diagnose(copy.deepcopy(planted).to(device, torch.float16), some_images(planted, folders))
+
+
+def test_a_module_that_is_not_converted_is_observed(device):
+    model = timm.create_model("cait_xxs24_224", img_size=64, depth=2, embed_dim=48, num_heads=2)
+    images = torch.randn(2, 3, 64, 64)
+    on_cpu = vitreg.observe(model).trace(images).patch_norms
+    observed = vitreg.observe(copy.deepcopy(model).to(device))
+    torch.testing.assert_close(observed.trace(images.to(device)).patch_norms.cpu(), on_cpu, rtol=1e-3, atol=1e-3)
 
 
 def test_every_public_function_that_computes_is_tried_here():
