@@ -24,6 +24,7 @@ FAMILIES = {
     "dinov2_swiglu": ("vit_giant_patch14_reg4_dinov2", dict(img_size=98)),
     "dinov3": ("vit_small_patch16_dinov3_qkvb", {}),
     "clip": ("vit_base_patch16_clip_quickgelu_224", {}),
+    "beit": ("beit_base_patch16_224", {}),
     "siglip": ("vit_base_patch16_siglip_224", {}),
     "parallel, differential": ("vit_dpwee_patch16_reg1_gap_256", {}),
 }

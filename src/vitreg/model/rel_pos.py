@@ -42,6 +42,13 @@ class RelPosBias(nn.Module):
         biases = F.pad(biases, (0, 0, 0, _num_offsets(grid) + 4 - len(biases)))
         return biases.to(like.dtype).T[:, where].unsqueeze(0)
 
+    @torch.no_grad()
+    def resize(self, grid: Grid) -> None:
+        """Make a grid the table's own, so that an exported graph has no resampling in it."""
+        if self.table is not None:
+            self.table = nn.Parameter(self._of_offsets(grid).clone(), requires_grad=self.table.requires_grad)
+        self.grid = grid
+
     def _of_offsets(self, grid: Grid) -> Float[Tensor, "offsets H"]:
         """Rows by offset; of a table, three more: from the class token, to it, and from it to itself."""
         if self.table is None:

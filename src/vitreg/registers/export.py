@@ -24,6 +24,7 @@ from vitreg.common.disk import replacing_files
 from vitreg.images import bundled_photographs, read_image
 from vitreg.model import Preprocess, VisionTransformer
 from vitreg.model.pos_embed import resize_positions
+from vitreg.model.rel_pos import RelPosBias
 
 TOLERANCE = {torch.float32: 1e-4, torch.float16: 2e-2}
 """Relative error of an output up to which a written file counts as the model, by the precision of the weights. Rounding
@@ -145,6 +146,9 @@ def _at_size(vit: VisionTransformer, image_size: int | tuple[int, int] | None) -
     if preprocess.output_size(height, width) != (height, width):
         preprocess = preprocess.with_size(height, width)
     vit.config = replace(config, image_size=(height, width), preprocess=preprocess)
+    for module in vit.modules():
+        if isinstance(module, RelPosBias):
+            module.resize(vit.config.grid)
     if vit.pos_embed is not None:
         table = resize_positions(vit.pos_embed, config.grid, vit.config.grid, config.position_interpolation)
         vit.pos_embed = nn.Parameter(table, requires_grad=False)
