@@ -59,14 +59,15 @@ def test_no_step_of_any_recipe_waits_for_the_device(recipe):
     elif recipe == "clip":
         config = clip(**sizes)
     elif recipe == "distill":
-        config = distill(teacher="vitreg_tiny_reg4", smoke=True, **sizes)
+        config = distill(teacher="vitreg_tiny_reg4", smoke=True, **{**sizes, "patch_size": 16})
         config = dataclasses.replace(config, method=dataclasses.replace(config.method, levels=2))
     else:
         config = dinov2(**sizes, smoke=True)
         centering = "mean" if "mean" in recipe else "sinkhorn"
         config = dataclasses.replace(config, method=dataclasses.replace(config.method, centering=centering))
     ema = 0.9 if recipe == "deit3" else 0.0
-    config = dataclasses.replace(config, drop_path=0.3, num_steps=4, ema_decay=ema)
+    drop_path = 0.0 if recipe == "distill" else 0.3
+    config = dataclasses.replace(config, drop_path=drop_path, num_steps=4, ema_decay=ema)
     config = dataclasses.replace(config, model=dataclasses.replace(config.model, depth=2))
     train_state = TrainState(config, Distributed(0, 1, torch.device("cpu")))
     images = Labeled()

@@ -211,5 +211,7 @@ def test_a_start_that_does_not_fit(tmp_path):
     config = distill(teacher=teacher, start=str(start), num_images=10)
     with pytest.raises(ValueError, match=r"projects \[64, 32\] channels, student and teacher have \[128, 32\]"):
         config.method.build(config.model)
+    with pytest.raises(ValueError, match="drop_path leaves images out of blocks"):
+        dataclasses.replace(config, drop_path=0.1)
     with pytest.raises(ValueError, match="4 levels of the student are to be matched with 2 blocks of the teacher"):
         DistillConfig(teacher, teacher_blocks=(1, 2))

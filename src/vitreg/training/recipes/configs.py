@@ -258,6 +258,8 @@ class DistillConfig(MethodConfig):
     def check(self, config: TrainingConfig) -> None:
         if self.levels > config.model.depth:
             raise ValueError(f"levels is {self.levels}, but the student has {config.model.depth} blocks; give fewer")
+        if config.drop_path:
+            raise ValueError("drop_path leaves images out of blocks, whose tokens distillation matches; set it to 0")
 
     def build(self, model: ViTConfig) -> Distill:
         from vitreg.training.recipes.distill import Distill
