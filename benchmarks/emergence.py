@@ -4,13 +4,12 @@
     python benchmarks/emergence.py table RUN ...
     python benchmarks/emergence.py evaluate RUN ... --data tiny-imagenet-100 [--plant] [--fix] [--json FILE]
     python benchmarks/emergence.py plot FILE --out IMAGE
-    python benchmarks/emergence.py pack WITHOUT WITH --out FOLDER
 
 `train` is the supervised recipe (deit3: cross-entropy, crops and flips) with the levers as options, on one thread, so
 that several runs share a machine; a run that was interrupted goes on with the same command. `table` prints a line of
 Markdown for every run, from its folder. `evaluate` diagnoses the trained model on all held-out images; with --plant,
 a copy with planted artifacts too; with --fix, the model, or that copy, with a test-time register. `plot` draws what it
-wrote of models with several numbers of registers. `pack` writes the pair that the package brings along.
+wrote of models with several numbers of registers.
 """
 
 import argparse
@@ -36,7 +35,7 @@ CPU = torch.device("cpu")
 
 @dataclasses.dataclass(frozen=True)
 class Levers:
-    """What a run may differ in; the defaults are the setting of the pair."""
+    """What a run may differ in; the defaults are the setting of the small pair."""
 
     width: int = 64
     depth: int = 8
@@ -245,13 +244,6 @@ def plot(args: argparse.Namespace) -> None:
     figure.savefig(args.out, dpi=110)
 
 
-def pack(args: argparse.Namespace) -> None:
-    for source, name in ((args.without, "vitreg_tiny"), (args.registers, "vitreg_tiny_reg4")):
-        vit = vitreg.load(source).half()
-        vit.config = dataclasses.replace(vit.config, name=name)
-        vitreg.save(vit, Path(args.out) / f"{name}.safetensors")
-
-
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     commands = parser.add_subparsers(required=True)
@@ -279,11 +271,6 @@ def main() -> None:
     command.add_argument("found")
     command.add_argument("--out", required=True)
     command.set_defaults(do=plot)
-    command = commands.add_parser("pack")
-    command.add_argument("without")
-    command.add_argument("registers")
-    command.add_argument("--out", required=True)
-    command.set_defaults(do=pack)
     args = parser.parse_args()
     args.do(args)
 

@@ -164,10 +164,9 @@ def test_the_bundled_pair_needs_no_network(tmp_path, monkeypatch, capsys):
     assert {path.name for path in tmp_path.glob("[!.]*")} == FILES
     assert (tmp_path / "report.html").stat().st_size < 5_000_000
     assert Image.open(tmp_path / "demo.png").width > 1400
-    plain, trained, *fixed = printed["models"]
-    assert trained["verdict"] == "no artifacts"
-    assert len(trained["register_norms"]) == 4
-    # Those of version 0.1 had no artifacts, so that there was nothing to fix.
-    assert [model["what"] for model in fixed] == ["test-time register"] * (plain["verdict"] == "artifacts")
-    assert all(model["verdict"] == "removed" for model in fixed)
+    assert [model["verdict"] for model in printed["models"]] == ["artifacts", "no artifacts", "removed"]
+    assert [len(model["register_norms"]) for model in printed["models"]] == [0, 4, 1]
+    plain, trained, fixed = (model["attention_on_outliers"] for model in printed["models"])
+    assert plain > 0.2
+    assert trained == fixed == 0
     assert len(printed["photographs"]) == len(bundled_photographs()) >= 8

@@ -120,9 +120,12 @@ def test_evaluate_all_asks_every_probe(folders, photographs, tmp_path, capsys, m
     assert printed["data"]["classification"]["num_train"] == 24
     for model in printed["models"]:
         assert len(model["probes"]["tokens"]["scores"]) > model["num_registers"]
-        missing = [s for p in model["probes"].values() for s in p["scores"] if s["subject"] == "outlier"]
-        assert missing
-        assert all(score["value"] is None and "outlier" in score["missing"] for score in missing), "said, not zero"
+        outlier = [s for p in model["probes"].values() for s in p["scores"] if s["subject"] == "outlier"]
+        assert outlier
+        if model["name"] == PAIR[0]:
+            assert any(score["value"] is not None for score in outlier)
+        else:
+            assert all(score["value"] is None and "outlier" in score["missing"] for score in outlier), "said, not zero"
     page = (out / "report.html").read_text()
     assert page.count('alt="truth of') == 6
     assert "https://" not in page
@@ -364,7 +367,7 @@ def test_ctrl_c_keeps_what_is_done_and_shows_it(folders, tmp_path):
     assert process.returncode == 130
     assert "the same command continues" in error.splitlines()[-1]
     assert "what is left takes on this machine about: linear" in error
-    assert "k-NN, 64 px: top-1" in printed
+    assert "k-NN, 224 px: top-1" in printed
     assert "The last command was interrupted" in printed
     (model,) = json.loads((tmp_path / "out" / "evaluation.json").read_text())["models"]
     assert list(model["probes"]) == ["knn"]

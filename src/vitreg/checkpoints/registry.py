@@ -64,8 +64,8 @@ def official_options(architecture: str) -> dict[str, Any]:
 
 
 MODELS = (
-    Model("vitreg_tiny", "", 0.4, 8, 0, "apache-2.0"),
-    Model("vitreg_tiny_reg4", "", 0.4, 8, 4, "apache-2.0"),
+    Model("vitreg_tiny", "", 3.3, 16, 0, "apache-2.0"),
+    Model("vitreg_tiny_reg4", "", 3.3, 16, 4, "apache-2.0"),
     Model("dino_vits16", "vit_small_patch16_224.dino", 21.7, 16, 0, "apache-2.0"),
     Model("dino_vits8", "vit_small_patch8_224.dino", 21.7, 8, 0, "apache-2.0"),
     Model("dino_vitb16", "vit_base_patch16_224.dino", 85.8, 16, 0, "apache-2.0"),
