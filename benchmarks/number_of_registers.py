@@ -36,7 +36,7 @@ def corloc(folder: Path) -> list[dict]:
 
 if __name__ == "__main__":
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("counts", type=int, nargs="+")
+    parser.add_argument("counts", nargs="+", help="what stands below each model")
     for name in ("found", "probes", "discovery", "out"):
         parser.add_argument(f"--{name}", type=Path, required=True)
     options = parser.parse_args()
