@@ -127,6 +127,7 @@ def test_preprocess_equals_the_processor_of_depth_anything(height, width):
         ({"rescale_factor": 1 / 127.5}, "rescale_factor"),
         ({"image_mean": None}, "image_mean"),
         ({"size": {"shortest_edge": 100}, "do_center_crop": True, "crop_size": 224}, "crop_size"),
+        ({"size": {"shortest_edge": 288}, "do_center_crop": True, "crop_size": {"shortest_edge": 288}}, "crop_size"),
     ],
 )
 def test_processors_beyond_preprocess_are_refused(change, message):

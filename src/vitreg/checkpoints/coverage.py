@@ -10,6 +10,7 @@ import contextlib
 import importlib
 import inspect
 import math
+import re
 import sys
 import warnings
 from collections import Counter
@@ -89,7 +90,8 @@ def coverage(filter: str = "", libraries: Iterable[str] = ()) -> Iterator[Covere
         for module, name, build in models(filter := filter.lower()):
             if filter not in f"{module} {name}".lower():
                 continue
-            with warnings.catch_warnings():  # of deprecated names
+            # Of deprecated names; and some print while they are built.
+            with warnings.catch_warnings(), contextlib.redirect_stdout(sys.stderr):
                 warnings.simplefilter("ignore")
                 found = _outcome(build, convert)
             if found is not None:
@@ -112,7 +114,8 @@ def _outcome(build: Build, convert: Callable[[Any], Any]) -> tuple[Status, str, 
         name = convert(model).config.name
     except CheckpointError as error:
         return "refused", error.part or str(error), str(error)
-    return "converted", name.strip("()") if name.startswith("(") else "", ""
+    path = re.search(r"\((.+)\)$", name)  # after what timm calls it, where it is of timm
+    return "converted", path[1] if path else "", ""
 
 
 def _timm_models(filter: str) -> Iterator[tuple[str, str, Build]]:

@@ -76,7 +76,10 @@ def _geometry(config: Mapping[str, Any]) -> tuple[tuple[int, int], Crop, float]:
     resized = _height_and_width(size["shortest_edge"] if square else size)
     if not center:
         return resized, "none" if square else "squash", 1.0
-    kept = _height_and_width(config.get("crop_size", 224))
+    crop = config.get("crop_size", 224)
+    if isinstance(crop, Mapping) and "height" not in crop:  # BridgeTower
+        raise _unknown_processor("crop_size", crop)
+    kept = _height_and_width(crop)
     fractions = {keep / full for keep, full in zip(kept, resized, strict=True)}
     if len(fractions) > 1 or max(fractions) > 1:
         raise _unknown_processor("crop_size", config.get("crop_size"))

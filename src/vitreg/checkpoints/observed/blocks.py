@@ -110,7 +110,8 @@ def run(call: Call, images: Tensor, subject: str) -> None:
         size = " x ".join(map(str, images.shape[-2:]))
         raise CheckpointError(
             f"{subject} does not run on images of {size} pixels ({one_line(error)[:200]}); what is observed takes "
-            f"images [B, 3, H, W], and `preprocess=` says of which size"
+            f"images [B, 3, H, W], and `preprocess=` says of which size",
+            part=f"does not run on images alone: {one_line(error)[:120]}",
         ) from error
 
 
@@ -155,7 +156,8 @@ def find_blocks(module: nn.Module, call: Call, images: Tensor, blocks: str | Seq
         where = f"blocks={blocks!r}" if isinstance(blocks, str) else "the blocks given" if blocks else "it"
         raise CheckpointError(
             f"{subject} cannot be observed: {where} has no blocks that hand on patch tokens ([B, tokens, width] or "
-            f"[B, rows, columns, width]) of one shape; if it has, name their ModuleList, as in blocks='encoder.layers'"
+            f"[B, rows, columns, width]) of one shape; if it has, name their ModuleList, as in blocks='encoder.layers'",
+            part="no blocks that hand on patch tokens of one shape",
         )
     return max(runs, key=lambda one: len(one.modules))
 

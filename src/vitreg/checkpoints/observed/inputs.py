@@ -49,7 +49,7 @@ def how_to_call(module: nn.Module) -> tuple[Call, bool]:
     off = {name: value for name, value in OFF.items() if name in parameters}
     if "grid_thw" in parameters:
         return lambda images: module(*patch_lists(images, config), **off), False
-    if "pixel_values_videos" in parameters:
+    if "pixel_values_videos" in parameters and hasattr(config, "tubelet_size"):
         frames = config.tubelet_size
         return lambda images: module(pixel_values_videos=_still(images, frames), **off), True
     if "pixel_values" in parameters and hasattr(config, "num_frames"):
@@ -70,7 +70,8 @@ def patch_lists(images: Float[Tensor, "B 3 H W"], config: Any) -> tuple[Float[Te
     Patches that will be merged follow each other, and a still image is repeated for the two frames of a patch. Source:
     transformers 5 `models/qwen2_vl/image_processing_qwen2_vl.py: patchify`.
     """
-    patch, merge, frames = config.patch_size, config.spatial_merge_size, config.temporal_patch_size
+    patch = config.patch_size
+    merge, frames = getattr(config, "spatial_merge_size", 1), getattr(config, "temporal_patch_size", 1)
     batch, channels, height, width = images.shape
     rows, columns = height // patch, width // patch
     if rows % merge or columns % merge:
