@@ -45,6 +45,7 @@ ELSEWHERE = {
     "evaluate all": "all of the above, in one",
     "timeline": "reads what a run has written",
     "models": "a list",
+    "export": "writes on the CPU what tests/registers/test_export.py reads",
     "demo": "diagnose, fix and discover, in one",
 }
 

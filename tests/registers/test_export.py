@@ -177,5 +177,5 @@ def test_the_command(tmp_path, capsys):
     assert max(told["errors"].values()) <= 1e-5
     with pytest.raises(SystemExit):
         cli.main(["export", "vitreg_tiny", "--out", str(tmp_path / "tiny.pt2"), "--no-check"])
-    assert "tiny.pt2: patches, logits of images of 64 x 64 pixels" in capsys.readouterr().out
+    assert "tiny.pt2: cls, patches, logits of images of 224 x 224 pixels" in capsys.readouterr().out
     assert {path.name for path in tmp_path.iterdir()} == {"tiny.onnx", "tiny.pt2"}

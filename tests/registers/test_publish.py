@@ -79,7 +79,7 @@ def test_the_card_says_what_was_done_and_found(hub, tiny_vit, fixed, test_data):
     comparison = vitreg.compare(tiny_vit, fixed, images)
     vitreg.push_to_hub(fixed, "user/vit-fixed", findings=comparison)
     folder = root / "user/vit-fixed"
-    card = (folder / "README.md").read_text()
+    card = (folder / "README.md").read_text(encoding="utf-8")
     head, body = card.removeprefix("---\n").split("\n---\n", 1)
     metadata = dict(line.split(": ", 1) for line in head.splitlines())
     assert json.loads(metadata["library_name"]) == "vitreg"
@@ -100,7 +100,7 @@ def test_the_card_of_a_model_as_it_was(tmp_path):
     vit = vitreg.load("vitreg_tiny")
     diagnosis = vitreg.diagnose(vit, bundled_photographs())
     save_repository(vit, tmp_path / "a", "user/tiny", findings=diagnosis, license="mit")
-    card = (tmp_path / "a" / "README.md").read_text()
+    card = (tmp_path / "a" / "README.md").read_text(encoding="utf-8")
     assert 'license: "mit"' in card
     assert "- Nothing: these are the weights as they were." in card
     assert re.search(r"!\[.*\]\(diagnosis.png\)", card)
@@ -142,7 +142,7 @@ def test_without_a_network(monkeypatch, fixed):
 def test_a_repository_of_transformers_is_still_asked_of_transformers(hub):
     root, asked = hub
     (root / "user/theirs").mkdir(parents=True)
-    (root / "user/theirs/config.json").write_text('{"model_type": "vit"}')
+    (root / "user/theirs/config.json").write_text('{"model_type": "vit"}', encoding="utf-8")
     with pytest.raises(vitreg.CheckpointError, match="could not get user/theirs"):
         vitreg.load("user/theirs")
     assert {keywords["filename"] for _, keywords in asked} == {"config.json"}  # no weights

@@ -163,7 +163,7 @@ def _program(model: _Outputs, dynamic_batch: bool) -> Any:
         return torch.export.export(model, (images,), dynamic_shapes=shapes, strict=False)
 
 
-def _write_onnx(program: Any, model: _Outputs, path: Path, dynamic_batch: bool) -> None:
+def _write_onnx(program: Any, model: _Outputs, temporary: Path, dynamic_batch: bool) -> None:
     shapes = {"images": {0: "batch"}} if dynamic_batch else None
     names: dict[str, Any] = {"input_names": ["images"], "output_names": list(model.names)}
     try:
@@ -175,11 +175,11 @@ def _write_onnx(program: Any, model: _Outputs, path: Path, dynamic_batch: bool) 
         raise ValueError(f"ONNX cannot express {what}; write a .pt2 instead") from error
     assert written is not None
     written.model.metadata_props.update(model.metadata)
-    written.save(path)
+    written.save(temporary)
 
 
-def _write_program(program: Any, model: _Outputs, path: Path, dynamic_batch: bool) -> None:
-    torch.export.save(program, path, extra_files={METADATA: json.dumps(model.metadata)})
+def _write_program(program: Any, model: _Outputs, temporary: Path, dynamic_batch: bool) -> None:
+    torch.export.save(program, temporary, extra_files={METADATA: json.dumps(model.metadata)})
 
 
 def _open_onnx(path: Path) -> Callable[[Tensor], list[Tensor]]:
