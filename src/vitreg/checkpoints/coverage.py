@@ -145,7 +145,7 @@ def _transformers_models(filter: str) -> Iterator[tuple[str, str, Build]]:
     with quiet_transformers():
         for file in sorted(Path(transformers.models.__path__[0]).glob("*/modeling_*.py")):
             module = file.parent.name
-            text = file.read_text("utf-8")
+            text = file.read_text(encoding="utf-8")
             if module in AUDIO or not any(sign in text for sign in ("pixel_values", "Conv2d")):
                 continue
             if filter not in f"{module} {text}".lower():
