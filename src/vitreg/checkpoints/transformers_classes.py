@@ -43,7 +43,7 @@ class Class:
     num_summary_tokens: Callable[[Any], int] = lambda hf: 0  # of its config
 
 
-def _powers(theta: float, num: int, count: int, first: int = 0) -> torch.Tensor:
+def _powers(theta: float | int, num: int, count: int, first: int = 0) -> torch.Tensor:
     """`theta ** -(i / num)` for i = first, first + 2, ..., so many: RoPE's angles of one step."""
     exponents = torch.arange(first, first + 2 * count, 2, dtype=torch.float64, device="cpu") / num
     return 1 / theta**exponents
