@@ -190,7 +190,6 @@ def cut(options: argparse.Namespace) -> None:
         cosine = F.cosine_similarity(tokens, wanted, dim=-1).mean()
         print(f"block {number}, of the teacher's {group[0]} to {group[-1]}: cosine of tokens {cosine:.3f}", flush=True)
     output = F.normalize(teacher.head(teacher.norm(streams[-1][:, 0])), dim=-1)
-    pooled = F.layer_norm(tokens[:, :1], (width,))
     pooled = F.layer_norm(tokens[:, 0], (width,))
     gram = pooled.T @ pooled + 0.1 * torch.eye(width)
     student.head.weight.copy_(torch.linalg.solve(gram, pooled.T @ output).T)

@@ -42,7 +42,7 @@ def distill(
     teacher's hold. So a pair is inherited, not emerged. The class token's attention is matched too, and the output of
     the teacher's head where it has one. Needs no labels.
 
-    With `start` the student begins with weights that are there, `benchmarks/cut_student.py` cuts them from a teacher.
+    With `start` the student begins with weights that are there; `benchmarks/cut_student.py` cuts such from a teacher.
 
     - Command: `vitreg train distill --teacher fixed.safetensors --data photographs/ --cache tokens/ --out RUN`
     - Smoke: `vitreg train distill --teacher dinov2_vits14 --smoke --data photographs/ --out RUN`
@@ -215,7 +215,7 @@ class Distill(Method):
 
 
 def _distances(found: Float[Tensor, "*T D"], wanted: Float[Tensor, "*T D"]) -> tuple[Tensor, Tensor]:
-    """One minus cosine, and the difference of the logarithms of norms; means over all tokens."""
+    """One minus cosine, and the squared difference of the logarithms of norms; means over all tokens."""
     direction = 1 - F.cosine_similarity(found, wanted, dim=-1).mean()
     found_norm, wanted_norm = (tokens.norm(dim=-1).clamp_min(1e-3).log() for tokens in (found, wanted))
     return direction, F.mse_loss(found_norm, wanted_norm)
