@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 
 from vitreg.artifacts import Comparison, Diagnosis
 from vitreg.checkpoints import registry
@@ -77,39 +77,26 @@ def _listed(sentences: Iterable[str]) -> list[str]:
     return [*(f"- {sentence}" for sentence in sentences), ""]
 
 
+_FIGURES: tuple[tuple[str, str, Callable[[float], str]], ...] = (
+    ("outlier patches, worst block", "outlier_fraction", percent),
+    ("largest patch norm", "max", number),
+    ("class token's attention on outliers, worst block", "attention_on_outliers", percent),
+)
+"""What is said of a block, and the attribute that holds it."""
+
+
 def _table(findings: Comparison | Diagnosis) -> list[str]:
     """The figures; of a comparison, both models by one threshold."""
-    if isinstance(findings, Diagnosis):
-        blocks = findings.blocks
-        attention = max((block.attention_on_outliers or 0.0 for block in blocks), default=0.0)
-        rows = [
-            ("outlier patches, worst block", percent(max(block.outlier_fraction for block in blocks))),
-            ("largest patch norm", number(max(block.max for block in blocks))),
-            ("class token's attention on outliers, worst block", percent(attention)),
-        ]
-        return ["| | |", "|---|---|", *(f"| {what} | {value} |" for what, value in rows)]
-    changes = findings.blocks
+    when = ("",) if isinstance(findings, Diagnosis) else ("_before", "_after")
     rows = [
-        (
-            "outlier patches, worst block",
-            *(percent(max(getattr(b, f"outlier_fraction_{when}") for b in changes)) for when in ("before", "after")),
-        ),
-        (
-            "largest patch norm",
-            *(number(max(getattr(b, f"max_{when}") for b in changes)) for when in ("before", "after")),
-        ),
-        (
-            "class token's attention on outliers, worst block",
-            *(
-                percent(max(getattr(b, f"attention_on_outliers_{when}") or 0.0 for b in changes))
-                for when in ("before", "after")
-            ),
-        ),
-        (
-            "cosine of patches, of class tokens",
-            "",
-            f"{_cosine(findings.patch_similarity)}, {_cosine(findings.cls_similarity)}",
-        ),
+        (what, *(told(max(getattr(block, field + one) or 0.0 for block in findings.blocks)) for one in when))
+        for what, field, told in _FIGURES
+    ]
+    if isinstance(findings, Diagnosis):
+        return ["| | |", "|---|---|", *(f"| {' | '.join(row)} |" for row in rows)]
+    similar = f"{_cosine(findings.patch_similarity)}, {_cosine(findings.cls_similarity)}"
+    rows += [
+        ("cosine of patches, of class tokens", "", similar),
         ("same largest output", "", percent(findings.head_agreement)),
     ]
     return ["| | before | after |", "|---|---|---|", *(f"| {' | '.join(row)} |" for row in rows)]
