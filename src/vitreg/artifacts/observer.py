@@ -26,6 +26,7 @@ from vitreg.artifacts.statistics import NormStatistics
 from vitreg.artifacts.threshold import parse_rule, threshold_step
 from vitreg.artifacts.verdict import position_kind, write_verdict
 from vitreg.checkpoints import ObservedViT, convert_or_observe
+from vitreg.common.modes import evaluating
 from vitreg.common.progress import OnProgress
 from vitreg.images import Batches, Images, SkippedImage, no_images
 from vitreg.model import ObservedConfig, Trace, VisionTransformer
@@ -238,24 +239,19 @@ def look_through(
         KeyboardInterrupt: on Ctrl-C, unless `keep_partial` and something was looked at.
     """
     start, done, interrupted = time.perf_counter(), 0, False
-    modes = [(part, part.training) for vit in models for part in vit.modules()]
-    for vit in models:
-        vit.eval()
     try:
-        for batch, names in batches:
-            seen = look(batch)
-            with _uninterrupted():
-                note(seen, batch, names)
-                done += len(names)
-            if on_progress is not None:
-                on_progress(done, batches.total)
+        with evaluating(*models):
+            for batch, names in batches:
+                seen = look(batch)
+                with _uninterrupted():
+                    note(seen, batch, names)
+                    done += len(names)
+                if on_progress is not None:
+                    on_progress(done, batches.total)
     except KeyboardInterrupt:
         if not (keep_partial and done):
             raise
         interrupted = True
-    finally:
-        for part, was_training in modes:
-            part.training = was_training
     if not done:
         raise no_images(batches.skipped)
     return {"skipped": batches.skipped, "interrupted": interrupted, "seconds": time.perf_counter() - start}

@@ -16,6 +16,7 @@ from vitreg.checkpoints.observed.blocks import Blocks, entering, first_tensor, h
 from vitreg.checkpoints.observed.inputs import how_to_call, input_dtype
 from vitreg.checkpoints.observed.layout import Layout, measure
 from vitreg.checkpoints.state import CheckpointError
+from vitreg.common.modes import evaluating
 from vitreg.model import ObservedConfig, Preprocess, Query, Tokens, Trace
 from vitreg.model.trace import Recorder
 
@@ -181,13 +182,7 @@ def looking(module: nn.Module) -> Iterator[None]:
 
     Not inference mode: a module may keep what it computes (positions, rotations), and train with it later.
     """
-    modes = [(part, part.training) for part in module.modules()]
     compiled = "torch._dynamo" in sys.modules
     eager = torch.compiler.set_stance("force_eager") if compiled else contextlib.nullcontext()
-    module.eval()
-    try:
-        with torch.inference_mode(False), torch.no_grad(), eager:
-            yield
-    finally:
-        for part, was_training in modes:
-            part.training = was_training
+    with evaluating(module), torch.inference_mode(False), torch.no_grad(), eager:
+        yield
