@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from pathlib import Path
 
 import pytest
@@ -55,6 +56,8 @@ WHOLE = {
     "Tipsv2Model": "vision_model",
     "ViTForMaskedImageModeling": "vit",
 }
+# timm's modules of plain Vision Transformers; of the others no model is read.
+PLAIN = ("vision_transformer", "eva", "deit", "beit", "naflexvit", "vision_transformer_relpos")
 # Read, but not as their configs are by default.
 UNLIKE_THE_DEFAULT = {"YolosModel"}
 
@@ -85,6 +88,16 @@ def test_every_model_is_read_or_refused_in_a_sentence_and_in_the_page(library):
         found = {model.name: model.detail for model in models if model.status == "converted"}
         assert {name for name, path in found.items() if not path} == set(CLASSES) - UNLIKE_THE_DEFAULT
         assert WHOLE.items() <= found.items()
+    refused = Counter(model.module for model in models if model.status == "refused")
+    of_module = Counter(model.module for model in models)
+    if library == "timm":
+        assert set(PLAIN) <= set(of_module)
+        for module, count in of_module.items():
+            assert refused[module] < 0.3 * count if module in PLAIN else refused[module] == count, module
+        hybrid = next(model for model in models if model.name == "vit_base_r50_s16_224")
+        assert "patch embedding HybridEmbed" in hybrid.sentence
+    if library == "open_clip":
+        assert 0.1 < refused.total() / len(models) < 0.5
     page = PAGE.read_text(encoding="utf-8")
     if f"{library} {versions()[library]}" in page.splitlines()[0]:
         assert section(markdown(models), library) == section(page, library), "vitreg models --coverage > docs/models.md"
