@@ -186,6 +186,8 @@ def test_evaluations_add_up_where_they_agree_and_say_where_they_do_not(tmp_path)
     assert left_out[0].startswith(
         "linear of reg is left out: it is of other images, targets or classes: photos (900 and"
     )
+    _, left_out = table(answer("new", 0, "tokens", result, data="others"))
+    assert left_out[0].endswith("with other targets or classes, or before its files changed")
     found, left_out = table(answer("plain", 0, "tokens", result, weights="new"))
     assert {sentence.rpartition(" is ")[2] for sentence in left_out} == {"of other weights of that name"}
     assert found == {("plain", "tokens"), ("reg", "linear"), ("reg", "depth")}

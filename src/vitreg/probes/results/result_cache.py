@@ -175,6 +175,8 @@ def why_not(earlier: Asked, later: Asked) -> str:
         return "of other weights of that name"
     if earlier.task == later.task and earlier.data != later.data:
         theirs, ours = (f"{one.images} ({one.num_train} and {one.num_val})" for one in (earlier, later))
+        if theirs == ours:  # the digests differ
+            return f"of {ours} with other targets or classes, or before its files changed"
         return f"of other images, targets or classes: {theirs}, not {ours}"
     if earlier.probe == later.probe and earlier.settings != later.settings:
         return "of other settings"
