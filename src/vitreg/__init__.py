@@ -22,6 +22,7 @@ if TYPE_CHECKING:
     from vitreg.model import AttentionRows, Preprocess, Tokens, Trace, VisionTransformer, ViTConfig
     from vitreg.registers import (
         RegisterNeuron,
+        add_prefix,
         add_registers,
         add_test_time_registers,
         export,
@@ -45,6 +46,7 @@ __all__ = [
     "Trace",
     "ViTConfig",
     "VisionTransformer",
+    "add_prefix",
     "add_registers",
     "add_test_time_registers",
     "compare",
@@ -76,7 +78,7 @@ _get, __dir__ = lazy(
         "images": ["ImageError"],
         "model": ["AttentionRows", "Preprocess", "Tokens", "Trace", "ViTConfig", "VisionTransformer"],
         "registers": [
-            *("RegisterNeuron", "add_registers", "add_test_time_registers", "find_register_neurons"),
+            *("RegisterNeuron", "add_prefix", "add_registers", "add_test_time_registers", "find_register_neurons"),
             *("export", "install_registers", "push_to_hub"),
         ],
     },

@@ -453,7 +453,7 @@ def test_the_public_names_are_frozen():
     assert dir(vitreg) == sorted(vitreg.__all__)
     assert sorted(vitreg.__all__) == [
         "AttentionRows", "CheckpointError", "Comparison", "Detection", "Diagnosis", "ImageError", "Preprocess",
-        "RegisterNeuron", "Tokens", "Trace", "ViTConfig", "VisionTransformer", "add_registers",
+        "RegisterNeuron", "Tokens", "Trace", "ViTConfig", "VisionTransformer", "add_prefix", "add_registers",
         "add_test_time_registers", "compare", "diagnose", "discover_objects", "export", "find_register_neurons",
         "from_open_clip", "from_state_dict", "from_timm", "from_transformers", "install_registers", "list_models",
         "load", "observe", "push_to_hub", "save",

@@ -107,6 +107,10 @@ def test_compare_writes_and_prints(photographs, fixed, tmp_path, capsys):
             ["fix", "{photos}", "--model", TINY, "--out", "{out}", "--registers", "0"],
             "--registers 0 must be at least 1",
         ),
+        (
+            ["fix", "{photos}", "--model", TINY, "--out", "{out}", "--method", "prefix", "--registers", "2"],
+            "--method prefix adds no registers",
+        ),
         (["fix", "nowhere/", "--model", TINY, "--out", "{out}"], "nowhere"),
         (["compare", TINY, "nothing.safetensors", "{photos}"], "nothing.safetensors"),
     ],
@@ -130,3 +134,12 @@ def test_an_old_file_survives_a_failed_fix(photographs, tmp_path):
     out.write_bytes(b"old")
     assert run("fix", *photographs[:5], "--model", TINY, "--out", out) == 2
     assert out.read_bytes() == b"old"
+
+
+def test_fix_by_prefix(photographs, tmp_path, capsys):
+    out = tmp_path / "fixed.safetensors"
+    assert run("fix", *photographs[:16], "--model", TINY, "--out", out, "--method", "prefix", "--json") == 0
+    result = json.loads(capsys.readouterr().out)
+    assert (result["method"], result["register_neurons"]) == ("prefix", [])
+    assert "silenced" in result["change"]
+    assert vitreg.load(str(out)).config.prefix_rows

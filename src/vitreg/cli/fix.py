@@ -1,16 +1,27 @@
-"""`vitreg fix`: artifacts into registers."""
+"""`vitreg fix`: a model without its artifacts, by any of the methods."""
 
 from __future__ import annotations
 
 import dataclasses
+import time
 from pathlib import Path
-from typing import Literal
+from typing import TYPE_CHECKING, Literal
 
 from vitreg.cli.compare import compare_models
 from vitreg.cli.options import Batching, Images, ModelOptions, positive, writable_folder
 from vitreg.cli.output import print_json, print_skipped, progress
 from vitreg.common.disk import writing
 from vitreg.common.json_types import to_json
+from vitreg.common.words import duration
+
+if TYPE_CHECKING:
+    from vitreg import VisionTransformer
+    from vitreg.images import Batches
+
+Method = Literal["test-time", "prefix"]
+
+ADDS_REGISTERS = ("test-time",)
+"""Methods that take a number of registers."""
 
 
 def fix(
@@ -18,17 +29,17 @@ def fix(
     *,
     model: ModelOptions,
     out: Path,
-    method: Literal["test-time"] = "test-time",
-    registers: int = 1,
+    method: Method = "test-time",
+    registers: int | None = None,
     report: Path | None = None,
     reading: Batching = Batching(),
     json: bool = False,
 ) -> int:
-    """Move a model's artifacts into registers, without training, and save the fixed model.
+    """Remove a model's artifacts, and save the fixed model.
 
-    The hidden units that write the artifacts are found in the images, 100 to 500 of the kind the model is for; the
-    fewest that remove them from images held back are moved. The file is read by --model of every command and by
-    vitreg.load. A model without artifacts is left alone.
+    What writes the artifacts is found in the images, 100 to 500 of the kind the model is for; some are held back to
+    choose by. The file is read by --model of every command and by vitreg.load. A model without artifacts, or that the
+    method cannot fix, is left alone.
 
     Example: vitreg fix photos/ --model dinov2_vitb14 --out fixed.safetensors --report before-after
 
@@ -36,49 +47,66 @@ def fix(
         images: files, folders or globs.
         model: the model and what it sees.
         out: the file to write, NAME.safetensors.
-        method: test-time moves activations to untrained registers (Jiang et al. 2025).
-        registers: so many are added.
+        method: test-time moves activations to untrained registers (Jiang et al. 2025); prefix silences the units and
+            gives attention fixed keys and values instead (RegCache 2025).
+        registers: so many are added, by default 1.
         report: folder for a before/after report on the same images.
         reading: which images, and how many at a time.
         json: print the result as JSON.
     """
     import vitreg
     from vitreg.images import Batches
+    from vitreg.registers import is_changed
 
     if out.suffix != ".safetensors":
         raise ValueError(f"--out {out} must end in .safetensors")
+    if registers is not None and method not in ADDS_REGISTERS:
+        raise ValueError(f"--method {method} adds no registers; leave out --registers")
     with writing(out.parent):
         out.parent.mkdir(parents=True, exist_ok=True)
     report = None if report is None else writable_folder(report)
-    count = positive("--registers", registers)
+    count = {} if registers is None else {"count": positive("--registers", registers)}
     vit = model.load()
     device = next(vit.parameters()).device
     batches = Batches(images, vit.preprocess, device=device, **dataclasses.asdict(reading))
-    with progress("looking for the units that write them") as on_progress:
-        fixed = vitreg.add_test_time_registers(vit, batches, count=count, on_progress=on_progress)
-    skipped = to_json(batches.skipped)
-    if fixed.num_registers == vit.num_registers:
-        reason = fixed.config.changes[-1]
+    begun = time.perf_counter()
+    fixed = _fixed(method, vit, batches, count)
+    seconds = time.perf_counter() - begun
+    skipped, change = to_json(batches.skipped), fixed.config.changes[-1]
+    if not is_changed(vit, fixed):
         if json:
-            print_json({"fixed": False, "reason": reason, "skipped": skipped})
+            print_json({"fixed": False, "method": method, "reason": change, "skipped": skipped})
         else:
             print_skipped(batches.skipped)
-            print(f"{reason}\nNothing was written.")
+            print(f"{change}\nNothing was written.")
         return 0
     vitreg.save(fixed, out)
     result = {
         "fixed": True,
+        "method": method,
         "out": str(out),
         "register_neurons": [list(neuron) for neuron in fixed.config.register_neurons],
         "register_weight": fixed.config.register_weight,
-        "change": fixed.config.changes[-1],
+        "change": change,
+        "seconds": seconds,
         "skipped": skipped,
     }
     if not json:
         print_skipped(batches.skipped if report is None else ())
-        print(f"{fixed.config.changes[-1]}\nThe fixed model is {out}")
+        print(f"{change}\nThe fixed model is {out}; it took {duration(seconds)}")
     if report is None:
         if json:
             print_json(result)
         return 0
     return compare_models(vit, fixed, images, report, reading, json=json, besides=result)
+
+
+def _fixed(method: Method, vit: VisionTransformer, batches: Batches, count: dict[str, int]) -> VisionTransformer:
+    """What the method makes of the model."""
+    import vitreg
+
+    if method == "prefix":
+        with progress("looking for what to silence") as on_progress:
+            return vitreg.add_prefix(vit, batches, on_progress=on_progress)
+    with progress("looking for the units that write them") as on_progress:
+        return vitreg.add_test_time_registers(vit, batches, **count, on_progress=on_progress)

@@ -30,9 +30,17 @@ ROW_BUDGET = 2**24
 
 
 class Attention(nn.Module):
-    """`softmax(q k^T / sqrt(d)) v` over all tokens, through PyTorch's fused kernel."""
+    """`softmax(q k^T / sqrt(d)) v` over all tokens, through PyTorch's fused kernel.
 
-    def __init__(self, config: ViTConfig) -> None:
+    Args:
+        config: the architecture.
+        block: number of the block, on which its prefix depends.
+
+    Attributes:
+        prefix: keys and values that every image has besides, `[2, H, P, d]`, or None.
+    """
+
+    def __init__(self, config: ViTConfig, block: int = 0) -> None:
         super().__init__()
         dim = config.embed_dim
         self.num_heads = config.num_heads
@@ -43,6 +51,8 @@ class Attention(nn.Module):
         self.norm = norm_layer(config, dim) if config.attention_norm else nn.Identity()
         self.proj = nn.Linear(dim, dim, bias=config.proj_bias)
         self.rel_pos = RelPosBias(config) if config.rel_pos else None
+        rows = dict(config.prefix_rows).get(block)
+        self.prefix = nn.Parameter(torch.empty(2, config.num_heads, rows, config.head_dim)) if rows else None
         self.masks_key_bias = config.qkv_bias and not config.key_bias
 
     def forward(
@@ -67,15 +77,21 @@ class Attention(nn.Module):
             q = rotate(q, rotation, interleaved=self.interleaved)
             k = rotate(k, rotation, interleaved=self.interleaved)
         if record is not None:
+            if self.prefix is not None:
+                record("prefix", self.prefix[0])
             record("queries", q)
             record("keys", k)
             record("values", v)
+        if self.prefix is not None:
+            keys, values = self.prefix.expand(k.shape[0], -1, -1, -1, -1).unbind(1)
+            k, v = torch.cat((keys, k), dim=2), torch.cat((values, v), dim=2)
+            bias = None if bias is None else F.pad(bias, (keys.shape[2], 0))
         x = self.mix(q, k, v) if bias is None else _attend(q, k, v, bias)
         x = x.transpose(1, 2).flatten(2)
         return self.proj(self.norm(x))
 
     def mix(
-        self, q: Float[Tensor, "B H T d"], k: Float[Tensor, "B H T d"], v: Float[Tensor, "B H T d"]
+        self, q: Float[Tensor, "B H T d"], k: Float[Tensor, "B H K d"], v: Float[Tensor, "B H K d"]
     ) -> Float[Tensor, "B H T d"]:
         """The values, weighed by the softmax of the products of queries and keys."""
         return _attend(q, k, v)
@@ -83,9 +99,9 @@ class Attention(nn.Module):
 
 def _attend(
     q: Float[Tensor, "B H T d"],
-    k: Float[Tensor, "B H T d"],
-    v: Float[Tensor, "B H T d"],
-    bias: Float[Tensor, "1 H T T"] | None = None,
+    k: Float[Tensor, "B H K d"],
+    v: Float[Tensor, "B H K d"],
+    bias: Float[Tensor, "1 H T K"] | None = None,
 ) -> Float[Tensor, "B H T d"]:
     """The fused kernel, on keys and values padded to whole tiles where that is faster.
 
@@ -98,16 +114,16 @@ def _attend(
         return F.scaled_dot_product_attention(q, k, v, attn_mask=bias)
     mask = F.pad(q.new_zeros(1, 1, 1, tokens) if bias is None else bias, (0, missing), value=-torch.inf)
     pad = (0, 0, 0, missing)
-    mask = mask.expand(1, -1, tokens, -1)
+    mask = mask.expand(1, -1, q.shape[2], -1)
     return F.scaled_dot_product_attention(q, F.pad(k, pad), F.pad(v, pad), attn_mask=mask)
 
 
 def attention_rows(
     queries: Float[Tensor, "B H T d"],
-    keys: Float[Tensor, "B H T d"],
+    keys: Float[Tensor, "B H K d"],
     rows: Int[Tensor, " Q"],
-    bias: Float[Tensor, "1 H T T"] | None = None,
-) -> Float[Tensor, "B H Q T"]:
+    bias: Float[Tensor, "1 H T K"] | None = None,
+) -> Float[Tensor, "B H Q K"]:
     """The chosen rows of the attention matrix, float32, exactly as the fused kernel weighs the values.
 
     Cost and memory are those of the rows asked for: `softmax(q[rows] k^T / sqrt(d) + bias[rows])`, some at a time.
@@ -123,7 +139,7 @@ def attention_rows(
     return parts[0] if len(parts) == 1 else torch.cat(parts, dim=2)
 
 
-def _scores(queries: Float[Tensor, "B H Q d"], keys: Float[Tensor, "B H d T"]) -> Float[Tensor, "B H Q T"]:
+def _scores(queries: Float[Tensor, "B H Q d"], keys: Float[Tensor, "B H d K"]) -> Float[Tensor, "B H Q K"]:
     """Their product; on a CPU head by head, because keys are a view of the fused projection that matmul would copy."""
     if queries.device.type != "cpu":
         return queries @ keys

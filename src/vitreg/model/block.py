@@ -114,7 +114,7 @@ class Block(nn.Module):
 
     Args:
         config: the architecture.
-        index: number of the block, on which register neurons and differential attention depend.
+        index: number of the block, on which register neurons, prefix and differential attention depend.
     """
 
     def __init__(self, config: ViTConfig, index: int) -> None:
@@ -122,7 +122,7 @@ class Block(nn.Module):
         self.parallel, self.post_norm = config.parallel, config.post_norm
         self.test_time_registers, self.num_copies = config.test_time_registers, config.num_attention_copies
         self.norm1 = block_norm(config)
-        self.attn = DifferentialAttention(config, index) if config.differential else Attention(config)
+        self.attn = (DifferentialAttention if config.differential else Attention)(config, index)
         self.mlp = Mlp(config, tuple(unit for block, unit in config.register_neurons if block == index))
         self.ls1 = nn.Parameter(torch.empty(config.embed_dim)) if config.layer_scale else None
         self.norm2 = self.ls2 = None

@@ -79,6 +79,8 @@ class ViTConfig:
         register_neurons: (block, hidden unit) of the MLP units whose activation is moved, in every image, to the
             test-time registers (see `Mlp`).
         register_weight: tokens that each test-time register counts as in attention (see `Block`).
+        prefix_rows: (block, how many) keys and values that are the same in every image, which the attention of the
+            block sees beside those of its tokens (RegCache, arXiv 2510.04547).
         class_token: whether there is one.
         num_classes: outputs of the head (classes, or the width of CLIP's projection); 0 for no head.
         head_bias: whether the head has a bias.
@@ -129,6 +131,7 @@ class ViTConfig:
     num_test_time_registers: int = 0
     register_neurons: tuple[tuple[int, int], ...] = ()
     register_weight: int = 1
+    prefix_rows: tuple[tuple[int, int], ...] = ()
     class_token: bool = True
     num_classes: int = 0
     head_bias: bool = True
@@ -196,6 +199,10 @@ class ViTConfig:
                 f"registers, which pool 'token' reads beside the class token, and pool is {self.pool!r}"
             )
         self._check_register_neurons()
+        if not all(0 <= block < self.depth and rows > 0 for block, rows in self.prefix_rows):
+            raise ValueError(
+                f"prefix_rows {self.prefix_rows}: the model has blocks 0 to {self.depth - 1}; give 1 row or more"
+            )
         if self.pool_dim and "attention" not in self.pool:
             raise ValueError(f"pool_dim is {self.pool_dim}, but pool {self.pool!r} is no attention pool; leave it out")
         if "token" in self.pool and not self.class_token:
@@ -280,7 +287,8 @@ class ViTConfig:
         values["preprocess"] = Preprocess(**_tuples(current_fields(values["preprocess"])))
         if values.get("rope"):
             values["rope"] = RopeConfig(**_tuples(values["rope"]))
-        values["register_neurons"] = [tuple(neuron) for neuron in values.get("register_neurons", ())]
+        for name in ("register_neurons", "prefix_rows"):
+            values[name] = [tuple(pair) for pair in values.get(name, ())]
         return cls(**_tuples(values))
 
 

@@ -26,7 +26,7 @@ class DifferentialAttention(Attention):
     """
 
     def __init__(self, config: ViTConfig, block: int) -> None:
-        super().__init__(config)
+        super().__init__(config, block)
         half = config.head_dim // 2
         if config.qk_norm:
             self.q_norm, self.k_norm = (HalvesNorm(half, config.norm_eps) for _ in range(2))
@@ -54,7 +54,7 @@ class DifferentialAttention(Attention):
         return super().forward(x, position, record)
 
     def mix(
-        self, q: Float[Tensor, "B H T d"], k: Float[Tensor, "B H T d"], v: Float[Tensor, "B H T d"]
+        self, q: Float[Tensor, "B H T d"], k: Float[Tensor, "B H K d"], v: Float[Tensor, "B H K d"]
     ) -> Float[Tensor, "B H T d"]:
         """Both softmaxes in one fused call: a query whose other half is zero meets one half of the keys only.
 
@@ -81,10 +81,10 @@ def lambda_init(block: int) -> float:
 
 def differential_rows(
     queries: Float[Tensor, "B H T d"],
-    keys: Float[Tensor, "B H T d"],
+    keys: Float[Tensor, "B H K d"],
     rows: Int[Tensor, " Q"],
     weight: Float[Tensor, ""],
-) -> Float[Tensor, "B H Q T"]:
+) -> Float[Tensor, "B H Q K"]:
     """The chosen rows of what weighs the values: the first softmax minus `weight` (lambda) times the second.
 
     Entries may be negative, and a row sums to `1 - lambda`. The RMSNorm of the heads, which follows, is not part of it.

@@ -8,6 +8,7 @@ from dataclasses import dataclass
 from typing import Literal, SupportsIndex, get_args
 
 import torch
+import torch.nn.functional as F
 from jaxtyping import Float
 from torch import Tensor
 
@@ -25,7 +26,8 @@ Query = Literal["cls", "registers"] | SupportsIndex | tuple[SupportsIndex, Suppo
 class AttentionRows:
     """Rows of the attention matrices of the traced blocks: what each chosen query attends to.
 
-    A row sums to one over `to_cls`, `to_registers` and `to_patches` together. With differential attention it is the
+    A row sums to one over `to_cls`, `to_registers` and `to_patches` together, less what goes to the fixed keys of a
+    block that has some (`ViTConfig.prefix_rows`). With differential attention it is the
     difference of two softmaxes that weighs the values: entries may be negative, and a row sums to 1 - lambda.
 
     Attributes:
@@ -119,6 +121,7 @@ class Recorder:
         self._queries: Tensor | None = None
         self._lambda: Tensor | None = None
         self._bias: Tensor | None = None
+        self._prefix: Tensor | None = None
 
     def wants(self, block: int) -> bool:
         """Whether anything inside this block is recorded (norms are taken from outside)."""
@@ -130,6 +133,8 @@ class Recorder:
             self._lambda = value
         elif name == "bias":
             self._bias = value
+        elif name == "prefix":
+            self._prefix = value
         elif name == "queries" and self.rows:
             self._queries = value
         elif name == "keys" and self.rows:
@@ -146,10 +151,16 @@ class Recorder:
         """The rows asked for, `[B, H, Q, T]`; a register's share is that of all its copies."""
         copies = self.config.num_attention_copies
         chosen = torch.tensor([row for row, _ in self.rows], device=keys.device) + copies
+        bias, fixed = self._bias, 0
+        if self._prefix is not None:
+            fixed = self._prefix.shape[1]
+            keys = torch.cat((self._prefix.expand(len(keys), -1, -1, -1), keys), dim=2)
+            bias, self._prefix = None if bias is None else F.pad(bias, (fixed, 0)), None
         if self._lambda is None:
-            rows = attention_rows(queries, keys, chosen, self._bias)
+            rows = attention_rows(queries, keys, chosen, bias)
         else:
             rows = differential_rows(queries, keys, chosen, self._lambda)
+        rows = rows[..., fixed:]
         if copies:
             rows, of_copies = rows[..., copies:].clone(), rows[..., :copies]
             each = of_copies.unflatten(-1, (-1, self.config.num_test_time_registers)).sum(-2)

@@ -9,6 +9,7 @@ from jaxtyping import Float
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
+from vitreg.model.attention import Attention
 from vitreg.model.block import Block, Subset
 from vitreg.model.config import ViTConfig
 from vitreg.model.differential import DifferentialAttention
@@ -91,7 +92,8 @@ class VisionTransformer(nn.Module):
                 nn.init.trunc_normal_(module.table, std=0.02)
             elif isinstance(module, AttentionPool):
                 nn.init.trunc_normal_(module.latent, std=self.config.embed_dim**-0.5)
-        for token in (self.cls_token, self.pos_embed):
+        prefixes = [module.prefix for module in self.modules() if isinstance(module, Attention)]
+        for token in (self.cls_token, self.pos_embed, *prefixes):
             if token is not None:
                 nn.init.trunc_normal_(token, std=0.02)
         if self.rope_frequencies is not None:

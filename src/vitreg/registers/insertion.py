@@ -1,7 +1,8 @@
-"""A copy of a model with registers put in."""
+"""Copies of a model: with registers put in, or as it was."""
 
 from __future__ import annotations
 
+import copy
 import dataclasses
 from typing import Any
 
@@ -36,3 +37,18 @@ def with_registers(vit: VisionTransformer, values: Float[Tensor, "R D"], at: int
         changed.get_parameter(name).requires_grad_(parameter.requires_grad)
     changed.gradient_checkpointing = vit.gradient_checkpointing
     return changed.train(vit.training)
+
+
+def unchanged(vit: VisionTransformer, reason: str) -> VisionTransformer:
+    """A copy whose last of `config.changes` says why nothing was done to it."""
+    same = copy.deepcopy(vit)
+    same.config = dataclasses.replace(vit.config, changes=(*vit.config.changes, reason))
+    return same
+
+
+def is_changed(vit: VisionTransformer, fixed: VisionTransformer) -> bool:
+    """Whether a fix did anything to the model."""
+    if dataclasses.replace(fixed.config, changes=vit.config.changes) != vit.config:
+        return True
+    state = vit.state_dict()
+    return any(not torch.equal(tensor, state[name]) for name, tensor in fixed.state_dict().items())
