@@ -5,7 +5,7 @@ from __future__ import annotations
 import dataclasses
 import time
 from pathlib import Path
-from typing import TYPE_CHECKING, Literal
+from typing import TYPE_CHECKING, Any, Literal
 
 from vitreg.cli.compare import compare_models
 from vitreg.cli.options import Batching, Images, ModelOptions, positive, writable_folder
@@ -101,7 +101,7 @@ def fix(
     return compare_models(vit, fixed, images, report, reading, json=json, besides=result)
 
 
-def _fixed(method: Method, vit: VisionTransformer, batches: Batches, count: dict[str, int]) -> VisionTransformer:
+def _fixed(method: Method, vit: VisionTransformer, batches: Batches, count: dict[str, Any]) -> VisionTransformer:
     """What the method makes of the model."""
     import vitreg
 
