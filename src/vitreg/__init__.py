@@ -25,6 +25,7 @@ if TYPE_CHECKING:
         add_prefix,
         add_registers,
         add_test_time_registers,
+        bake_registers,
         export,
         find_register_neurons,
         install_registers,
@@ -49,6 +50,7 @@ __all__ = [
     "add_prefix",
     "add_registers",
     "add_test_time_registers",
+    "bake_registers",
     "compare",
     "diagnose",
     "discover_objects",
@@ -79,7 +81,7 @@ _get, __dir__ = lazy(
         "model": ["AttentionRows", "Preprocess", "Tokens", "Trace", "ViTConfig", "VisionTransformer"],
         "registers": [
             *("RegisterNeuron", "add_prefix", "add_registers", "add_test_time_registers", "find_register_neurons"),
-            *("export", "install_registers", "push_to_hub"),
+            *("bake_registers", "export", "install_registers", "push_to_hub"),
         ],
     },
 )

@@ -454,7 +454,8 @@ def test_the_public_names_are_frozen():
     assert sorted(vitreg.__all__) == [
         "AttentionRows", "CheckpointError", "Comparison", "Detection", "Diagnosis", "ImageError", "Preprocess",
         "RegisterNeuron", "Tokens", "Trace", "ViTConfig", "VisionTransformer", "add_prefix", "add_registers",
-        "add_test_time_registers", "compare", "diagnose", "discover_objects", "export", "find_register_neurons",
+        "add_test_time_registers", "bake_registers", "compare", "diagnose", "discover_objects", "export",
+        "find_register_neurons",
         "from_open_clip", "from_state_dict", "from_timm", "from_transformers", "install_registers", "list_models",
         "load", "observe", "push_to_hub", "save",
     ]  # fmt: skip

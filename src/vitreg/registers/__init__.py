@@ -1,5 +1,6 @@
 """The fix: registers for a pretrained Vision Transformer, untrained or trainable."""
 
+from vitreg.registers.baked import bake_registers
 from vitreg.registers.export import Exported, export
 from vitreg.registers.insertion import is_changed
 from vitreg.registers.install import InstalledRegisters, install_registers
@@ -16,6 +17,7 @@ __all__ = [
     "add_prefix",
     "add_registers",
     "add_test_time_registers",
+    "bake_registers",
     "export",
     "find_register_neurons",
     "install_registers",
