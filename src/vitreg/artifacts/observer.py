@@ -21,6 +21,7 @@ from vitreg.artifacts.decision import EVIDENT, Decision, decide
 from vitreg.artifacts.diagnosis import BlockNorms, Diagnosis, Histogram, NeighbourSimilarity, Status
 from vitreg.artifacts.examples import Examples
 from vitreg.artifacts.histogram import BINS_PER_STEP, LogAxis
+from vitreg.artifacts.measures import MEASURES, probe_images
 from vitreg.artifacts.outliers import onset, reported_block
 from vitreg.artifacts.statistics import NormStatistics
 from vitreg.artifacts.threshold import parse_rule, threshold_step
@@ -55,6 +56,8 @@ class Observer:
         self._rule = parse_rule(threshold)
         self._axis = LogAxis(self._rule.value if self._rule.kind == "fixed" else None)
         self._examples = Examples(vit, max_examples)
+        self._measures = {name: sums(vit.config) for name, sums in MEASURES.items()}
+        self._summaries = {key: made for sums in self._measures.values() for key, made in sums.summaries.items()}
         self._statistics: NormStatistics | None = None
         self._image_size = (0, 0)
 
@@ -68,7 +71,11 @@ class Observer:
     def look(self, batch: Float[Tensor, "B 3 H W"]) -> Trace:
         """Run the model on a batch; until it is noted, the batch does not count."""
         return self._vit.trace(
-            batch, attention_from=self._examples.queries(), embeddings=True, largest=self._examples.num_largest()
+            batch,
+            attention_from=self._examples.queries(),
+            embeddings=True,
+            largest=self._examples.num_largest(),
+            summaries=self._summaries,
         )
 
     @torch.inference_mode()
@@ -91,6 +98,17 @@ class Observer:
             )
         self._statistics.update(trace)
         self._examples.add(trace, batch, names)
+        for sums in self._measures.values():
+            sums.add(trace, names)
+
+    @torch.inference_mode()
+    def _look_at_probes(self) -> None:
+        """Images that nobody gave, of the same size; they are in the ranges and nowhere else."""
+        ranges = self._measures["ranges"]
+        images, names = probe_images(self._vit.preprocess, self._image_size)
+        with evaluating(self._vit):
+            trace = self._vit.trace(images.to(next(self._vit.parameters()).device), summaries=ranges.summaries)
+        ranges.add(trace, names, probes=True)
 
     def bins(self, trace: Trace) -> Int[Tensor, "L B N"]:
         """In which bin of the axis the norm of each patch lies, after every block; on the CPU."""
@@ -109,6 +127,7 @@ class Observer:
 
     def conclude(self, *, skipped: tuple[SkippedImage, ...], interrupted: bool, seconds: float) -> Diagnosis:
         """Choose thresholds, block and onset from the sums, and put the findings into words."""
+        self._look_at_probes()
         statistics, axis, steps, undecided = self.statistics, self._axis, self.decision.steps, self.decision.undecided
         counts, largest = statistics.counts(), statistics.moments()[2]
         above = [statistics.num_above(i, step) for i, step in enumerate(steps)]
@@ -158,6 +177,8 @@ class Observer:
             image_size=self._image_size,
             examples=tuple(self._examples.maps),
         )
+        measured: dict[str, Any] = {name: sums.conclude() for name, sums in self._measures.items()}
+        diagnosis = dataclasses.replace(diagnosis, **measured)
         return dataclasses.replace(diagnosis, verdict=write_verdict(diagnosis))
 
     def _status(self, blocks: Sequence[BlockNorms]) -> Status:
