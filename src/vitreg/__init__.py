@@ -20,6 +20,7 @@ if TYPE_CHECKING:
     from vitreg.discovery import Detection, discover_objects
     from vitreg.images import ImageError
     from vitreg.model import AttentionRows, Preprocess, Tokens, Trace, VisionTransformer, ViTConfig
+    from vitreg.probes import extract, open_store
     from vitreg.registers import (
         RegisterNeuron,
         add_prefix,
@@ -55,6 +56,7 @@ __all__ = [
     "diagnose",
     "discover_objects",
     "export",
+    "extract",
     "find_register_neurons",
     "from_open_clip",
     "from_state_dict",
@@ -64,6 +66,7 @@ __all__ = [
     "list_models",
     "load",
     "observe",
+    "open_store",
     "push_to_hub",
     "save",
 ]
@@ -79,6 +82,7 @@ _get, __dir__ = lazy(
         "discovery": ["Detection", "discover_objects"],
         "images": ["ImageError"],
         "model": ["AttentionRows", "Preprocess", "Tokens", "Trace", "ViTConfig", "VisionTransformer"],
+        "probes": ["extract", "open_store"],
         "registers": [
             *("RegisterNeuron", "add_prefix", "add_registers", "add_test_time_registers", "find_register_neurons"),
             *("bake_registers", "export", "install_registers", "push_to_hub"),

@@ -310,7 +310,7 @@ FLAGS = {
     "attention": f"IMAGES {MODEL} --size --block --queries --out --crop --limit --strict --json",
     "compare": f"A B IMAGES --architecture --device --dtype --size --out {READING} --json",
     "demo": f"{MODEL} --size --out --json",
-    "diagnose": f"IMAGES {MODEL} --size --out --threshold --block {READING} --json",
+    "diagnose": f"IMAGES --store {MODEL} --size --out --threshold --block {READING} --json",
     "discover": (
         f"IMAGES {MODEL} --out --method --facet --block --no-normalize --no-center --bias --k-patches --max-objects "
         f"{READING} --no-overlays --json"
@@ -343,6 +343,10 @@ FLAGS = {
     ),
     "evaluate zero-shot": f"{EVALUATION} --data --class-names --templates",
     "export": "MODEL --out --architecture --dtype --size --no-dynamic-batch --no-check --json",
+    "extract": (
+        f"SOURCE {MODEL} --size --out --tokens --blocks --store-dtype --shard-size --batch-size --strict --shard "
+        "--dry-run --json"
+    ),
     "fix": f"IMAGES {MODEL} --size --out --method --registers --report {READING} --json",
     "models": "--filter --coverage --json",
     "timeline": "RUN --out --json",
@@ -455,9 +459,9 @@ def test_the_public_names_are_frozen():
         "AttentionRows", "CheckpointError", "Comparison", "Detection", "Diagnosis", "ImageError", "Preprocess",
         "RegisterNeuron", "Tokens", "Trace", "ViTConfig", "VisionTransformer", "add_prefix", "add_registers",
         "add_test_time_registers", "bake_registers", "compare", "diagnose", "discover_objects", "export",
-        "find_register_neurons",
+        "extract", "find_register_neurons",
         "from_open_clip", "from_state_dict", "from_timm", "from_transformers", "install_registers", "list_models",
-        "load", "observe", "push_to_hub", "save",
+        "load", "observe", "open_store", "push_to_hub", "save",
     ]  # fmt: skip
 
 

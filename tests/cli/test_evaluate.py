@@ -328,10 +328,10 @@ def test_every_model_once(folders, tmp_path, capsys):
 
 
 def test_a_full_disk_is_one_sentence(folders, tmp_path, capsys, monkeypatch):
-    def full(*_):
+    def full(*_, **__):
         raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
 
-    monkeypatch.setattr("vitreg.probes.store.tensor_file.save_file", full)
+    monkeypatch.setattr("pyarrow.parquet.ParquetWriter.write_batch", full)
     assert run("evaluate", "knn", "--data", folders, "--models", PAIR[0], "--out", tmp_path / "out") != 0
     error = capsys.readouterr().err.strip().splitlines()[-1]
     assert "space" in error.lower()

@@ -9,6 +9,7 @@ import time
 from collections.abc import Callable, Sequence
 from pathlib import Path
 
+import numpy as np
 import torch
 from PIL import Image
 
@@ -16,6 +17,7 @@ import vitreg
 from peers import perturb
 from vitreg.images import ImageError, ImageSet, open_image_set
 from vitreg.probes import FeaturesConfig, extract
+from vitreg.probes.store.shards import open_shard
 
 BLOCKS = FeaturesConfig(blocks=(0, -1), dtype="float32", shard_size=8)
 KILLED = FeaturesConfig(blocks=(1, 2), patches=20, shard_size=4)
@@ -57,6 +59,17 @@ class Images(ImageSet):
 
     def name(self, index: int) -> str:
         return self._images.name(self._indices[index])
+
+
+def spoil_first_value(store: Path, column: str) -> None:
+    """Make the first number of a column of the first shard one that is not finite, in place."""
+    path = min(store.glob("shards/*.parquet"))
+    first = open_shard(path).mapped(column)[0][:1].copy()
+    at = path.read_bytes().index(first.tobytes())
+    first.flat[0] = np.nan
+    with path.open("r+b") as file:
+        file.seek(at)
+        file.write(first.tobytes())
 
 
 def validation(data: Path, number: int, broken: Sequence[int] = ()) -> Images:

@@ -2,13 +2,16 @@
 
 from vitreg.artifacts.compare import compare
 from vitreg.artifacts.comparison import BlockChange, Comparison
+from vitreg.artifacts.conclusion import check_block, choose_thresholds, conclude
 from vitreg.artifacts.diagnosis import BlockNorms, Diagnosis, NeighbourSimilarity
-from vitreg.artifacts.observer import diagnose
+from vitreg.artifacts.histogram import LogAxis
+from vitreg.artifacts.observer import diagnose, model_card
 from vitreg.artifacts.outcome import REMOVED
-from vitreg.artifacts.outliers import OutlierNorms, find_outliers
+from vitreg.artifacts.outliers import OutlierNorms, find_outliers, outlier_norms
 from vitreg.artifacts.planted import plant_artifacts
-from vitreg.artifacts.statistics import neighbour_similarity
-from vitreg.artifacts.threshold import two_modes
+from vitreg.artifacts.statistics import NormStatistics, neighbour_similarity
+from vitreg.artifacts.threshold import parse_rule, two_modes
+from vitreg.artifacts.verdict import write_advice
 
 __all__ = [
     "REMOVED",
@@ -16,12 +19,21 @@ __all__ = [
     "BlockNorms",
     "Comparison",
     "Diagnosis",
+    "LogAxis",
     "NeighbourSimilarity",
+    "NormStatistics",
     "OutlierNorms",
+    "check_block",
+    "choose_thresholds",
     "compare",
+    "conclude",
     "diagnose",
     "find_outliers",
+    "model_card",
     "neighbour_similarity",
+    "outlier_norms",
+    "parse_rule",
     "plant_artifacts",
     "two_modes",
+    "write_advice",
 ]

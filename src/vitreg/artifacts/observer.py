@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import contextlib
-import dataclasses
 import signal
 import threading
 import time
@@ -11,21 +10,17 @@ from collections.abc import Callable, Iterator, Sequence
 from functools import cached_property
 from typing import Any, TypedDict, TypeVar
 
-import numpy as np
 import torch
 from jaxtyping import Float, Int
-from numpy.typing import NDArray
 from torch import Tensor, nn
 
-from vitreg.artifacts.decision import EVIDENT, Decision, decide
-from vitreg.artifacts.diagnosis import BlockNorms, Diagnosis, Histogram, NeighbourSimilarity, Status
+from vitreg.artifacts.conclusion import check_block, choose_thresholds, conclude
+from vitreg.artifacts.decision import Decision
+from vitreg.artifacts.diagnosis import Diagnosis
 from vitreg.artifacts.examples import Examples
-from vitreg.artifacts.histogram import BINS_PER_STEP, LogAxis
-from vitreg.artifacts.measures import MEASURES, probe_images
-from vitreg.artifacts.outliers import onset, reported_block
+from vitreg.artifacts.histogram import LogAxis
 from vitreg.artifacts.statistics import NormStatistics
-from vitreg.artifacts.threshold import parse_rule, threshold_step
-from vitreg.artifacts.verdict import position_kind, write_verdict
+from vitreg.artifacts.threshold import parse_rule
 from vitreg.checkpoints import ObservedViT, convert_or_observe
 from vitreg.common.modes import evaluating
 from vitreg.common.progress import OnProgress
@@ -49,15 +44,11 @@ class Observer:
     def __init__(
         self, vit: VisionTransformer | ObservedViT, *, threshold: float | int | str, block: int | str, max_examples: int
     ) -> None:
-        depth = vit.config.depth
-        if block != "auto" and not (isinstance(block, int) and -depth <= block < depth):
-            raise ValueError(f"block {block!r} does not exist; give 'auto' or a number from 0 to {depth - 1}")
+        check_block(block, vit.config.depth)
         self._vit, self._block = vit, block
         self._rule = parse_rule(threshold)
         self._axis = LogAxis(self._rule.value if self._rule.kind == "fixed" else None)
         self._examples = Examples(vit, max_examples)
-        self._measures = {name: sums(vit.config) for name, sums in MEASURES.items()}
-        self._summaries = {key: made for sums in self._measures.values() for key, made in sums.summaries.items()}
         self._statistics: NormStatistics | None = None
         self._image_size = (0, 0)
 
@@ -71,11 +62,7 @@ class Observer:
     def look(self, batch: Float[Tensor, "B 3 H W"]) -> Trace:
         """Run the model on a batch; until it is noted, the batch does not count."""
         return self._vit.trace(
-            batch,
-            attention_from=self._examples.queries(),
-            embeddings=True,
-            largest=self._examples.num_largest(),
-            summaries=self._summaries,
+            batch, attention_from=self._examples.queries(), embeddings=True, largest=self._examples.num_largest()
         )
 
     @torch.inference_mode()
@@ -98,17 +85,6 @@ class Observer:
             )
         self._statistics.update(trace)
         self._examples.add(trace, batch, names)
-        for sums in self._measures.values():
-            sums.add(trace, names)
-
-    @torch.inference_mode()
-    def _look_at_probes(self) -> None:
-        """Images that nobody gave, of the same size; they are in the ranges and nowhere else."""
-        ranges = self._measures["ranges"]
-        images, names = probe_images(self._vit.preprocess, self._image_size)
-        with evaluating(self._vit):
-            trace = self._vit.trace(images.to(next(self._vit.parameters()).device), summaries=ranges.summaries)
-        ranges.add(trace, names, probes=True)
 
     def bins(self, trace: Trace) -> Int[Tensor, "L B N"]:
         """In which bin of the axis the norm of each patch lies, after every block; on the CPU."""
@@ -117,76 +93,23 @@ class Observer:
     @cached_property
     def decision(self) -> Decision:
         """From where on norms count as outliers; asked for after the last batch."""
-        counts = self.statistics.counts()
-        if self._rule.kind == "auto":
-            return decide(self._axis, counts, self.statistics.num_images)
-        mean, sd, _ = self.statistics.moments()
-        return Decision(
-            [threshold_step(self._rule, self._axis, *block) for block in zip(counts, mean, sd, strict=True)]
-        )
+        return choose_thresholds(self.statistics, self._rule)
 
     def conclude(self, *, skipped: tuple[SkippedImage, ...], interrupted: bool, seconds: float) -> Diagnosis:
         """Choose thresholds, block and onset from the sums, and put the findings into words."""
-        self._look_at_probes()
-        statistics, axis, steps, undecided = self.statistics, self._axis, self.decision.steps, self.decision.undecided
-        counts, largest = statistics.counts(), statistics.moments()[2]
-        above = [statistics.num_above(i, step) for i, step in enumerate(steps)]
-        num_patches = int(counts[0].sum())
-        blocks = tuple(
-            BlockNorms(
-                block=i,
-                median=axis.quantile(counts[i], 0.5),
-                p99=axis.quantile(counts[i], 0.99),
-                max=float(largest[i]),
-                threshold=None if step is None else axis.step_edge(step),
-                outlier_fraction=above[i] / num_patches,
-                attention_on_outliers=statistics.attention_on_outliers(i, steps[i - 1] if i else None),
-                attention_on_registers=statistics.attention_on_registers(i),
-                histogram=_trimmed_histogram(axis, counts[i]),
-            )
-            for i, step in enumerate(steps)
-        )
-        reported = self._block % len(blocks) if isinstance(self._block, int) else None
-        if reported is None:
-            reported = reported_block(above, [block.max / block.median for block in blocks])
-        step = steps[reported] if above[reported] else None
-        frequency = statistics.position_frequency(reported, step)
-        threshold = blocks[reported].threshold if step is not None else None
-        diagnosis = Diagnosis(
-            has_artifacts=None if undecided else any(above),
-            status=self._status(blocks),
-            undecided=undecided,
-            outlier_fraction=blocks[reported].outlier_fraction,
-            threshold=threshold,
-            threshold_rule=self._rule.describe(),
-            block=reported,
-            onset_block=onset(above, reported),
-            blocks=blocks,
-            position_frequency=frequency,
-            position_kind=position_kind(frequency, statistics.num_images),
-            neighbour_similarity=NeighbourSimilarity(*statistics.mean_similarity(reported, step)),
-            register_norms=statistics.mean_token_norms("registers"),
-            cls_norms=statistics.mean_token_norms("cls"),
-            channels=self._examples.channel_shares(reported, threshold),
-            num_images=statistics.num_images,
-            num_patches=num_patches,
+        return conclude(
+            self.statistics,
+            self.decision,
+            self._rule,
+            block=self._block,
+            channels=self._examples.channel_shares,
             skipped=skipped,
             interrupted=interrupted,
             seconds=seconds,
-            model=_model_card(self._vit),
+            model=model_card(self._vit),
             image_size=self._image_size,
             examples=tuple(self._examples.maps),
         )
-        measured: dict[str, Any] = {name: sums.conclude() for name, sums in self._measures.items()}
-        diagnosis = dataclasses.replace(diagnosis, **measured)
-        return dataclasses.replace(diagnosis, verdict=write_verdict(diagnosis))
-
-    def _status(self, blocks: Sequence[BlockNorms]) -> Status:
-        if self.decision.undecided:
-            return "cannot tell"
-        if any(block.outlier_fraction for block in blocks):
-            return "artifacts" if self._rule.kind == "auto" else "outliers"
-        return "clean" if all(block.max <= EVIDENT * block.median for block in blocks) else "long tail"
 
 
 def diagnose(
@@ -294,16 +217,8 @@ def _uninterrupted() -> Iterator[None]:
         signal.raise_signal(signal.SIGINT)
 
 
-def _trimmed_histogram(axis: LogAxis, counts: NDArray[np.int64]) -> Histogram:
-    """The steps from the first to the last that holds a patch."""
-    per_step = counts.reshape(-1, BINS_PER_STEP).sum(1)
-    filled = np.flatnonzero(per_step)
-    first, last = (int(filled[0]), int(filled[-1]) + 1) if len(filled) else (0, 1)
-    edges = axis.edges()[::BINS_PER_STEP][first : last + 1]
-    return Histogram(tuple(edges.round(4).tolist()), tuple(per_step[first:last].tolist()))
-
-
-def _model_card(vit: VisionTransformer | ObservedViT) -> dict[str, Any]:
+def model_card(vit: VisionTransformer | ObservedViT) -> dict[str, Any]:
+    """What a diagnosis says of the model."""
     config = vit.config
     observed = {}
     if isinstance(config, ObservedConfig):

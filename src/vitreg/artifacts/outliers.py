@@ -5,8 +5,9 @@ from __future__ import annotations
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 
+import numpy as np
 import torch
-from jaxtyping import Float
+from jaxtyping import Float, Int
 from torch import Tensor
 
 from vitreg.artifacts.decision import decide
@@ -44,7 +45,13 @@ def find_outliers(norms: Iterable[Float[Tensor, "depth _ h w"]]) -> OutlierNorms
         add_counts(summed, torch.arange(len(batch))[:, None].expand_as(bins), bins)
         num_images += batch.shape[1]
         largest = torch.maximum(largest, batch.flatten(1).amax(1))
-    counts = summed.numpy()
+    return outlier_norms(axis, summed.numpy(), largest.numpy(), num_images)
+
+
+def outlier_norms(
+    axis: LogAxis, counts: Int[np.ndarray, "depth bins"], largest: Float[np.ndarray, " depth"], num_images: int
+) -> OutlierNorms:
+    """The same from histograms of the norms after every block, and the largest of each."""
     steps = decide(axis, counts, num_images).steps
     above = [
         0 if step is None else int(of_block[step * BINS_PER_STEP :].sum())

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Literal
 
 import numpy as np
@@ -46,12 +47,13 @@ class NormStatistics:
         self._similarity = zeros(depth, NUM_BINS)
         self._attention = zeros(depth, NUM_BINS)
         self._attention_to_registers = zeros(depth)
-        self._has_attention = False
+        self._has_attention = self._has_similarity = False
+        self._position_blocks = list(range(depth))
         self._token_norms: dict[str, Tensor] = {}
 
     @torch.inference_mode()
     def update(self, trace: Trace) -> None:
-        """Add a batch, traced with `embeddings=True` and, where there is a class token, `attention_from="cls"` first.
+        """Add a batch. Of its trace counts what is there: `embeddings`, and attention that is asked `from="cls"` first.
 
         Raises:
             ValueError: the model produced norms that are not finite.
@@ -72,11 +74,12 @@ class NormStatistics:
         self._sum += norms.double().sum((1, 2))
         self._sum_of_squares += norms.double().square().sum((1, 2))
         self._max = torch.maximum(self._max, norms.amax((1, 2)).double())
-        assert trace.embeddings is not None
-        each = trace.embeddings.unflatten(1, (self.time_steps, -1)).flatten(0, 1)  # two times are no neighbors
-        grid = (self.grid[0] // self.time_steps, self.grid[1])
-        similarity = neighbour_similarity(each, grid).to(self._device)
-        add_counts(self._similarity, rows, bins, similarity.view(norms.shape[1:]).expand_as(norms))
+        if trace.embeddings is not None:
+            self._has_similarity = True
+            each = trace.embeddings.unflatten(1, (self.time_steps, -1)).flatten(0, 1)  # two times are no neighbors
+            grid = (self.grid[0] // self.time_steps, self.grid[1])
+            similarity = neighbour_similarity(each, grid).to(self._device)
+            add_counts(self._similarity, rows, bins, similarity.view(norms.shape[1:]).expand_as(norms))
         if trace.attention is not None and trace.attention.to_cls is not None:
             self._add_attention(trace, rows, bins)
         for name, values in (("registers", trace.register_norms), ("cls", trace.cls_norms)):
@@ -94,6 +97,44 @@ class NormStatistics:
         to_registers = trace.attention.to_registers[:, :, :, 0].sum(-1).mean(2).sum(1)
         self._attention_to_registers += to_registers.to(self._device).double()
 
+    def state(self, position_blocks: Sequence[int]) -> dict[str, Tensor]:
+        """What follows from norms, on the CPU, to be added to that of other images; positions of some blocks only."""
+        sums = {
+            "num_images": torch.tensor([self.num_images]),
+            "counts": self._counts,
+            "sums": torch.stack([self._sum, self._sum_of_squares, self._max]),
+            "position_blocks": torch.tensor(position_blocks, dtype=torch.int64),
+            "per_position": self._per_position.unflatten(0, (self.depth, -1))[list(position_blocks)],
+        }
+        sums |= {f"norms of {name}": total for name, total in self._token_norms.items()}
+        return {name: value.cpu().contiguous() for name, value in sums.items()}
+
+    @classmethod
+    def added(cls, grid: tuple[int, int], axis: LogAxis, states: Iterable[Mapping[str, Tensor]]) -> NormStatistics:
+        """The sum of what `state` gave of different images; at least one."""
+        total: NormStatistics | None = None
+        for state in states:
+            if total is None:
+                total = cls(len(state["counts"]), grid, axis, torch.device("cpu"))
+                total._position_blocks = state["position_blocks"].tolist()
+                total._per_position = total._per_position.long()
+            total.num_images += int(state["num_images"])
+            total._counts += state["counts"]
+            sums, squares, largest = state["sums"]
+            total._sum += sums
+            total._sum_of_squares += squares
+            total._max = torch.maximum(total._max, largest)
+            total._per_position.view(total.depth, -1, NUM_STEPS)[total._position_blocks] += state["per_position"]
+            for name in ("registers", "cls"):
+                if (more := state.get(f"norms of {name}")) is not None:
+                    total._token_norms[name] = total._token_norms.get(name, 0) + more
+        assert total is not None
+        return total
+
+    def has_positions(self, block: int) -> bool:
+        """Whether it is known where in the image the norms of a block are."""
+        return block in self._position_blocks
+
     def counts(self) -> NDArray[np.int64]:
         """Patches per block and fine bin, `[L, NUM_BINS]`."""
         return self._counts.cpu().numpy()
@@ -110,15 +151,15 @@ class NormStatistics:
         return mean.cpu().numpy(), variance.sqrt().cpu().numpy(), self._max.cpu().numpy()
 
     def position_frequency(self, block: int, step: int | None) -> NDArray[np.float64]:
-        """Share of the images in which each position is an outlier after a block, `[h, w]`."""
-        if step is None:
+        """Share of the images in which each position is an outlier after a block, `[h, w]`; 0 where it was not kept."""
+        if step is None or not self.has_positions(block):
             return np.zeros(self.grid)
         per_position = self._per_position.view(self.depth, *self.grid, NUM_STEPS)[block]
         return (per_position[..., step:].sum(-1).double() / self.num_images).cpu().numpy()
 
     def mean_similarity(self, block: int, step: int | None) -> tuple[float | None, float | None]:
         """Mean neighbor similarity of the outliers and of the other patches of a block, None where there are none."""
-        if self.grid == (1, 1):
+        if self.grid == (1, 1) or not self._has_similarity:
             return None, None
         split = NUM_BINS if step is None else step * BINS_PER_STEP
         sums, counts = self._similarity[block], self._counts[block]

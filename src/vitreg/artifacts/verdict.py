@@ -6,7 +6,6 @@ import numpy as np
 from numpy.typing import NDArray
 
 from vitreg.artifacts.diagnosis import Diagnosis
-from vitreg.artifacts.measures import say_ranges
 from vitreg.checkpoints import registry
 from vitreg.common.words import counted, number, percent
 
@@ -39,10 +38,8 @@ def write_verdict(diagnosis: Diagnosis) -> tuple[str, ...]:
     else:
         sentences = _outliers(diagnosis) if diagnosis.has_artifacts else _clean(diagnosis)
     sentences += _registers(diagnosis)
-    if diagnosis.ranges is not None:
-        sentences += say_ranges(diagnosis.ranges)
     if diagnosis.status == "artifacts":
-        sentences += _advice(diagnosis)
+        sentences.append(write_advice(diagnosis))
     if observed := diagnosis.model.get("observed"):
         sentences.append(observed["assumed"])
     return tuple(sentences + interrupted(diagnosis))
@@ -170,7 +167,8 @@ def _registers(d: Diagnosis) -> list[str]:
     return [text + "."]
 
 
-def _advice(d: Diagnosis) -> list[str]:
+def write_advice(d: Diagnosis) -> str:
+    """What to do about the artifacts that were found."""
     row = registry.find(d.model["name"])
     with_registers = row and (registry.find(f"{row.name}_reg") or registry.find(f"{row.name}_reg4"))
     trained = (
@@ -181,7 +179,7 @@ def _advice(d: Diagnosis) -> list[str]:
     moved = ", or move the artifacts into a register without training (`vitreg fix`)"
     if d.model.get("observed"):
         moved = "; `vitreg fix` moves the artifacts of models that are converted, which this one is not"
-    return [
+    return (
         "For classification from the class token they do no known harm. For attention maps, object discovery, "
         f"segmentation or depth, {trained}{moved}."
-    ]
+    )

@@ -15,7 +15,7 @@ from vitreg.cli.output import INTERRUPTED, first_line, remember
 
 PROBES = ("knn", "linear", "zero-shot", "tokens", "position", "reconstruction", "segmentation", "depth")
 COMMANDS = (
-    *("diagnose", "attention", "fix", "compare", "export", "discover"),
+    *("diagnose", "attention", "fix", "compare", "export", "extract", "discover"),
     *("evaluate all", *(f"evaluate {probe}" for probe in PROBES), "evaluate discovery"),
     *("train", "timeline", "models", "demo"),
 )

@@ -27,7 +27,8 @@ def writing(folder: Path) -> Iterator[None]:
         yield
     except (OSError, SafetensorError) as error:
         number = re.search(r"os error (\d+)", str(error))
-        reason = os.strerror(int(number[1])) if number else getattr(error, "strerror", None) or error
+        code = int(number[1]) if number else getattr(error, "errno", None)
+        reason = os.strerror(code) if code else error
         raise ValueError(f"cannot write to {folder}: {reason}; make room, or choose another folder") from error
 
 
@@ -122,7 +123,7 @@ def put_in_place(temporary: Path, path: Path) -> None:
     os.replace(temporary, path)
 
 
-def lock(folder: Path, doing: str) -> TextIO | None:
+def lock(folder: Path, doing: str, *, shared: bool = False) -> TextIO | None:
     """Keep other processes out of a folder until `unlock`, or until this process ends.
 
     What a process that was killed had half written there is removed.
@@ -130,6 +131,7 @@ def lock(folder: Path, doing: str) -> TextIO | None:
     Args:
         folder: which exists.
         doing: what the other process does, for the message: `"trains in"`.
+        shared: keep those out only that do not share it.
 
     Raises:
         ValueError: another process has locked it, or it cannot be written.
@@ -139,22 +141,28 @@ def lock(folder: Path, doing: str) -> TextIO | None:
     except ImportError:  # Windows has no such locks
         return None
     with writing(folder):
-        file = (folder / ".lock").open("w", encoding="utf-8")
+        file = (folder / ".lock").open("a+", encoding="utf-8")
     try:
         # Not flock: workers would inherit it, and hold it for a while after a kill.
-        fcntl.lockf(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        fcntl.lockf(file, (fcntl.LOCK_SH if shared else fcntl.LOCK_EX) | fcntl.LOCK_NB)
     except OSError as error:
         if error.errno in (errno.EACCES, errno.EAGAIN):
             file.close()
             raise ValueError(f"another process {doing} {folder}; wait for it, or stop it") from None
     if not _has_its_name(file):  # another process has just unlocked the folder
         file.close()
-        return lock(folder, doing)
+        return lock(folder, doing, shared=shared)
+    if not shared:
+        remove_partial_files(folder)
+    return file
+
+
+def remove_partial_files(folder: Path) -> None:
+    """What processes that were killed had half written; nobody may be writing."""
     # A folder of the user's may hold the partial downloads of others.
     for left in folder.glob(".*.partial*"):
         if _PARTIAL.fullmatch(left.name) and left.is_file():
             left.unlink()
-    return file
 
 
 def unlock(file: TextIO | None) -> None:

@@ -10,6 +10,7 @@ from vitreg.images.labeled import ImageSet, Subset, spaced, spaced_indices
 from vitreg.images.masks import IGNORED, SegmentationSet, open_segmentation
 from vitreg.images.reading import EXTENSIONS, MAX_PIXELS, ImageError, as_rgb, find_images, image_size, read_image
 from vitreg.images.sets import check_classes, open_image_set, open_split
+from vitreg.images.sharded import Shards, open_shards
 from vitreg.images.stream import ImageBatch, ImageStream, SkippedImage, no_images
 
 __all__ = [
@@ -28,6 +29,7 @@ __all__ = [
     "ImageStream",
     "Images",
     "SegmentationSet",
+    "Shards",
     "SkippedImage",
     "Subset",
     "as_rgb",
@@ -43,6 +45,7 @@ __all__ = [
     "open_depth",
     "open_image_set",
     "open_segmentation",
+    "open_shards",
     "open_split",
     "read_image",
     "spaced",

@@ -51,6 +51,9 @@ class ImageFiles(ImageSet):
     def name(self, index: int) -> str:
         return self._paths[index]
 
+    def id(self, index: int) -> str:
+        return self._paths[index].removeprefix(self.source.rstrip(os.sep) + os.sep)
+
     def captions(self, index: int) -> tuple[str, ...]:
         return () if self._captions is None else tuple(self._captions[index].split(_BETWEEN))
 

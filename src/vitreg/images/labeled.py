@@ -48,26 +48,38 @@ class ImageSet(ABC):
         """The file that an image is in: its own, or an archive's."""
         return self.name(index)
 
+    def id(self, index: int) -> str:
+        """What to call an image in results: as `name`, but without the place that the set is in."""
+        return self.name(index)
+
+    def label(self, index: int) -> int | None:
+        """The number of its class; None where there are no labels."""
+        return None if self.labels is None else int(self.labels[index])
+
     def captions(self, index: int) -> tuple[str, ...]:
         """Sentences about an image."""
         return ()
 
-    def digest(self) -> str:
+    def digest(self, numbers: range | None = None) -> str:
         """32 hexadecimal digits that change with the images, their order, their labels and the classes.
 
         An image is told by its name, and by size and time of change of the file that it is in: reading the bytes of a
         million images again would take longer than most of what this is asked for. What it does not see is a file that
         was replaced by one of the same size whose time was set back.
+
+        Args:
+            numbers: of some of the images; by default it is of all.
         """
         found = hashlib.blake2b(digest_size=16)
         last, state = "", b""
-        for index in range(len(self)):
+        for index in range(len(self)) if numbers is None else numbers:
             if (file := self.file(index)) != last:
                 last, state = file, _state(file)
             found.update(self.name(index).encode(errors="surrogateescape") + b"\0" + state)
         found.update(repr(self.classes).encode())
         if self.labels is not None:
-            found.update(np.asarray(self.labels, np.int64).tobytes())
+            labels = np.asarray(self.labels, np.int64)
+            found.update((labels if numbers is None else labels[numbers.start : numbers.stop]).tobytes())
         return found.hexdigest()
 
 
@@ -90,6 +102,9 @@ class Subset(ImageSet):
 
     def file(self, index: int) -> str:
         return self._images.file(int(self._indices[index]))
+
+    def id(self, index: int) -> str:
+        return self._images.id(int(self._indices[index]))
 
     def captions(self, index: int) -> tuple[str, ...]:
         return self._images.captions(int(self._indices[index]))

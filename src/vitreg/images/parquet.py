@@ -46,9 +46,12 @@ class ParquetImages(ImageSet):
         Raises:
             ValueError: pyarrow is missing, a file cannot be read, or its columns are not those.
         """
-        self._files = tuple(files)
+        self._files, self._first_row = tuple(files), 0
         self.source = source_of(files)
-        tables = [_open_columns(file) for file in files]
+        self._fill([_open_columns(file) for file in files])
+
+    def _fill(self, tables: list[pyarrow.Table]) -> None:
+        files = self._files
         labels, names = array("q"), read_class_names(files[0].parent)
         for file, columns in zip(files, tables, strict=True):
             if columns.column_names != tables[0].column_names:
@@ -79,7 +82,11 @@ class ParquetImages(ImageSet):
 
     def name(self, index: int) -> str:
         file, row = self._place(index)
-        return f"{self._files[file]}, row {row}"
+        return f"{self._files[file]}, row {self._first_row + row}"
+
+    def id(self, index: int) -> str:
+        file, row = self._place(index)
+        return f"{self._files[file].name}/{self._first_row + row}"
 
     def file(self, index: int) -> str:
         return str(self._files[self._place(index)[0]])
@@ -98,12 +105,43 @@ class ParquetImages(ImageSet):
         return file, index - self._starts[file]
 
 
+class RowGroup(ParquetImages):
+    """The images of one row group of a Parquet file, held in memory.
+
+    Args:
+        file: that it is in.
+        number: of the row group, from 0.
+        first_row: its first row in the file.
+    """
+
+    def __init__(self, file: Path, number: int, first_row: int) -> None:
+        import pyarrow
+
+        self._files, self._first_row = (file,), first_row
+        self.source = f"{file}, row group {number}"
+        self._fill([pyarrow.Table.from_batches(_read_columns(file, number))])
+
+
+def row_groups(file: Path) -> list[tuple[int, int]]:
+    """The first row of every row group, and how many rows it has."""
+    import pyarrow.parquet
+
+    try:
+        with pyarrow.parquet.ParquetFile(file) as parquet:
+            found = parquet.metadata
+            counts = [found.row_group(number).num_rows for number in range(found.num_row_groups)]
+    except (OSError, pyarrow.ArrowException) as error:
+        what = " ".join(str(error).split())[:200]
+        raise ValueError(f"{file} cannot be read as Parquet ({what}); download or write it again") from error
+    return list(zip(accumulate(counts, initial=0), counts, strict=False))
+
+
 def _open_columns(file: Path) -> pyarrow.Table:
     """The columns `image`, `label` and `caption` of a file that are there; its metadata hold the classes' `names`."""
     try:
         import pyarrow
     except ImportError:
-        raise ValueError("Parquet files need pyarrow; install it with: pip install 'vitreg[train]'") from None
+        raise ValueError("Parquet files need pyarrow; install it with: pip install pyarrow") from None
 
     def unpack(path: Path) -> None:
         check_room(path.parent, file.stat().st_size, f"unpacked images of {file}")
@@ -124,8 +162,8 @@ def _open_columns(file: Path) -> pyarrow.Table:
     return pyarrow.Table.from_batches(_read_columns(file)) if columns is None else columns
 
 
-def _read_columns(file: Path) -> Iterator[pyarrow.RecordBatch]:
-    """Those columns, some rows at a time, after an empty batch: there may be no rows."""
+def _read_columns(file: Path, row_group: int | None = None) -> Iterator[pyarrow.RecordBatch]:
+    """Those columns, of the file or of one row group, some rows at a time, after an empty batch: there may be none."""
     import pyarrow
     import pyarrow.parquet
     import pyarrow.types as types
@@ -151,7 +189,8 @@ def _read_columns(file: Path) -> Iterator[pyarrow.RecordBatch]:
             names = {"names": json.dumps(_hugging_face_names(schema))}
             yield pyarrow.RecordBatch.from_pylist([], unpacked := pyarrow.schema(list(kinds.items()), names))
             asked = [f"{source}.bytes" if nested and name == "image" else source for name, source in sources.items()]
-            for batch in parquet.iter_batches(_ROWS, columns=asked, use_threads=False):
+            groups = None if row_group is None else [row_group]
+            for batch in parquet.iter_batches(_ROWS, columns=asked, use_threads=False, row_groups=groups):
                 columns = {name: batch.column(source) for name, source in sources.items()}
                 if nested:
                     columns["image"] = columns["image"].flatten()[0]

@@ -38,6 +38,23 @@ def open_image_set(path: str | Path) -> ImageSet:
     return _open(parts["train"] if parts else _files(path))
 
 
+def shard_files(path: str | Path) -> list[Path]:
+    """The tars or Parquet files at a path, none of which is read; nothing where images are files of their own.
+
+    Raises:
+        ValueError: as `open_image_set`, where a folder has a part that is held out.
+    """
+    path = Path(path).expanduser()
+    if len(parts := _parts(path)) > 1:
+        raise ValueError(f"{path} holds the parts {' and '.join(parts)}; give one of them, such as {parts['train'][0]}")
+    files = parts["train"] if parts else _files(path)
+    if len(files) == 1 and files[0].is_dir():
+        captions = (files[0] / "captions.csv").is_file()
+        return next((found for suffix in _SHARDS if not captions and (found := _shards(files[0], suffix))), [])
+    kinds = {_kind(file) for file in files}
+    return files if len(kinds) == 1 and kinds <= {*_SHARDS} else []
+
+
 def open_split(path: str | Path) -> tuple[ImageSet, ImageSet | None]:
     """The images to train on, and those that are held out where the folder has both.
 

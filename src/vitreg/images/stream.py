@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Generator, Iterable, Iterator, Sequence
+from collections.abc import Generator, Iterable, Iterator, Sequence, Sized
 from contextlib import closing
 from dataclasses import dataclass, field
 from itertools import groupby
@@ -74,7 +74,7 @@ class ImageStream:
         images: ImageSet | Iterable[str | Path],
         preprocess: Preprocess,
         *,
-        numbers: Sequence[int] | None = None,
+        numbers: Iterable[int] | None = None,
         batch_size: int = 32,
         strict: bool = False,
         num_threads: int | None = None,
@@ -109,6 +109,7 @@ class ImageStream:
 
     def __len__(self) -> int:
         """The number of images, those that will be skipped included."""
+        assert isinstance(self.numbers, Sized)
         return len(self.numbers)
 
     def __iter__(self) -> Iterator[ImageBatch]:

@@ -66,6 +66,9 @@ class TarImages(ImageSet):
     def name(self, index: int) -> str:
         return f"{self.file(index)}, {self._names[index]}"
 
+    def id(self, index: int) -> str:
+        return self._names[index]
+
     def file(self, index: int) -> str:
         return str(self._archives[self._places[index, 0]])
 

@@ -247,6 +247,12 @@ class ViTConfig:
         return self.image_size[0] // self.patch_size, self.image_size[1] // self.patch_size
 
     @property
+    def num_features(self) -> int:
+        """Width of the pooled feature, which the head reads."""
+        width = self.pool_dim or self.embed_dim
+        return width * (1 + (self.pool == "token+mean") + self.num_summary_tokens)
+
+    @property
     def num_prefix_tokens(self) -> int:
         """Tokens before the first patch inside the model."""
         return int(self.class_token) + self.num_registers

@@ -2,8 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Mapping, Sequence
-from types import MappingProxyType
+from collections.abc import Callable, Iterable, Sequence
 
 import torch
 from jaxtyping import Float
@@ -21,7 +20,7 @@ from vitreg.model.preprocess import Preprocess
 from vitreg.model.rel_pos import RelPosBias
 from vitreg.model.rope import mixed_rotation, rotation
 from vitreg.model.tokens import Masked, Tokens
-from vitreg.model.trace import Facet, Query, Recorder, Summary, Trace
+from vitreg.model.trace import Facet, Query, Recorder, Trace
 
 # DINOv3's value. Registers must differ from the start: they take no position embedding, so identical ones
 # receive identical gradients and stay identical for ever (timm PR #2229).
@@ -69,8 +68,9 @@ class VisionTransformer(nn.Module):
         self.attention_pool = AttentionPool(config) if "attention" in config.pool else None
         width = config.pool_dim or dim
         self.fc_norm = norm_layer(config, width) if config.fc_norm else nn.Identity()
-        features = width * (1 + (config.pool == "token+mean") + config.num_summary_tokens)
-        self.head = nn.Linear(features, config.num_classes, bias=config.head_bias) if config.num_classes else None
+        self.head = (
+            nn.Linear(config.num_features, config.num_classes, bias=config.head_bias) if config.num_classes else None
+        )
         if not self.patch_embed.weight.is_meta:  # nothing to fill there, and `normal_` would import Dynamo, in 1.2 s
             self.reset_parameters()
 
@@ -163,7 +163,6 @@ class VisionTransformer(nn.Module):
         hidden: bool = False,
         embeddings: bool = False,
         largest: int = 0,
-        summaries: Mapping[str, Summary] = MappingProxyType({}),
     ) -> Trace:
         """A forward pass that also records norms, and on request what happens inside the blocks.
 
@@ -181,7 +180,6 @@ class VisionTransformer(nn.Module):
             hidden: keep all tokens' hidden states after each block.
             embeddings: keep the patch embeddings.
             largest: keep the hidden states of so many patches, those with the largest norms, after every block.
-            summaries: by name, what to compute of an intermediate instead of keeping it (`Summary`).
 
         Raises:
             ValueError: the images do not fit, or something is asked for that the model does not have.
@@ -194,7 +192,6 @@ class VisionTransformer(nn.Module):
             facets=facets,
             also={"patches": patches, "activations": activations, "hidden": hidden},
             largest=largest,
-            summaries=summaries,
         )
         return recorder.finish(self._run(images, recorder, keep_embeddings=embeddings))
 

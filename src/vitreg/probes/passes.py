@@ -24,6 +24,9 @@ from vitreg.probes.store.manifest import read_manifest
 from vitreg.probes.store.origin import FeaturesConfig, Origin, StoredModel
 from vitreg.probes.tasks.linear import linear_blocks
 
+_IMAGES_A_SHARD = 256
+"""Probes read patch tokens a file at a time."""
+
 _CROP = 224 / 256
 """The part of an image that DINOv2's evaluations keep: resized to 256, and the middle 224."""
 
@@ -80,7 +83,7 @@ class Passes:
         # Other images, sizes or blocks are another folder, so that one evaluation never stands in the way of the next.
         out = self.folder / f"{safe_name(self.source)}-{data.task}-{part}-{origin.digest()[:12]}"
         what = f"{self.source}: features of {len(images)} {part} images at {size_in_pixels(preprocess.size)}"
-        num_bytes = features.num_bytes(self.vit, preprocess, len(images))
+        num_bytes = features.num_bytes(self.vit.config, preprocess, len(images))
         self.say(f"{what} take {size_in_words(num_bytes)} in {self.folder}")
         with self.stage(what) as on_progress:
             return extract(
@@ -111,7 +114,7 @@ class Passes:
             patches = self.config.patch_images if patch_blocks else 0
             blocks |= {block % depth for block in linear_blocks(depth)}
             patch_blocks |= {depth - 1}
-        return FeaturesConfig(tuple(sorted(blocks)), patches, tuple(sorted(patch_blocks)))
+        return FeaturesConfig(tuple(sorted(blocks)), patches, tuple(sorted(patch_blocks)), shard_size=_IMAGES_A_SHARD)
 
 
 def _find_store(folder: Path, wanted: Origin) -> FeatureStore | None:

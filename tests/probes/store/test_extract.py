@@ -7,6 +7,7 @@ import random
 import resource
 import shutil
 import signal
+from pathlib import Path
 
 import pytest
 import timm
@@ -24,6 +25,11 @@ from vitreg.probes import FeaturesConfig, FeatureStore, extract
 def images(test_data) -> Images:
     """Thirty of a hundred classes."""
     return validation(test_data, 30)
+
+
+def files_of(store: Path) -> list[str]:
+    """All files, by their paths in the store."""
+    return sorted(str(file.relative_to(store)) for file in store.rglob("*") if file.is_file())
 
 
 def all_patches(store: FeatureStore, block: int) -> torch.Tensor:
@@ -224,20 +230,22 @@ def test_a_full_disk_is_one_sentence_and_costs_no_finished_shard(test_data, tmp_
     vit, images = small_vit(), validation(test_data, 30, range(4))
     whole, out = tmp_path / "whole", tmp_path / "store"
     extract(vit, images, whole, BLOCKS)
-    room, limits = (whole / "shard-00000.safetensors").stat().st_size + 1000, resource.getrlimit(resource.RLIMIT_FSIZE)
+    first, *_ = sorted((whole / "shards").iterdir())
+    room, limits = first.stat().st_size + 1000, resource.getrlimit(resource.RLIMIT_FSIZE)
     resource.setrlimit(resource.RLIMIT_FSIZE, (room, limits[1]))
     try:
-        with pytest.raises(ValueError, match=r"^cannot write to .*store: File too large; make room"):
+        with pytest.raises(ValueError, match=r"^cannot write to .*/shard-000001-\w+.parquet: File too large; make"):
             extract(vit, images, out, BLOCKS)
     finally:
         resource.setrlimit(resource.RLIMIT_FSIZE, limits)
-    assert sorted(file.name for file in out.iterdir()) == [".lock", "manifest.json", "shard-00000.safetensors"]
+    assert sorted(file.name for file in out.iterdir()) == [".lock", "manifest.json", "shards"]
+    assert [file.name for file in (out / "shards").iterdir()] == [first.name]
     seen = forwards(vit)
     extract(vit, images, out, BLOCKS)
     assert sum(seen) == 22
-    for file in whole.iterdir():
-        assert (out / file.name).read_bytes() == file.read_bytes()
-        assert (out / file.name).stat().st_mode == (out / ".lock").stat().st_mode
+    for file in files_of(whole):
+        assert (out / file).read_bytes() == (whole / file).read_bytes()
+        assert (out / file).stat().st_mode == (out / ".lock").stat().st_mode
 
 
 def test_other_files_are_left_alone(images, tmp_path):
@@ -292,11 +300,11 @@ def test_patches_of_fewer_blocks(test_data, tmp_path):
 def test_the_bytes_are_known_before(config, test_data, tmp_path):
     vit, images = small_vit(), validation(test_data, 600)
     store = extract(vit, images, tmp_path / "store", config)
-    headers = 2500 * len(store.shards)
+    headers = 16000 * len(store.shards)
     written = sum(shard.path.stat().st_size for shard in store.shards)
-    labels = 8 * sum(3 if shard.num_with_patches else 2 for shard in store.shards) * 256
-    expected = config.num_bytes(vit, vit.preprocess, 600)
-    assert expected <= written <= expected + headers + labels
+    names = sum(len(images.id(number)) for number in range(600))
+    expected = config.num_bytes(vit.config, vit.preprocess, 600)
+    assert expected <= written <= expected + headers + names
 
 
 def test_too_little_room_is_said_before_the_pass(images, tmp_path, monkeypatch):
@@ -324,24 +332,24 @@ def test_killed_at_random_moments_is_bit_for_bit_as_never_killed(test_data, tmp_
     finish_pass(test_data, whole)
     for shards in (1, 8, 17):
         status = killed_pass(
-            test_data, killed, lambda n=shards: len(list(killed.glob("shard-*"))) >= n, random.uniform(0, 0.02)
+            test_data, killed, lambda n=shards: len(list(killed.glob("shards/shard-*"))) >= n, random.uniform(0, 0.02)
         )
         assert status == -signal.SIGKILL
         with pytest.raises(ValueError, match="is unfinished; run the feature pass again with the same settings"):
             FeatureStore.open(killed)
-    before = {file.name: file.stat().st_mtime_ns for file in killed.glob("shard-*")}
+    before = {file.name: file.stat().st_mtime_ns for file in killed.glob("shards/shard-*")}
     assert 17 <= len(before) < 25
     # What a kill in the middle of a file leaves is not one.
-    (killed / ".shard-00024.vitreg-4711.partial.safetensors").write_bytes(b"half")
+    (killed / "shards" / ".shard-000024-0.vitreg-4711.partial.parquet").write_bytes(b"half")
     finish_pass(test_data, killed)
-    assert before.items() <= {file.name: file.stat().st_mtime_ns for file in killed.glob("shard-*")}.items()
-    files = sorted(file.name for file in whole.iterdir())
-    assert files == sorted(file.name for file in killed.iterdir())
+    assert before.items() <= {file.name: file.stat().st_mtime_ns for file in killed.glob("shards/shard-*")}.items()
+    files = files_of(whole)
+    assert files == files_of(killed)
     assert len(files) == 25 + 2
     for name in files:
         assert (killed / name).read_bytes() == (whole / name).read_bytes(), name
     store = FeatureStore.open(killed)
-    assert store.config == dataclasses.replace(KILLED, patch_blocks=KILLED.blocks)
+    assert store.config == dataclasses.replace(KILLED, patch_blocks=KILLED.blocks, norm_blocks=(0, 1, 2))
     assert store.numbers.tolist() == [number for number in range(100) if number != 30]
 
 

@@ -29,6 +29,11 @@ def finished(_finished, tmp_path) -> Path:
     return Path(shutil.copytree(_finished, tmp_path / "store"))
 
 
+def shard_of(store: Path, index: int) -> Path:
+    (shard,) = store.glob(f"shards/shard-{index:06d}-*.parquet")
+    return shard
+
+
 def refused(folder: Path, sentence: str) -> None:
     with pytest.raises(ValueError, match=sentence) as raised:
         FeatureStore.open(folder)
@@ -60,33 +65,33 @@ def test_a_manifest_that_is_damaged_or_something_else(finished):
     manifest.write_text(json.dumps({**json.loads(whole), "origin": {}}))
     refused(finished, "manifest.json is damaged")
     manifest.write_text('{"format": "vitreg-run/1"}')
-    refused(finished, r"manifest.json is not of a feature store \(format vitreg-features/1\)")
+    refused(finished, r"manifest.json is not of a feature store \(format vitreg-features/2\)")
 
 
 def test_a_shard_that_is_cut_off_or_missing(finished):
-    shard = finished / "shard-00001.safetensors"
+    shard = shard_of(finished, 1)
     shard.write_bytes(shard.read_bytes()[:-1])
-    refused(finished, "shard-00001.safetensors is damaged or missing .* delete it and run the feature pass again")
+    refused(finished, r"shard-000001-\w+.parquet is damaged or missing .* delete it and run the feature pass again")
     shard.unlink()
-    refused(finished, "shard-00001.safetensors is damaged or missing")
+    refused(finished, r"shard-000001-\w+.parquet is damaged or missing")
 
 
 def test_a_shard_of_another_store_or_place(finished, test_data, tmp_path):
-    shard = finished / "shard-00001.safetensors"
-    shutil.copy(finished / "shard-00000.safetensors", shard)
-    refused(finished, "shard-00001.safetensors belongs to another store")
+    shard = shard_of(finished, 1)
+    shutil.copy(shard_of(finished, 0), shard)
+    refused(finished, r"shard-000001-\w+.parquet belongs to another store")
     extract(small_vit(seed=1), validation(test_data, 20), tmp_path / "other", BLOCKS)
-    shutil.copy(tmp_path / "other" / shard.name, shard)
-    refused(finished, "shard-00001.safetensors belongs to another store")
+    shutil.copy(shard_of(tmp_path / "other", 1), shard)
+    refused(finished, r"shard-000001-\w+.parquet belongs to another store")
 
 
 def test_a_pass_does_not_build_on_a_damaged_shard(finished, test_data):
     manifest = json.loads((finished / "manifest.json").read_text())
     (finished / "manifest.json").write_text(json.dumps({**manifest, "finding": None}))
-    (finished / "shard-00002.safetensors").write_bytes(b"half")
-    with pytest.raises(ValueError, match=r"shard-00002.safetensors is damaged .* delete it and run"):
+    shard_of(finished, 2).write_bytes(b"half")
+    with pytest.raises(ValueError, match=r"shard-000002-\w+.parquet is damaged .* delete it and run"):
         extract(small_vit(), validation(test_data, 20), finished, BLOCKS)
-    (finished / "shard-00002.safetensors").unlink()
+    shard_of(finished, 2).unlink()
     assert extract(small_vit(), validation(test_data, 20), finished, BLOCKS).num_images == 20
 
 

@@ -10,11 +10,9 @@ from dataclasses import replace
 import numpy as np
 import pytest
 import torch
-from safetensors import safe_open
-from safetensors.torch import load_file, save_file
 from sklearn.linear_model import LogisticRegression
 
-from probes.small import Images, small_vit, validation
+from probes.small import Images, small_vit, spoil_first_value, validation
 from vitreg.images import open_image_set
 from vitreg.probes import FeaturesConfig, FeatureStore, extract
 from vitreg.probes.protocols import PositionConfig
@@ -157,11 +155,6 @@ def test_refusals(small, test_data, tmp_path):
 def test_features_that_are_not_finite(small, tmp_path):
     train, val = small
     folder = shutil.copytree(val.path, tmp_path / "val")
-    shard = folder / "shard-00000.safetensors"
-    tensors = load_file(shard)
-    tensors["patches.2"][3, 1, 7] = math.nan
-    with safe_open(shard, "pt") as file:
-        note = file.metadata()
-    save_file(tensors, shard, note)
+    spoil_first_value(folder, "patches")
     with pytest.raises(ValueError, match="patch tokens of block -1 that are not finite"):
         position(train, FeatureStore.open(folder))

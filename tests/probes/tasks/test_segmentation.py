@@ -9,8 +9,6 @@ import numpy as np
 import pytest
 import torch
 from PIL import Image
-from safetensors import safe_open
-from safetensors.torch import load_file, save_file
 from sklearn.linear_model import LogisticRegression
 from sklearn.preprocessing import StandardScaler
 from torch.nn import functional
@@ -18,7 +16,7 @@ from torchmetrics.classification import MulticlassAccuracy, MulticlassJaccardInd
 
 from peers import error
 from probes.dense import CONFIG, all_patches, squares, stores, with_patches
-from probes.small import small_vit
+from probes.small import small_vit, spoil_first_value
 from vitreg.images import IGNORED, open_segmentation
 from vitreg.probes import FeaturesConfig, extract
 from vitreg.probes.heads.dense_head import LinearHead, Upsampling
@@ -250,12 +248,7 @@ def test_features_that_are_not_of_these_images(sets, features, folder, tmp_path)
 
 def test_features_that_are_not_finite(sets, features, tmp_path):
     train, _ = stores(sets, tmp_path)
-    file = train.path / "shard-00001.safetensors"
-    with safe_open(file, framework="pt") as shard:
-        note = shard.metadata()
-    tensors = {name: tensor.clone() for name, tensor in load_file(file).items()}
-    tensors["patches.2"][0, 0, 0] = torch.nan
-    save_file(tensors, file, note)
+    spoil_first_value(train.path, "patches_2")
     with pytest.raises(ValueError, match="train-1 holds features that are not finite; run the feature pass again"):
         fit_segmentation(train, sets[0], SHORT)
 

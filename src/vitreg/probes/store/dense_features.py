@@ -43,16 +43,16 @@ class DenseFeatures:
         _check_whole(store)
         self.path, self.grid = store.path, store.grid
         filled = [shard for shard in store.shards if shard.num_with_patches]
-        self._patches: list[list[Tensor]] = []
+        self._patches: list[list[np.ndarray]] = []
         self._cls: list[Tensor] = []
-        rows = [shard.read("patch_rows") for shard in filled]
+        rows = [shard.patch_rows for shard in filled]
         for block in blocks:
             store.patches(block)  # refuses what is not there
-            number = block % store.depth
-            self._patches.append([image for shard in filled for image in shard.read(f"patches.{number}")])
-            if with_cls and f"cls.{number}" in filled[0].names:
-                self._cls += [torch.cat([s.read(f"cls.{number}")[of] for s, of in zip(filled, rows, strict=True)])]
-        self.numbers = torch.cat([s.read("numbers")[of] for s, of in zip(filled, rows, strict=True)]).tolist()
+            patches, cls = (store.config.column(kind, block % store.depth) for kind in ("patches", "cls"))
+            self._patches.append([image for shard in filled for part in shard.mapped(patches) for image in part])
+            if with_cls and cls in filled[0].shapes:
+                self._cls += [torch.cat([s.read(cls)[of] for s, of in zip(filled, rows, strict=True)])]
+        self.numbers = store.numbers[store.patch_rows].tolist()
         self.channels = sum(tensors[0].shape[-1] for tensors in (*self._patches, *self._cls))
 
     def __len__(self) -> int:
@@ -65,7 +65,7 @@ class DenseFeatures:
             ValueError: some are not finite.
         """
         rows = list(rows)
-        parts = [torch.stack([images[row] for row in rows]).float() for images in self._patches]
+        parts = [torch.from_numpy(np.stack([images[row] for row in rows])).float() for images in self._patches]
         num_patches = parts[0].shape[1]
         parts += [cls[rows].float()[:, None].expand(-1, num_patches, -1) for cls in self._cls]
         tokens = torch.cat(parts, -1)

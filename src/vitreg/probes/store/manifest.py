@@ -6,21 +6,31 @@ import dataclasses
 import json
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 from vitreg.artifacts import OutlierNorms
 from vitreg.common.disk import write_json
 from vitreg.probes.store.origin import Origin
-
-FORMAT = "vitreg-features/1"
+from vitreg.probes.store.shards import FORMAT
 
 
 @dataclass(frozen=True)
 class StoreStatistics:
-    """What is known after the last image: the grid of patches, the number of blocks, where artifacts' norms begin."""
+    """What is known after the last image.
+
+    Attributes:
+        grid: rows and columns of patches.
+        depth: blocks of the model.
+        outliers: where artifacts' norms begin.
+        shards: the files, in the order of the images, and how many rows each has.
+        num_images: those that could be read.
+    """
 
     grid: tuple[int, int]
     depth: int
     outliers: OutlierNorms
+    shards: dict[str, int]
+    num_images: int
 
 
 @dataclass(frozen=True)
@@ -29,20 +39,19 @@ class Manifest:
 
     Attributes:
         origin: what the features are of.
-        id: a digest of it, which the shards carry.
+        id: a digest of it.
         classes: names of the classes, none where there are no labels.
+        model: what a diagnosis says of the model.
+        num_shards: files of a finished store.
         finding: None while shards are missing.
     """
 
     origin: Origin
     id: str
     classes: tuple[str, ...]
+    model: dict[str, Any]
+    num_shards: int
     finding: StoreStatistics | None = None
-
-    @property
-    def num_shards(self) -> int:
-        """Files of a finished store."""
-        return -(-self.origin.data.number // self.origin.config.shard_size)
 
     def write(self, folder: Path) -> None:
         """Write it, in place of an earlier one; a `ValueError` where there is no room."""
@@ -69,7 +78,9 @@ def read_manifest(folder: Path) -> Manifest | None:
         finding = values["finding"]
         if finding is not None:
             rows, columns = finding["grid"]
-            finding = StoreStatistics((rows, columns), finding["depth"], OutlierNorms(**finding["outliers"]))
-        return Manifest(Origin.from_dict(values["origin"]), values["id"], tuple(values["classes"]), finding)
+            outliers = OutlierNorms(**finding["outliers"])
+            finding = StoreStatistics(**finding | {"grid": (rows, columns), "outliers": outliers})
+        origin, classes = Origin.from_dict(values["origin"]), tuple(values["classes"])
+        return Manifest(origin, values["id"], classes, values["model"], values["num_shards"], finding)
     except (KeyError, TypeError, ValueError) as error:
         raise ValueError(f"{path} is damaged ({error}); {again}") from error

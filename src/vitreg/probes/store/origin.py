@@ -4,16 +4,21 @@ from __future__ import annotations
 
 import dataclasses
 import hashlib
-from collections.abc import Iterable
+import math
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Literal, get_args
+from typing import Any, Literal, TypeVar, get_args
 
 from vitreg.checkpoints.state import digest
-from vitreg.images import ImageSet
-from vitreg.model import Preprocess, VisionTransformer
+from vitreg.images import ImageSet, Shards
+from vitreg.model import Preprocess, VisionTransformer, ViTConfig
+from vitreg.probes.store.names import StoredType, Token
 
-StoredType = Literal["float16", "float32"]
+Made = TypeVar("Made")
+
+_ROW_BYTES = 72
+"""Of an image besides its features: id, size, grid, and what Parquet notes of its lists."""
 
 
 @dataclass(frozen=True)
@@ -26,6 +31,8 @@ class FeaturesConfig:
             over the set; None for all.
         patch_blocks: whose patch tokens and registers are kept, and of all images the mean patch; None for those of
             `blocks`.
+        tokens: which of these are kept: the class token, registers, patches, their mean, and what the head reads.
+        norm_blocks: the blocks of which every patch's norm is kept; None for all.
         normed: apply the model's final norm to the tokens, as timm's `get_intermediate_layers(norm=True)` does. Norms
             are taken before it in any case.
         dtype: of the stored tokens; norms are float32.
@@ -35,15 +42,19 @@ class FeaturesConfig:
     blocks: tuple[int, ...] = (-1,)
     patches: int | None = None
     patch_blocks: tuple[int, ...] | None = None
+    tokens: tuple[Token, ...] = get_args(Token)
+    norm_blocks: tuple[int, ...] | None = None
     normed: bool = True
     dtype: StoredType = "float16"
-    shard_size: int = 256
+    shard_size: int = 4096
 
     def __post_init__(self) -> None:
         if not self.blocks:
             raise ValueError("blocks is empty; name at least one, such as -1 for the last")
         if self.patches is not None and self.patches < 0:
             raise ValueError(f"patches is {self.patches}; it must be a number of images, or None for all")
+        if unknown := {*self.tokens} - {*get_args(Token)}:
+            raise ValueError(f"tokens has {sorted(unknown)[0]!r}; choose from {', '.join(get_args(Token))}")
         if self.dtype not in get_args(StoredType):
             raise ValueError(f"dtype is {self.dtype!r}; choose {' or '.join(get_args(StoredType))}")
         if self.shard_size < 1:
@@ -56,16 +67,48 @@ class FeaturesConfig:
             ValueError: the model does not have one of them.
         """
         patch_blocks = self.blocks if self.patch_blocks is None else self.patch_blocks
-        if wrong := [block for block in (*self.blocks, *patch_blocks) if not -depth <= block < depth]:
+        norm_blocks = tuple(range(depth)) if self.norm_blocks is None else self.norm_blocks
+        if wrong := [block for block in (*self.blocks, *patch_blocks, *norm_blocks) if not -depth <= block < depth]:
             raise ValueError(
                 f"block {wrong[0]} does not exist: the model has blocks 0 to {depth - 1} (or -1 for the last)"
             )
-        blocks, patch_blocks = (
-            tuple(sorted({block % depth for block in some})) for some in (self.blocks, patch_blocks)
+        blocks, patch_blocks, norm_blocks = (
+            tuple(sorted({block % depth for block in some})) for some in (self.blocks, patch_blocks, norm_blocks)
         )
         if not set(patch_blocks) <= set(blocks):
             raise ValueError(f"patch_blocks {patch_blocks} must be among the blocks {blocks}")
-        return dataclasses.replace(self, blocks=blocks, patch_blocks=patch_blocks)
+        return dataclasses.replace(self, blocks=blocks, patch_blocks=patch_blocks, norm_blocks=norm_blocks)
+
+    def column(self, token: str, block: int) -> str:
+        """What a store calls the tokens of a block: the name alone where there is one block only."""
+        return token if len(self.blocks) == 1 else f"{token}_{block}"
+
+    def shapes(self, model: ViTConfig, grid: tuple[int, int]) -> dict[str, tuple[int, ...]]:
+        """Of what is kept of one image, by the name of its column; what is empty is left out."""
+        config, dim = self.for_depth(model.depth), model.embed_dim
+        assert config.patch_blocks is not None
+        assert config.norm_blocks is not None
+        found: dict[str, tuple[int, ...]] = {}
+        if "pooled" in self.tokens:
+            found["pooled"] = (model.num_features,)
+        for block in config.blocks:
+            kinds: dict[Token, tuple[int, ...]] = {"cls": (dim,)} if model.class_token else {}
+            if block in config.patch_blocks:
+                kinds["mean"] = (dim,)
+            if block in config.patch_blocks and self.patches != 0:
+                kinds |= {"registers": (model.num_registers, dim), "patches": (grid[0] * grid[1], dim)}
+            found |= {config.column(kind, block): shape for kind, shape in kinds.items() if kind in self.tokens}
+        if self.patches != 0:
+            found["norms"] = (len(config.norm_blocks), *grid)
+        return {name: shape for name, shape in found.items() if math.prod(shape)}
+
+    def dtype_of(self, column: str) -> StoredType:
+        """In which a column is kept."""
+        return "float32" if column == "norms" else self.dtype
+
+    def of_some(self, column: str) -> bool:
+        """Whether a column is of those `patches` images only."""
+        return column.split("_")[0] in ("norms", "patches", "registers")
 
     def covers(self, other: FeaturesConfig) -> bool:
         """Whether what the other keeps, both `for_depth`, is there; shards may be of other sizes."""
@@ -73,19 +116,20 @@ class FeaturesConfig:
             {*self.blocks} >= {*other.blocks}
             and {*(self.patch_blocks or ())} >= {*(other.patch_blocks or ())}
             and other.patches in (0, self.patches)
+            and {*self.tokens} >= {*other.tokens}
+            and self.norm_blocks == other.norm_blocks
             and (self.normed, self.dtype) == (other.normed, other.dtype)
         )
 
-    def num_bytes(self, vit: VisionTransformer, preprocess: Preprocess, num_images: int) -> int:
+    def num_bytes(self, model: ViTConfig, preprocess: Preprocess, num_images: int) -> int:
         """What the features of so many images of a set take on the disk, but for the headers of the files."""
-        config = self.for_depth(vit.config.depth)
-        assert config.patch_blocks is not None
-        rows, columns = (side // vit.config.patch_size for side in preprocess.size)
-        with_patches = num_images if self.patches is None else min(self.patches, num_images)
-        tokens = num_images * (len(config.blocks) * vit.config.class_token + len(config.patch_blocks) + 1)
-        tokens += with_patches * len(config.patch_blocks) * (vit.num_registers + rows * columns)
-        norms = with_patches * vit.config.depth * rows * columns
-        return tokens * vit.config.embed_dim * (2 if self.dtype == "float16" else 4) + 4 * norms
+        rows, columns = (side // model.patch_size for side in preprocess.size)
+        total = num_images * _ROW_BYTES
+        for name, shape in self.shapes(model, (rows, columns)).items():
+            some = self.patches if self.of_some(name) else None
+            count = num_images if some is None else min(some, num_images)
+            total += count * math.prod(shape) * (2 if self.dtype_of(name) == "float16" else 4)
+        return total
 
 
 @dataclass(frozen=True)
@@ -108,19 +152,31 @@ class StoredModel:
 
 @dataclass(frozen=True)
 class StoredData:
-    """The images: where they are from, how many, and `ImageSet.digest`."""
+    """The images: where they are from, how many, and a digest of their list.
+
+    Attributes:
+        source: where they are from.
+        number: of the images, or of the archives that they are in where `unit` says so.
+        digest: `ImageSet.digest`, or that of the archives.
+        unit: what is counted.
+    """
 
     source: str
     number: int
     digest: str
+    unit: str = "images"
 
     @classmethod
-    def of(cls, images: ImageSet) -> StoredData:
+    def of(cls, images: ImageSet | Shards) -> StoredData:
         """That of a set."""
-        return cls(images.source, len(images), images.digest())
+        if isinstance(images, ImageSet):
+            return cls(images.source, len(images), images.digest())
+        if images.num_images is None:
+            return cls(images.images.source, len(images), images.digest(), "archives")
+        return cls(images.images.source, images.num_images, images.digest())
 
     def __str__(self) -> str:
-        return f"{self.source} ({self.number} images, list {self.digest[:8]})"
+        return f"{self.source} ({self.number} {self.unit}, list {self.digest[:8]})"
 
 
 @dataclass(frozen=True)
@@ -133,7 +189,9 @@ class Origin:
     config: FeaturesConfig
 
     @classmethod
-    def of(cls, vit: VisionTransformer, images: ImageSet, preprocess: Preprocess, config: FeaturesConfig) -> Origin:
+    def of(
+        cls, vit: VisionTransformer, images: ImageSet | Shards, preprocess: Preprocess, config: FeaturesConfig
+    ) -> Origin:
         """That of the features which `extract` is about to compute."""
         return cls(StoredModel.of(vit), preprocess, StoredData.of(images), config.for_depth(vit.config.depth))
 
@@ -141,11 +199,7 @@ class Origin:
     def from_dict(cls, values: dict[str, Any]) -> Origin:
         """What `dataclasses.asdict` and JSON, which has no tuples, made of one."""
         kinds: tuple[Any, ...] = (StoredModel, Preprocess, StoredData, FeaturesConfig)
-        parts = [
-            {key: tuple(value) if isinstance(value, list) else value for key, value in values[part].items()}
-            for part in PARTS
-        ]
-        return cls(*(kind(**part) for kind, part in zip(kinds, parts, strict=True)))
+        return cls(*(from_json(kind, values[part]) for kind, part in zip(kinds, PARTS, strict=True)))
 
     @property
     def identity(self) -> dict[Part, Any]:
@@ -161,10 +215,22 @@ class Origin:
         """A name for it, which every shard carries."""
         return hashlib.blake2b(repr(tuple(self.identity.values())).encode(), digest_size=16).hexdigest()
 
+    def shard_digest(self, content: str) -> str:
+        """A name for what is kept of a shard with this content, which its file carries."""
+        parts = dict(self.identity)
+        # Which of the images have patches follows from their number.
+        parts["data"] = None if self.config.patches is None else self.data.number
+        return hashlib.blake2b(repr((*parts.values(), content)).encode(), digest_size=8).hexdigest()
+
     def covers(self, other: Origin) -> bool:
         """Whether features of this are, or hold, those of the other."""
         same_config = dataclasses.replace(other, config=self.config)
         return self.identity == same_config.identity and self.config.covers(other.config)
+
+
+def from_json(kind: type[Made], values: Mapping[str, Any]) -> Made:
+    """One of a class of fields, from JSON, which has no tuples."""
+    return kind(**{key: tuple(value) if isinstance(value, list) else value for key, value in values.items()})
 
 
 Part = Literal["model", "preprocess", "data", "config"]
