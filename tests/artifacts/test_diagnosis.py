@@ -51,6 +51,8 @@ def plant(vit, block: int, ratio: float, planted: torch.Tensor):
     """Scale tokens after a block to `ratio` times the median norm, whatever they hold."""
 
     def hook(module, args, output):
+        if len(output) != len(planted):  # the images that a diagnosis looks at for the range
+            return output
         prefix = output.shape[1] - planted.shape[1]
         norms = output[:, prefix:].norm(dim=-1)
         factor = torch.where(planted, ratio * norms.median() / norms, 1.0)

@@ -2,6 +2,7 @@
 
 import numpy as np
 
+from report.pages import EVIL
 from vitreg.report import ExampleMaps
 
 THRESHOLD = 100.0
@@ -23,6 +24,19 @@ def make_examples(
         photo = rng.integers(0, 256, (grid[0] * 16, grid[1] * 16, 3), dtype=np.uint8)
         examples.append(ExampleMaps(f"photo {i}.jpg", photo, norms, attention))
     return examples
+
+
+def make_ranges(depth: int) -> dict:
+    """Values that grow from block to block, and overflow in the last."""
+    found = [
+        {"largest": 8.0 * 10 ** min(k, 4), "image": EVIL, "int8_per_tensor": 0.25, "int8_per_channel": 0.02}
+        for k in range(depth)
+    ]
+    blocks = [
+        {"block": k, **dict.fromkeys(("stream", "activations", "mlp"), found[k]), "sum_of_squares": 9.0}
+        for k in range(depth)
+    ]
+    return {"float16": False, "overflowing": [depth - 1], "probes": ["black image"], "blocks": blocks}
 
 
 def make_summary(examples: list[ExampleMaps], *, block: int = 3, threshold: float | None = THRESHOLD) -> dict:
@@ -82,6 +96,7 @@ def make_summary(examples: list[ExampleMaps], *, block: int = 3, threshold: floa
         "register_norms": None,
         "cls_norms": None,
         "channels": [{"channel": 41, "share": 0.9}] if found else [],
+        "ranges": make_ranges(depth),
         "verdict": ["Outliers were planted, see `conftest.py`."] if found else ["No patch stands out."],
         "skipped": [],
         "interrupted": False,

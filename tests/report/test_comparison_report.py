@@ -182,6 +182,8 @@ def test_the_table_says_what_changed(open_comparison):
         "Register norm": ["–", "33.0, 34.0"],
         "Attention on outliers": ["25.0 %", "25.0 %"],
         "Attention on registers": ["–", "40.0 %"],
+        "Largest value in the block (float16: up to 65504)": ["8000", "8000"],
+        "Rounding to int8 changes a token by": ["25.0 %", "25.0 %"],
         "Clean patches at the output, cosine": ["0.9877"],
         "Class token at the output, cosine": ["0.9988"],
         "Output of the head, cosine": ["0.9123"],

@@ -64,6 +64,26 @@ def test_pointing_at_a_patch_tells_its_values(tmp_path, open_page, panel):
         assert ("(outlier)" in text) == (truth >= 100)
 
 
+def test_range_panel(tmp_path, open_page):
+    examples = make_examples(depth=5)
+    page = open_page(write_report(make_summary(examples), examples, tmp_path / "report.html"))
+    assert "float16 does not hold it in block 4" in said(page.locator("[aria-labelledby=h-ranges] .lead"))
+    page.locator("#block").fill("2")
+    assert "hidden units 800" in said(page.locator("#ranges-says"))
+    assert "units, per channel 2.0 %" in said(page.locator("#int8-says"))
+    page.locator("summary", has_text="Range").click()
+    row = page.locator("[aria-labelledby=h-ranges] tbody tr").nth(2)
+    assert [said(cell) for cell in row.locator("td").all()][2:5] == ["800", EVIL, "9.00"]
+
+
+def test_a_summary_of_norms_alone_has_no_other_panels(tmp_path, open_page):
+    examples = make_examples()
+    summary = make_summary(examples)
+    del summary["ranges"]
+    page = open_page(write_report(summary, examples, tmp_path / "report.html"))
+    assert page.locator("#ranges").count() == 0
+
+
 def test_arrow_keys_move_over_patches(tmp_path, open_page):
     examples = make_examples()
     page = open_page(write_report(make_summary(examples), examples, tmp_path / "report.html"))

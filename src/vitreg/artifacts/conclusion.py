@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import numpy as np
@@ -55,6 +55,7 @@ def conclude(
     image_size: tuple[int, int],
     channels: Callable[[int, float | None], tuple[ChannelShare, ...]] = lambda *_: (),
     examples: tuple[ExampleMaps, ...] = (),
+    measured: Mapping[str, Any] = {},
 ) -> Diagnosis:
     """Choose block and onset from the sums, and put the findings into words.
 
@@ -70,6 +71,7 @@ def conclude(
         image_size: (height, width).
         channels: those that carry the outliers' norm after a block, where that was looked at.
         examples: images with their maps.
+        measured: further fields of the diagnosis, of what was measured besides norms (`vitreg.artifacts.measures`).
     """
     axis, steps, undecided = statistics.axis, decision.steps, decision.undecided
     counts, largest = statistics.counts(), statistics.moments()[2]
@@ -119,6 +121,7 @@ def conclude(
         model=model,
         image_size=image_size,
         examples=examples,
+        **measured,
     )
     return dataclasses.replace(diagnosis, verdict=write_verdict(diagnosis))
 

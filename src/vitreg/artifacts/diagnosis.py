@@ -12,6 +12,7 @@ from numpy.typing import NDArray
 
 from vitreg.artifacts.decision import Undecided
 from vitreg.artifacts.findings import Findings
+from vitreg.artifacts.measures import Ranges
 from vitreg.common.json_types import to_json
 from vitreg.images import SkippedImage
 from vitreg.report import ExampleMaps, write_report
@@ -98,6 +99,7 @@ class Diagnosis(Findings):
         model: name and architecture of the model.
         image_size: (height, width) in pixels that the model saw.
         examples: the first images with their maps, for the report.
+        ranges: how large values become, and what float16 and int8 would make of them.
     """
 
     _json_name = "diagnosis.json"
@@ -127,6 +129,7 @@ class Diagnosis(Findings):
     image_size: tuple[int, int]
     verdict: tuple[str, ...] = ()
     examples: tuple[ExampleMaps, ...] = field(default=(), repr=False)
+    ranges: Ranges | None = None
 
     def to_dict(self) -> dict[str, Any]:
         """Everything but the examples, in JSON types; `docs/diagnosis.md` describes the keys."""

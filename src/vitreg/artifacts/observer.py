@@ -19,6 +19,7 @@ from vitreg.artifacts.decision import Decision
 from vitreg.artifacts.diagnosis import Diagnosis
 from vitreg.artifacts.examples import Examples
 from vitreg.artifacts.histogram import LogAxis
+from vitreg.artifacts.measures import MEASURES, probe_images
 from vitreg.artifacts.statistics import NormStatistics
 from vitreg.artifacts.threshold import parse_rule
 from vitreg.checkpoints import ObservedViT, convert_or_observe
@@ -49,6 +50,8 @@ class Observer:
         self._rule = parse_rule(threshold)
         self._axis = LogAxis(self._rule.value if self._rule.kind == "fixed" else None)
         self._examples = Examples(vit, max_examples)
+        self._measures = {name: sums(vit.config) for name, sums in MEASURES.items()}
+        self._summaries = {key: made for sums in self._measures.values() for key, made in sums.summaries.items()}
         self._statistics: NormStatistics | None = None
         self._image_size = (0, 0)
 
@@ -62,7 +65,11 @@ class Observer:
     def look(self, batch: Float[Tensor, "B 3 H W"]) -> Trace:
         """Run the model on a batch; until it is noted, the batch does not count."""
         return self._vit.trace(
-            batch, attention_from=self._examples.queries(), embeddings=True, largest=self._examples.num_largest()
+            batch,
+            attention_from=self._examples.queries(),
+            embeddings=True,
+            largest=self._examples.num_largest(),
+            summaries=self._summaries,
         )
 
     @torch.inference_mode()
@@ -85,6 +92,17 @@ class Observer:
             )
         self._statistics.update(trace)
         self._examples.add(trace, batch, names)
+        for sums in self._measures.values():
+            sums.add(trace, names)
+
+    @torch.inference_mode()
+    def _look_at_probes(self) -> None:
+        """Images that nobody gave, of the same size; they are in the ranges and nowhere else."""
+        ranges = self._measures["ranges"]
+        images, names = probe_images(self._vit.preprocess, self._image_size)
+        with evaluating(self._vit):
+            trace = self._vit.trace(images.to(next(self._vit.parameters()).device), summaries=ranges.summaries)
+        ranges.add(trace, names, probes=True)
 
     def bins(self, trace: Trace) -> Int[Tensor, "L B N"]:
         """In which bin of the axis the norm of each patch lies, after every block; on the CPU."""
@@ -97,6 +115,7 @@ class Observer:
 
     def conclude(self, *, skipped: tuple[SkippedImage, ...], interrupted: bool, seconds: float) -> Diagnosis:
         """Choose thresholds, block and onset from the sums, and put the findings into words."""
+        self._look_at_probes()
         return conclude(
             self.statistics,
             self.decision,
@@ -109,6 +128,7 @@ class Observer:
             model=model_card(self._vit),
             image_size=self._image_size,
             examples=tuple(self._examples.maps),
+            measured={name: sums.conclude() for name, sums in self._measures.items()},
         )
 
 

@@ -6,6 +6,7 @@ from collections.abc import Sequence
 
 from vitreg.artifacts.comparison import BlockChange, Comparison, Outcome
 from vitreg.artifacts.diagnosis import Diagnosis
+from vitreg.artifacts.measures import say_ranges_changed
 from vitreg.artifacts.verdict import cannot_tell, interrupted
 from vitreg.common.words import number, percent
 
@@ -36,6 +37,8 @@ def write_comparison_verdict(comparison: Comparison) -> tuple[str, ...]:
     if c.outcome in ("partly removed", "not removed"):
         sentences += _why(c)
     sentences += _attention(c) + _registers(c) + _features(c)
+    if c.before.ranges is not None and c.after.ranges is not None:
+        sentences += say_ranges_changed(c.before.ranges, c.after.ranges)
     sentences += dict.fromkeys(d.model["observed"]["assumed"] for d in (c.before, c.after) if "observed" in d.model)
     return tuple(sentences + interrupted(c.before))
 

@@ -59,7 +59,7 @@ class Mlp(nn.Module):
         self.fc2 = nn.Linear(hidden, config.embed_dim, bias=config.mlp_bias)
 
     def forward(self, x: Float[Tensor, "B T D"], record: Record | None = None) -> Float[Tensor, "B T D"]:
-        """`record` receives the hidden units that enter `fc2`: a neuron writes its value times a column."""
+        """`record` receives the hidden units, a neuron writes its value times a column of `fc2`, and the output."""
         x = self.fc1(x)
         if self.gated:
             gate, value = x.chunk(2, dim=-1)
@@ -71,7 +71,10 @@ class Mlp(nn.Module):
             x = move_activations(x, self.register_neurons, self.test_time_registers, signed=self.signed)
         if record is not None:
             record("activations", x)
-        return self.fc2(x)
+        x = self.fc2(x)
+        if record is not None:
+            record("mlp", x)
+        return x
 
 
 def move_activations(

@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import operator
-from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import dataclass, field
 from typing import Literal, SupportsIndex, get_args
 
 import torch
@@ -20,6 +20,11 @@ from vitreg.model.tokens import Tokens
 
 Facet = Literal["queries", "keys", "values"]
 Query = Literal["cls", "registers"] | SupportsIndex | tuple[SupportsIndex, SupportsIndex]
+
+Summary = tuple[str, Callable[[Tensor], Tensor]]
+"""Of which intermediate, and what is computed of it while it exists: `"queries"`, `"keys"`, `"values"` and `"heads"`,
+what the heads give, `[B, H, T, d]`; `"activations"`, `"mlp"`, what the MLP gives, and `"stream"`, all tokens after the
+block, `[B, T, D]`."""
 
 
 @dataclass(frozen=True)
@@ -64,6 +69,7 @@ class Trace:
         hidden: hidden states of all tokens after each block, before the final norm, `[L, B, ., D]`.
         embeddings: patch embeddings, before position embedding and block 0, `[B, N, D]`.
         largest: hidden states of the K patches with the largest norms, after every block.
+        summaries: by name, what was computed of an intermediate of each block, `[L, ...]`.
     """
 
     tokens: Tokens
@@ -80,6 +86,7 @@ class Trace:
     hidden: Tokens | None = None
     embeddings: Float[Tensor, "B N D"] | None = None
     largest: Float[Tensor, "depth B K D"] | None = None
+    summaries: Mapping[str, Tensor] = field(default_factory=dict)
 
 
 class Recorder:
@@ -88,7 +95,7 @@ class Recorder:
     Args:
         config: of the model.
         grid: of the images.
-        blocks, attention_from, facets, largest: as for `VisionTransformer.trace`.
+        blocks, attention_from, facets, largest, summaries: as for `VisionTransformer.trace`.
         also: whether to keep `"activations"`, `"patches"` and `"hidden"` of these blocks.
 
     Raises:
@@ -105,8 +112,11 @@ class Recorder:
         facets: Sequence[Facet],
         also: Mapping[str, bool],
         largest: int,
+        summaries: Mapping[str, Summary],
     ) -> None:
         self.config, self.grid, self.num_largest = config, grid, largest
+        self.summaries = summaries
+        self.summarized: dict[str, list[Tensor]] = {}
         depth = config.depth
         self.blocks = tuple(_block(b, depth) for b in (range(depth) if blocks is None else blocks))
         if unknown := [f for f in facets if f not in get_args(Facet)]:
@@ -125,10 +135,11 @@ class Recorder:
 
     def wants(self, block: int) -> bool:
         """Whether anything inside this block is recorded (norms are taken from outside)."""
-        return block in self.blocks and bool(self.rows or self.keep - {"patches", "hidden"})
+        return block in self.blocks and bool(self.rows or self.summaries or self.keep - {"patches", "hidden"})
 
     def record(self, name: str, value: Tensor) -> None:
         """Take what a block hands out while it runs."""
+        self._summarize(name, value)
         if name == "lambda":
             self._lambda = value
         elif name == "bias":
@@ -146,6 +157,11 @@ class Recorder:
             if name != "activations":
                 value = value[:, :, self.config.num_attention_copies :].transpose(1, 2).flatten(2)
             self.kept.setdefault(name, []).append(value)
+
+    def _summarize(self, name: str, value: Tensor) -> None:
+        for key, (source, summary) in self.summaries.items():
+            if source == name:
+                self.summarized.setdefault(key, []).append(summary(value))
 
     def _attention_rows(self, queries: Tensor, keys: Tensor) -> Tensor:
         """The rows asked for, `[B, H, Q, T]`; a register's share is that of all its copies."""
@@ -174,6 +190,8 @@ class Recorder:
             patches, norms = self._split(x).patches, self._split(self.norms[-1].unsqueeze(-1)).patches
             top = norms.topk(min(self.num_largest, patches.shape[1]), dim=1).indices
             self.largest.append(patches.take_along_dim(top, dim=1))
+        if block in self.blocks:
+            self._summarize("stream", x)
         if "patches" in self.keep and block in self.blocks:
             self.kept.setdefault("patches", []).append(self._split(x).patches)
         if "hidden" in self.keep and block in self.blocks:
@@ -194,6 +212,7 @@ class Recorder:
             patches=patches,
             embeddings=self.embeddings,
             largest=torch.stack(self.largest) if self.largest else None,
+            summaries={name: self._in_order(values) for name, values in self.summarized.items()},
             **{name: self._split(value) for name, value in kept.items()},
         )
 

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from types import MappingProxyType
 
 import torch
 from jaxtyping import Float
@@ -20,7 +21,7 @@ from vitreg.model.preprocess import Preprocess
 from vitreg.model.rel_pos import RelPosBias
 from vitreg.model.rope import mixed_rotation, rotation
 from vitreg.model.tokens import Masked, Tokens
-from vitreg.model.trace import Facet, Query, Recorder, Trace
+from vitreg.model.trace import Facet, Query, Recorder, Summary, Trace
 
 # DINOv3's value. Registers must differ from the start: they take no position embedding, so identical ones
 # receive identical gradients and stay identical for ever (timm PR #2229).
@@ -163,6 +164,7 @@ class VisionTransformer(nn.Module):
         hidden: bool = False,
         embeddings: bool = False,
         largest: int = 0,
+        summaries: Mapping[str, Summary] = MappingProxyType({}),
     ) -> Trace:
         """A forward pass that also records norms, and on request what happens inside the blocks.
 
@@ -180,6 +182,7 @@ class VisionTransformer(nn.Module):
             hidden: keep all tokens' hidden states after each block.
             embeddings: keep the patch embeddings.
             largest: keep the hidden states of so many patches, those with the largest norms, after every block.
+            summaries: by name, what to compute of an intermediate instead of keeping it (`Summary`).
 
         Raises:
             ValueError: the images do not fit, or something is asked for that the model does not have.
@@ -192,6 +195,7 @@ class VisionTransformer(nn.Module):
             facets=facets,
             also={"patches": patches, "activations": activations, "hidden": hidden},
             largest=largest,
+            summaries=summaries,
         )
         return recorder.finish(self._run(images, recorder, keep_embeddings=embeddings))
 

@@ -53,7 +53,7 @@ def _write(name: str, path: Path, summary: dict, models: Sequence[Sequence[Examp
         num_examples=len(maps["examples"]),
         queries=maps["queries"],
         data=_script_safe({"summary": summary, "maps": maps, "colors": colors, "onset": onset}),
-        js=sources("page.js", "charts.js", "maps.js", f"{name}.js"),
+        js=sources("page.js", "charts.js", "measures.js", "maps.js", f"{name}.js"),
     )
 
 

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import contextlib
 import sys
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from types import MappingProxyType
 from typing import Any
 
 import torch
@@ -18,7 +19,7 @@ from vitreg.checkpoints.observed.layout import Layout, measure
 from vitreg.checkpoints.state import CheckpointError
 from vitreg.common.modes import evaluating
 from vitreg.model import ObservedConfig, Preprocess, Query, Tokens, Trace
-from vitreg.model.trace import Recorder
+from vitreg.model.trace import Recorder, Summary
 
 
 class UnseenAttention(CheckpointError):
@@ -86,10 +87,12 @@ class ObservedViT(nn.Module):
         hidden: bool = False,
         embeddings: bool = False,
         largest: int = 0,
+        summaries: Mapping[str, Summary] = MappingProxyType({}),
     ) -> Trace:
         """A forward pass of the module that records what `VisionTransformer.trace` does, by hooks.
 
-        `embeddings` are of the layer that embeds patches, where that was found, else what enters the first block.
+        `embeddings` are of the layer that embeds patches, where that was found, else what enters the first block;
+        `summaries` are made of the `"stream"` only.
 
         Raises:
             ValueError: the images do not fit, or something is asked for that the module does not have.
@@ -105,6 +108,7 @@ class ObservedViT(nn.Module):
                 facets=(),
                 also={"patches": patches, "hidden": hidden},
                 largest=largest,
+                summaries=summaries,
             )
             if recorder.rows and self.config.no_attention:
                 raise ValueError(f"no attention can be recorded of {self.config.name}: {self.config.no_attention}")

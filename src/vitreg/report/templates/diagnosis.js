@@ -12,6 +12,7 @@ function drawCharts() {
   ];
   if (S.model.num_registers) shares.push({ label: "attention|on registers", values: over("attention_on_registers"), color: "registers" });
   if (byId("shares")) drawLines("shares", shares.filter((s) => s.values.some((v) => v !== null)), { log: false, format: percent, title: "share" });
+  drawMeasures();
   if (!byId("tokens")) return;
   const tokens = [{ label: "median|patch", values: over("median"), color: "typical" }];
   if (S.cls_norms) tokens.push({ label: "class token", values: S.cls_norms, color: "high" });
