@@ -31,6 +31,7 @@ if TYPE_CHECKING:
         find_register_neurons,
         install_registers,
         push_to_hub,
+        repair_singular_defects,
     )
 
     __version__: str
@@ -68,6 +69,7 @@ __all__ = [
     "observe",
     "open_store",
     "push_to_hub",
+    "repair_singular_defects",
     "save",
 ]
 
@@ -85,7 +87,7 @@ _get, __dir__ = lazy(
         "probes": ["extract", "open_store"],
         "registers": [
             *("RegisterNeuron", "add_prefix", "add_registers", "add_test_time_registers", "find_register_neurons"),
-            *("bake_registers", "export", "install_registers", "push_to_hub"),
+            *("bake_registers", "export", "install_registers", "push_to_hub", "repair_singular_defects"),
         ],
     },
 )

@@ -18,9 +18,17 @@ if TYPE_CHECKING:
     from vitreg import VisionTransformer
     from vitreg.images import Batches
 
-Method = Literal["test-time", "prefix"]
+Method = Literal["test-time", "baked", "prefix", "repaired"]
 
-ADDS_REGISTERS = ("test-time",)
+METHODS: dict[Method, tuple[str, str]] = {
+    "test-time": ("add_test_time_registers", "looking for the units that write them"),
+    "baked": ("bake_registers", "teaching the units to fire on registers"),
+    "prefix": ("add_prefix", "looking for the units to silence"),
+    "repaired": ("repair_singular_defects", "repairing"),
+}
+"""The function of each, and what it does while it runs."""
+
+ADDS_REGISTERS = ("test-time", "baked")
 """Methods that take a number of registers."""
 
 
@@ -47,9 +55,11 @@ def fix(
         images: files, folders or globs.
         model: the model and what it sees.
         out: the file to write, NAME.safetensors.
-        method: test-time moves activations to untrained registers (Jiang et al. 2025); prefix silences the units and
-            gives attention fixed keys and values instead (RegCache 2025).
-        registers: so many are added, by default 1.
+        method: test-time moves activations to untrained registers (Jiang et al. 2025); baked makes of these ordinary
+            ones, which timm and transformers run; prefix silences the units and
+            gives attention fixed keys and values instead (RegCache 2025); repaired changes the weights that write
+            artifacts (SINDER 2024).
+        registers: so many are added; by default 1 by test-time, and 4 else.
         report: folder for a before/after report on the same images.
         reading: which images, and how many at a time.
         json: print the result as JSON.
@@ -104,9 +114,12 @@ def fix(
 def _fixed(method: Method, vit: VisionTransformer, batches: Batches, count: dict[str, Any]) -> VisionTransformer:
     """What the method makes of the model."""
     import vitreg
+    from vitreg.registers import is_changed
 
-    if method == "prefix":
-        with progress("looking for what to silence") as on_progress:
-            return vitreg.add_prefix(vit, batches, on_progress=on_progress)
-    with progress("looking for the units that write them") as on_progress:
-        return vitreg.add_test_time_registers(vit, batches, **count, on_progress=on_progress)
+    if method == "baked":
+        unfixed, vit = vit, _fixed("test-time", vit, batches, {})
+        if not is_changed(unfixed, vit):
+            return vit
+    function, doing = METHODS[method]
+    with progress(doing) as on_progress:
+        return getattr(vitreg, function)(vit, batches, **count, on_progress=on_progress)
