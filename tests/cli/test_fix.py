@@ -136,10 +136,13 @@ def test_an_old_file_survives_a_failed_fix(photographs, tmp_path):
     assert out.read_bytes() == b"old"
 
 
-def test_fix_by_prefix(photographs, tmp_path, capsys):
+@pytest.mark.parametrize(
+    ("method", "change", "registers"), [("prefix", "silenced", 0), ("baked", "became 4 ordinary ones", 4)]
+)
+def test_fix_by_other_methods(method, change, registers, photographs, tmp_path, capsys):
     out = tmp_path / "fixed.safetensors"
-    assert run("fix", *photographs[:16], "--model", TINY, "--out", out, "--method", "prefix", "--json") == 0
+    assert run("fix", *photographs[:16], "--model", TINY, "--out", out, "--method", method, "--json") == 0
     result = json.loads(capsys.readouterr().out)
-    assert (result["method"], result["register_neurons"]) == ("prefix", [])
-    assert "silenced" in result["change"]
-    assert vitreg.load(str(out)).config.prefix_rows
+    assert (result["method"], result["register_neurons"]) == (method, [])
+    assert change in result["change"]
+    assert vitreg.load(str(out)).num_registers == registers

@@ -179,8 +179,8 @@ def repair_singular_defects(
         f"Singular values of {counted(onset + 1, 'block')} were changed in {counted(step, 'step')}: the first one of "
         f"block {onset} was {defects[onset].ratio:.1f} times the second, and its direction has a cosine of {along:.2f} "
         f"with the artifacts. In {counted(held_back.num_images, 'image')} that were held back "
-        f"{percent(effect.outliers)} of outliers are left ({percent(held_back.original)} before); mean cosine of the pooled features "
-        f"{effect.similarity:.3f}."
+        f"{percent(effect.outliers)} of outliers are left ({percent(held_back.original)} before); mean cosine of the "
+        f"pooled features {effect.similarity:.3f}."
     )
     return _folded(repaired, vit, said)
 
