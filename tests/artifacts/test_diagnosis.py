@@ -177,6 +177,23 @@ def test_no_class_token_and_tiny_inputs():
     json.dumps(diagnosis.to_dict(), allow_nan=False)
 
 
+def test_a_distillation_token_was_called_a_register(tmp_path):
+    def said(**tokens: int) -> str:
+        config = vitreg.ViTConfig(
+            image_size=(64, 64), patch_size=16, depth=2, embed_dim=32, num_heads=2, mlp_dim=64, **tokens
+        )
+        diagnosis = vitreg.diagnose(vitreg.VisionTransformer(config), torch.rand(2, 3, 64, 64))
+        diagnosis.save(tmp_path)
+        return " ".join(diagnosis.verdict)
+
+    assert "its 1 summary token has a mean norm of " in (text := said(num_registers=1, num_summary_tokens=1))
+    assert "register" not in text
+    assert "Registers</dt><dd>none</dd>" in (tmp_path / "report.html").read_text(encoding="utf-8")
+    text = said(num_registers=4, num_summary_tokens=1)
+    assert "its 1 summary token has a mean norm of " in text
+    assert " and its 3 registers have a mean norm of " in text
+
+
 def test_non_square_images(tmp_path):
     vit = random_vit("vit_small_patch16_224")
     diagnosis = vitreg.diagnose(vit, torch.randn(3, 3, 80, 144))

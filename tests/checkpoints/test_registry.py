@@ -26,7 +26,7 @@ def test_what_the_table_says_is_what_timm_builds(name):
     with torch.device("meta"):
         model = timm.create_model(row.timm)
     config = from_timm(model).config
-    assert (config.patch_size, config.num_registers) == (row.patch_size, row.num_registers)
+    assert (config.patch_size, config.num_registers - config.num_summary_tokens) == (row.patch_size, row.num_registers)
     assert model.pretrained_cfg["license"] == row.licence
     million = sum(parameter.numel() for parameter in model.parameters()) / 1e6
     assert million == pytest.approx(row.million_parameters, abs=0.06)
@@ -59,7 +59,8 @@ def test_find_knowsshort_names_only():
         ("dinov2_", {name for name in MODELS if name.startswith("dinov2_")}),
         ("DINOv2_vitS", {"dinov2_vits14", "dinov2_vits14_reg"}),
         ("*_reg", {name for name in MODELS if name.endswith("_reg")}),
-        ("deit_*_patch16*", {"deit_tiny_patch16_224", "deit_small_patch16_224", "deit_base_patch16_224"}),
+        ("deit_*[yle]_patch16*", {"deit_tiny_patch16_224", "deit_small_patch16_224", "deit_base_patch16_224"}),
+        ("deit_*_distilled_*", {f"deit_{size}_distilled_patch16_224" for size in ("tiny", "small", "base")}),
         ("lvd142m", {name for name in MODELS if name.startswith("dinov2_")}),
         ("no such model", set()),
     ],

@@ -249,6 +249,7 @@ def model_card(vit: VisionTransformer | ObservedViT) -> dict[str, Any]:
         "parameters": sum(p.numel() for p in vit.parameters()),
         "patch_size": config.patch_size,
         "num_registers": config.num_registers,
+        "num_summary_tokens": config.num_summary_tokens,
         "depth": config.depth,
         "num_heads": config.num_heads,
         "embed_dim": config.embed_dim,

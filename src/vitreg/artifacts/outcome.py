@@ -7,8 +7,8 @@ from collections.abc import Sequence
 from vitreg.artifacts.comparison import BlockChange, Comparison, Outcome
 from vitreg.artifacts.diagnosis import Diagnosis
 from vitreg.artifacts.measures import say_ranges_changed
-from vitreg.artifacts.verdict import cannot_tell, interrupted
-from vitreg.common.words import number, percent
+from vitreg.artifacts.verdict import cannot_tell, interrupted, summary_and_registers
+from vitreg.common.words import counted, number, percent
 
 REMOVED = 1e-4
 """Share of outlier patches, in every block, up to which artifacts count as removed."""
@@ -107,15 +107,16 @@ def _attention(c: Comparison) -> list[str]:
 
 
 def _registers(c: Comparison) -> list[str]:
-    norms = c.after.register_norms
-    if norms is None:
+    if c.after.register_norms is None:
         return []
     block = c.before.block if c.before.has_artifacts else c.after.block
-    several = len(norms[block]) > 1
-    text = (
-        f"After block {block} the {f'{len(norms[block])} registers' if several else 'register'} of the second model "
-        f"{'have norms' if several else 'has a norm'} of {', '.join(number(float(n)) for n in norms[block])}"
-    )
+    of = [
+        f"the {counted(len(norms), kind) if len(norms) > 1 else kind} of the second model "
+        f"{'have norms' if len(norms) > 1 else 'has a norm'} of {', '.join(number(float(n)) for n in norms)}"
+        for kind, norms in summary_and_registers(c.after, block)
+    ]
+    several = c.after.register_norms.shape[1] > 1
+    text = f"After block {block} {' and '.join(of)}"
     share = c.blocks[block].attention_on_registers_after
     if share is not None:
         text += f" and take{'' if several else 's'} {percent(share)} of the class token's attention"

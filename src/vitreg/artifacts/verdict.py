@@ -153,15 +153,23 @@ def _clean(d: Diagnosis) -> list[str]:
     return [found, excess + "."]
 
 
+def summary_and_registers(d: Diagnosis, block: int) -> list[tuple[str, NDArray[np.float64]]]:
+    """Mean norms after a block by what they are of: DeiT's distillation token is read by the head, and no register."""
+    assert d.register_norms is not None
+    summary, registers = np.split(d.register_norms[block], [d.model.get("num_summary_tokens", 0)])
+    return [(kind, norms) for kind, norms in (("summary token", summary), ("register", registers)) if len(norms)]
+
+
 def _registers(d: Diagnosis) -> list[str]:
     if d.register_norms is None:
         return []
-    norms = d.register_norms[d.block]
     block = d.blocks[d.block]
-    text = (
-        f"After block {d.block} its {len(norms)} register{'s have a' if len(norms) > 1 else ' has a'} mean norm of "
-        f"{', '.join(number(float(n)) for n in norms)}, against {number(block.median)} for the median patch"
-    )
+    of = [
+        f"its {counted(len(norms), kind)} {'have' if len(norms) > 1 else 'has'} a mean norm of "
+        f"{', '.join(number(float(n)) for n in norms)}"
+        for kind, norms in summary_and_registers(d, d.block)
+    ]
+    text = f"After block {d.block} {' and '.join(of)}, against {number(block.median)} for the median patch"
     if block.attention_on_registers is not None:
         text += (
             f"; {percent(block.attention_on_registers)} of the class token's attention goes to them, which a map "

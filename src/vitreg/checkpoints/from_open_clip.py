@@ -82,7 +82,7 @@ def open_clip_model(source: str) -> Any:
 def _from_timm_tower(tower: Any) -> VisionTransformer:
     vit = from_timm(tower.trunk)
     layers = [layer for layer in tower.head if not isinstance(layer, nn.Dropout)]
-    config = dataclasses.replace(vit.config, preprocess=_preprocess(tower, vit.config.patch_size))
+    config = dataclasses.replace(vit.config, preprocess=preprocess_of_tower(tower, vit.config.patch_size))
     state = vit.state_dict()
     if layers:
         check_supported(len(layers) == 1 and isinstance(layers[0], nn.Linear), f"a projection {tower.head}")
@@ -113,7 +113,7 @@ def _from_native_tower(tower: Any) -> VisionTransformer:
         activation=activation_name(block.mlp.gelu),
         norm_eps=block.ln_1.eps,
         position_interpolation=PositionInterpolation("bicubic", antialias=True),
-        preprocess=_preprocess(tower, tower.patch_size[0]),
+        preprocess=preprocess_of_tower(tower, tower.patch_size[0]),
     )
     return build(config, state, "open_clip VisionTransformer")
 
@@ -151,7 +151,7 @@ def _check_supported(tower: Any) -> None:
     check_norms(tower)
 
 
-def _preprocess(tower: Any, patch_size: int) -> Preprocess:
+def preprocess_of_tower(tower: Any, patch_size: int) -> Preprocess:
     """What `open_clip.create_model` noted on the tower; OpenAI's numbers for a tower built by hand."""
     from open_clip.constants import OPENAI_DATASET_MEAN, OPENAI_DATASET_STD
 

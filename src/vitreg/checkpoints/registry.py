@@ -27,7 +27,7 @@ class Model:
         timm: timm's architecture and tag, from which the weights come; empty for those that vitreg brings along.
         million_parameters: of the whole model, its head included.
         patch_size: in pixels.
-        num_registers: trained ones.
+        num_registers: trained ones; timm counts RADIO's summary tokens among them.
         licence: of the weights, as on the model card.
     """
 
@@ -91,6 +91,9 @@ MODELS = (
     Model("deit_tiny_patch16_224", "deit_tiny_patch16_224.fb_in1k", 5.7, 16, 0, "apache-2.0"),
     Model("deit_small_patch16_224", "deit_small_patch16_224.fb_in1k", 22.1, 16, 0, "apache-2.0"),
     Model("deit_base_patch16_224", "deit_base_patch16_224.fb_in1k", 86.6, 16, 0, "apache-2.0"),
+    Model("deit_tiny_distilled_patch16_224", "deit_tiny_distilled_patch16_224.fb_in1k", 5.9, 16, 0, "apache-2.0"),
+    Model("deit_small_distilled_patch16_224", "deit_small_distilled_patch16_224.fb_in1k", 22.4, 16, 0, "apache-2.0"),
+    Model("deit_base_distilled_patch16_224", "deit_base_distilled_patch16_224.fb_in1k", 87.3, 16, 0, "apache-2.0"),
     Model("augreg_vit_ti16", "vit_tiny_patch16_224.augreg_in21k_ft_in1k", 5.7, 16, 0, "apache-2.0"),
     Model("augreg_vit_s16", "vit_small_patch16_224.augreg_in21k_ft_in1k", 22.1, 16, 0, "apache-2.0"),
     Model("augreg_vit_b16", "vit_base_patch16_224.augreg_in21k_ft_in1k", 86.6, 16, 0, "apache-2.0"),
@@ -115,6 +118,14 @@ MODELS = (
     Model("siglip2_vit_l16_256", "vit_large_patch16_siglip_256.v2_webli", 316.0, 16, 0, "apache-2.0"),
     Model("siglip2_so400m_p14_378", "vit_so400m_patch14_siglip_378.v2_webli", 428.2, 14, 0, "apache-2.0"),
     Model("siglip2_vit_g16_256", "vit_giantopt_patch16_siglip_256.v2_webli", 1163.2, 16, 0, "apache-2.0"),
+    Model("siglip2_naflex_b16", "naflexvit_base_patch16_siglip.v2_webli", 92.9, 16, 0, "apache-2.0"),
+    Model("siglip2_naflex_so400m_p16", "naflexvit_so400m_patch16_siglip.v2_webli", 427.9, 16, 0, "apache-2.0"),
+    Model("c-radio_v3-b", "vit_base_patch16_radio_v3.c_radio", 86.5, 16, 7, "nvidia-open-model-license"),
+    Model("c-radio_v3-l", "vit_large_patch16_radio_v3.c_radio", 304.2, 16, 7, "nvidia-open-model-license"),
+    Model("c-radio_v3-h", "vit_huge_patch16_radio_v3.c_radio", 632.0, 16, 7, "nvidia-open-model-license"),
+    Model("c-radio_v3-g", "vit_giant_patch16_radio_v3.c_radio", 1136.0, 16, 7, "nvidia-open-model-license"),
+    Model("c-radio_v4-so400m", "vit_so400m_patch16_radio_v4.c_radio", 413.5, 16, 9, "nvidia-open-model-license"),
+    Model("c-radio_v4-h", "vit_huge_patch16_radio_v4.c_radio", 632.0, 16, 9, "nvidia-open-model-license"),
     Model("pe_core_b16", "vit_pe_core_base_patch16_224.fb", 93.7, 16, 0, "apache-2.0"),
     Model("pe_core_l14_336", "vit_pe_core_large_patch14_336.fb", 317.2, 14, 0, "apache-2.0"),
     Model("pe_spatial_b16_512", "vit_pe_spatial_base_patch16_512.fb", 86.4, 16, 0, "apache-2.0"),
@@ -130,6 +141,9 @@ MODELS = (
     Model("beit_l16", "beit_large_patch16_224.in22k_ft_in22k_in1k", 304.4, 16, 0, "apache-2.0"),
     Model("beitv2_b16", "beitv2_base_patch16_224.in1k_ft_in22k_in1k", 86.5, 16, 0, "apache-2.0"),
     Model("metaclip_b16", "vit_base_patch16_clip_quickgelu_224.metaclip_2pt5b", 86.2, 16, 0, "cc-by-nc-4.0"),
+    Model("metaclip2_h14", "vit_huge_patch14_clip_quickgelu_224.metaclip2_worldwide", 632.1, 14, 0, "cc-by-nc-4.0"),
+    Model("metaclip2_h14_378", "vit_huge_patch14_clip_378.metaclip2_worldwide", 632.7, 14, 0, "cc-by-nc-4.0"),
+    Model("metaclip2_bigg14", "vit_gigantic_patch14_clip_224.metaclip2_worldwide", 1844.9, 14, 0, "cc-by-nc-4.0"),
     Model("sbb_vit_medium_reg4", "vit_medium_patch16_reg4_gap_256.sbb_in12k_ft_in1k", 38.9, 16, 4, "apache-2.0"),
     Model(
         "sbb_vit_betwixt_reg4", "vit_betwixt_patch16_reg4_gap_256.sbb2_e200_in12k_ft_in1k", 60.4, 16, 4, "apache-2.0"

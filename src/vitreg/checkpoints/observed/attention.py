@@ -13,7 +13,7 @@ from torch.overrides import TorchFunctionMode
 
 from vitreg.model.attention import attention_rows
 
-SOFTMAX = (F.softmax, torch.softmax, Tensor.softmax)
+SOFTMAX = {F.softmax, torch.softmax, Tensor.softmax}
 
 
 class AttentionCalls(TorchFunctionMode):

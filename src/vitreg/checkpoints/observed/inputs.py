@@ -98,6 +98,10 @@ def guess_preprocess(
         preprocess = Preprocess.from_timm(resolve_model_data_config(module))
         built_for = getattr(getattr(module, "patch_embed", None), "img_size", None)
         return preprocess.with_size(*(built_for or preprocess.size)), "preprocessing as timm says"
+    if type(module).__module__.startswith("open_clip."):
+        from vitreg.checkpoints.from_open_clip import preprocess_of_tower
+
+        return preprocess_of_tower(module, 1), "preprocessing as open_clip says"
     config: Any = getattr(module, "config", None)
     step = config.patch_size if isinstance(getattr(config, "patch_size", None), int) else 1
     merge = getattr(config, "spatial_merge_size", 1)

@@ -134,6 +134,10 @@ class ObservedViT(nn.Module):
         """Run the module, hand every block's tokens to the recorder, and return the last ones."""
         batch, modules = len(images), self._blocks.modules
         numbers = {module: i for i, module in enumerate(modules)}
+        num_tokens = layout.grid[0] * layout.grid[1] + layout.num_prefix
+        rows = torch.tensor([row for row, _ in recorder.rows], dtype=torch.long)
+        if layout.order is not None:
+            rows = layout.order.cpu()[rows]
         attention: list[AttentionCalls] = []
         stack = contextlib.ExitStack()
         last = images
@@ -146,10 +150,6 @@ class ObservedViT(nn.Module):
                 stream = layout.arranged(self._blocks.stream(x, batch))
                 recorder.embeddings = stream[:, layout.num_prefix :]
             if recorder.rows and i in recorder.blocks:
-                rows = torch.tensor([row for row, _ in recorder.rows])
-                if layout.order is not None:
-                    rows = layout.order.cpu()[rows]
-                num_tokens = layout.grid[0] * layout.grid[1] + layout.num_prefix
                 attention.append(AttentionCalls(batch, num_tokens, rows, layout.order))
                 stack.enter_context(attention[-1])
 

@@ -16,7 +16,8 @@ function drawCharts() {
   if (!byId("tokens")) return;
   const tokens = [{ label: "median|patch", values: over("median"), color: "typical" }];
   if (S.cls_norms) tokens.push({ label: "class token", values: S.cls_norms, color: "high" });
-  (S.register_norms?.[0] ?? []).forEach((_, r) => tokens.push({ label: `register ${r + 1}`, values: S.register_norms.map((b) => b[r]), color: "registers" }));
+  const summary = S.model.num_summary_tokens ?? 0;
+  (S.register_norms?.[0] ?? []).forEach((_, r) => tokens.push({ label: `${r < summary ? "summary token" : "register"} ${r + 1}`, values: S.register_norms.map((b) => b[r]), color: "registers" }));
   drawLines("tokens", tokens, { log: true, format: number, title: "norm" });
 }
 
