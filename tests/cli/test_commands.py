@@ -345,7 +345,7 @@ FLAGS = {
     "export": "MODEL --out --architecture --dtype --size --no-dynamic-batch --no-check --json",
     "extract": (
         f"SOURCE {MODEL} --size --out --tokens --blocks --store-dtype --shard-size --batch-size --strict --shard "
-        "--dry-run --json"
+        "--update --dry-run --json"
     ),
     "fix": f"IMAGES {MODEL} --size --out --method --registers --report {READING} --json",
     "models": "--filter --coverage --json",

@@ -32,6 +32,7 @@ def extract(
     batch_size: int = 32,
     strict: bool = False,
     shard: str | None = None,
+    update: bool = False,
     dry_run: bool = False,
     json: bool = False,
 ) -> int:
@@ -53,6 +54,7 @@ def extract(
         batch_size: images at a time.
         strict: an image or a shard that cannot be read is an error.
         shard: which of how many processes this is, 0/4 to 3/4; by default as torchrun or Slurm say.
+        update: compute what was added to the source, or changed there, since the store was begun.
         dry_run: only say how many shards, bytes and hours it will be.
         json: print the result as JSON.
     """
@@ -81,6 +83,7 @@ def extract(
         done = extract_part(
             vit, source, out.expanduser(), config, part=part, batch_size=batch_size, strict=strict,
             on_progress=on_progress, say=lambda sentence: print(f"vitreg: {sentence}", file=sys.stderr),
+            update=update,
         )  # fmt: skip
     if not done:
         found: dict[str, object] = {"out": str(out), "finished": False}

@@ -10,7 +10,7 @@ from vitreg.images.labeled import ImageSet, Subset, spaced, spaced_indices
 from vitreg.images.masks import IGNORED, SegmentationSet, open_segmentation
 from vitreg.images.reading import EXTENSIONS, MAX_PIXELS, ImageError, as_rgb, find_images, image_size, read_image
 from vitreg.images.sets import check_classes, open_image_set, open_split
-from vitreg.images.sharded import Shards, open_shards
+from vitreg.images.sharded import SetShards, Shards, open_shards
 from vitreg.images.stream import ImageBatch, ImageStream, SkippedImage, no_images
 
 __all__ = [
@@ -29,6 +29,7 @@ __all__ = [
     "ImageStream",
     "Images",
     "SegmentationSet",
+    "SetShards",
     "Shards",
     "SkippedImage",
     "Subset",

@@ -16,7 +16,7 @@ from jaxtyping import Float
 from torch import Tensor
 
 from vitreg.artifacts import LogAxis, NormStatistics, OutlierNorms, model_card, outlier_norms, write_advice
-from vitreg.common.disk import check_room, lock, remove_partial_files, writing
+from vitreg.common.disk import check_room, lock, put_in_place, remove_partial_files, writing
 from vitreg.common.modes import evaluating
 from vitreg.common.progress import OnProgress
 from vitreg.images import (
@@ -24,6 +24,7 @@ from vitreg.images import (
     ImageError,
     ImageSet,
     ImageStream,
+    SetShards,
     Shards,
     SkippedImage,
     open_shards,
@@ -32,8 +33,9 @@ from vitreg.images import (
 from vitreg.model import Preprocess, Trace, VisionTransformer
 from vitreg.probes.store.diagnosis import diagnose_shards
 from vitreg.probes.store.feature_store import FeatureStore
+from vitreg.probes.store.listing import LISTING, in_listed_order, write_listing
 from vitreg.probes.store.manifest import Manifest, StoreStatistics, read_manifest
-from vitreg.probes.store.origin import FeaturesConfig, Origin, check_same
+from vitreg.probes.store.origin import PARTS, FeaturesConfig, Origin, check_same
 from vitreg.probes.store.shards import (
     FOLDER,
     FORMAT,
@@ -59,6 +61,7 @@ def extract(
     strict: bool = False,
     on_progress: OnProgress | None = None,
     say: Callable[[str], None] | None = None,
+    update: bool = False,
     **settings: Any,
 ) -> FeatureStore:
     """Run a model over images once and keep its tokens.
@@ -77,6 +80,7 @@ def extract(
         strict: an image that cannot be read is an error, in a finished store too, instead of being left out.
         on_progress: called with the number of images done and their total, where it is known.
         say: told in a sentence, after the first shard, that the model has artifacts and what can be done.
+        update: compute what was added to a folder or archives since the store was begun, and what has changed there.
         **settings: fields of the config, in place of its own: `tokens=("cls", "patches")`.
 
     Raises:
@@ -87,7 +91,7 @@ def extract(
     config = dataclasses.replace(config or FeaturesConfig(), **settings)
     done = extract_part(
         vit, images, folder, config,
-        preprocess=preprocess, batch_size=batch_size, strict=strict, on_progress=on_progress, say=say,
+        preprocess=preprocess, batch_size=batch_size, strict=strict, on_progress=on_progress, say=say, update=update,
     )  # fmt: skip
     assert done
     store = FeatureStore.open(folder)
@@ -108,6 +112,7 @@ def extract_part(
     strict: bool = False,
     on_progress: OnProgress | None = None,
     say: Callable[[str], None] | None = None,
+    update: bool = False,
 ) -> bool:
     """What one of several processes does of `extract`: of n shards those that leave the rest i when divided by n.
 
@@ -124,6 +129,7 @@ def extract_part(
         strict: an image that cannot be read is an error.
         on_progress: called with the number of images done and their total.
         say: told in a sentence, after the first shard, that the model has artifacts and what can be done.
+        update: as of `extract`.
 
     Returns:
         Whether all shards are there, so that the store can be opened.
@@ -133,20 +139,31 @@ def extract_part(
     """
     if not 0 <= part[0] < part[1]:
         raise ValueError(f"part {part[0]} of {part[1]} does not exist; parts count from 0")
+    if update and part[1] > 1:
+        raise ValueError("a store is extended by one process first; leave the part (--shard) out")
     if batch_size < 1:
         raise ValueError(f"batch_size is {batch_size}; it must be at least 1")
     preprocess = preprocess or vit.preprocess
     if preprocess.crop in ("none", "pad"):
         raise ValueError(f"crop {preprocess.crop!r} gives images of several sizes, but features need one; crop them")
+    named = not isinstance(images, ImageSet)
     shards = open_shards(images, config.shard_size)
+    if named and isinstance(shards, SetShards):
+        shards = SetShards(in_listed_order(shards.images, folder / LISTING, update, say), config.shard_size)
     if not len(shards):
         raise ValueError(f"{shards.images.source} holds no images")
     origin = Origin.of(vit, shards, preprocess, config)
     manifest = Manifest(origin, origin.digest(), shards.images.classes, model_card(vit), len(shards))
     existing = read_manifest(folder)
     if existing is not None:
-        check_same(folder, existing.origin, origin)
-        manifest = existing
+        check_same(folder, existing.origin, origin, PARTS if not named else ("model", "preprocess", "config"))
+        if existing.origin.data.digest == origin.data.digest:
+            manifest = existing
+        elif not update:
+            raise ValueError(
+                f"{folder} holds features of {existing.origin.data}, which is {origin.data} now; extend it with update "
+                "(--update), or choose another folder"
+            )
     if manifest.finding is not None:
         return True
     with writing(folder):
@@ -155,6 +172,11 @@ def extract_part(
     try:
         if existing is None:
             _check_empty(folder)
+        if manifest is not existing:
+            # Before the manifest: after a kill, it is still an update.
+            _keep_unchanged(folder, origin, shards)
+            if named and isinstance(shards, SetShards):
+                write_listing(shards.images, folder / LISTING)
             manifest.write(folder)
         if part[1] == 1:
             remove_partial_files(folder / FOLDER)
@@ -425,8 +447,20 @@ def _finish(folder: Path, manifest: Manifest, shards: Shards) -> bool:
     return True
 
 
+def _keep_unchanged(folder: Path, origin: Origin, shards: Shards) -> None:
+    """Give files of shards that are as they were their number in the new list, and remove the others."""
+    wanted = [shard_path(folder, index, origin, shards) for index in range(len(shards))]
+    paths = {path.name.split("-")[-1]: path for path in wanted}
+    for old in sorted((folder / FOLDER).glob("shard-*.parquet")):
+        new = paths.get(old.name.split("-")[-1])
+        if new is None:
+            old.unlink()
+        elif new != old:
+            put_in_place(old, new)
+
+
 def _check_empty(folder: Path) -> None:
     """A pass that was killed in its first moment leaves hidden files only."""
-    ours = ("manifest.json", FOLDER)
+    ours = ("manifest.json", LISTING, FOLDER)
     if others := sorted(e.name for e in folder.iterdir() if not e.name.startswith(".") and e.name not in ours):
         raise ValueError(f"{folder} holds other files, such as {others[0]}; choose another folder")
