@@ -27,6 +27,7 @@ if TYPE_CHECKING:
         add_registers,
         add_test_time_registers,
         bake_registers,
+        distill_registers,
         export,
         find_register_neurons,
         install_registers,
@@ -56,6 +57,7 @@ __all__ = [
     "compare",
     "diagnose",
     "discover_objects",
+    "distill_registers",
     "export",
     "extract",
     "find_register_neurons",
@@ -87,7 +89,14 @@ _get, __dir__ = lazy(
         "probes": ["extract", "open_store"],
         "registers": [
             *("RegisterNeuron", "add_prefix", "add_registers", "add_test_time_registers", "find_register_neurons"),
-            *("bake_registers", "export", "install_registers", "push_to_hub", "repair_singular_defects"),
+            *(
+                "bake_registers",
+                "distill_registers",
+                "export",
+                "install_registers",
+                "push_to_hub",
+                "repair_singular_defects",
+            ),
         ],
     },
 )

@@ -458,9 +458,9 @@ def test_the_public_names_are_frozen():
     assert sorted(vitreg.__all__) == [
         "AttentionRows", "CheckpointError", "Comparison", "Detection", "Diagnosis", "ImageError", "Preprocess",
         "RegisterNeuron", "Tokens", "Trace", "ViTConfig", "VisionTransformer", "add_prefix", "add_registers",
-        "add_test_time_registers", "bake_registers", "compare", "diagnose", "discover_objects", "export",
-        "extract", "find_register_neurons",
-        "from_open_clip", "from_state_dict", "from_timm", "from_transformers", "install_registers", "list_models",
+        "add_test_time_registers", "bake_registers", "compare", "diagnose", "discover_objects", "distill_registers",
+        "export", "extract", "find_register_neurons", "from_open_clip", "from_state_dict", "from_timm",
+        "from_transformers", "install_registers", "list_models",
         "load", "observe", "open_store", "push_to_hub", "repair_singular_defects", "save",
     ]  # fmt: skip
 

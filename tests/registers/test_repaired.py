@@ -56,7 +56,7 @@ def test_planted_artifacts_are_repaired(family, photographs):
     vit = random_vit(architecture, embed_dim=96, num_heads=3, **options)
     images, marks = with_patches(photos(photographs, vit), vit.config.patch_size)
     plant(vit, 1, (7, 30), images, marks)
-    fixed = vitreg.repair_singular_defects(vit, images)
+    fixed = vitreg.repair_singular_defects(vit, images, min_similarity=0.5)
     after = vitreg.compare(vit, fixed, images)
     assert max(block.outlier_fraction_before for block in after.blocks) > 0.01
     assert max(block.outlier_fraction_after for block in after.blocks) <= 1e-4
@@ -71,6 +71,8 @@ def test_what_it_cannot_do_is_said(tiny_vit, photographs):
     same = vitreg.repair_singular_defects(tiny_vit, photographs[:16], max_steps=1)
     assert "Nothing was repaired. After 1 step 2.0 % of outliers are left" in same.config.changes[-1]
     assert torch.equal(same.blocks[7].mlp.fc2.weight, tiny_vit.blocks[7].mlp.fc2.weight)
+    refused = vitreg.repair_singular_defects(tiny_vit, photographs[:16], max_steps=20)
+    assert "destroy what the model is used for" in refused.config.changes[-1]
     clean = random_vit("vit_small_patch16_224", embed_dim=96, num_heads=3)
     assert "No artifacts in" in vitreg.repair_singular_defects(clean, photos(photographs, clean)).config.changes[-1]
     fixed = vitreg.add_test_time_registers(tiny_vit, neurons=[(7, 417)])

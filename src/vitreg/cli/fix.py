@@ -18,17 +18,18 @@ if TYPE_CHECKING:
     from vitreg import VisionTransformer
     from vitreg.images import Batches
 
-Method = Literal["test-time", "baked", "prefix", "repaired"]
+Method = Literal["test-time", "baked", "distilled", "prefix", "repaired"]
 
 METHODS: dict[Method, tuple[str, str]] = {
     "test-time": ("add_test_time_registers", "looking for the units that write them"),
     "baked": ("bake_registers", "teaching the units to fire on registers"),
+    "distilled": ("distill_registers", "distilling"),
     "prefix": ("add_prefix", "looking for the units to silence"),
     "repaired": ("repair_singular_defects", "repairing"),
 }
 """The function of each, and what it does while it runs."""
 
-ADDS_REGISTERS = ("test-time", "baked")
+ADDS_REGISTERS = ("test-time", "baked", "distilled")
 """Methods that take a number of registers."""
 
 
@@ -56,10 +57,11 @@ def fix(
         model: the model and what it sees.
         out: the file to write, NAME.safetensors.
         method: test-time moves activations to untrained registers (Jiang et al. 2025); baked makes of these ordinary
-            ones, which timm and transformers run; prefix silences the units and
+            ones, which timm and transformers run; distilled trains registers on the model's own features, means over
+            shifted views (PH-Reg 2025), for some hours; prefix silences the units and
             gives attention fixed keys and values instead (RegCache 2025); repaired changes the weights that write
             artifacts (SINDER 2024).
-        registers: so many are added; by default 1 by test-time, and 4 else.
+        registers: so many are added; by default 1, of baked as many as attention counts, of distilled 4.
         report: folder for a before/after report on the same images.
         reading: which images, and how many at a time.
         json: print the result as JSON.

@@ -1,6 +1,7 @@
 """The fix: registers for a pretrained Vision Transformer, untrained or trainable."""
 
 from vitreg.registers.baked import bake_registers
+from vitreg.registers.distilled import distill_registers
 from vitreg.registers.export import Exported, export
 from vitreg.registers.insertion import is_changed
 from vitreg.registers.install import InstalledRegisters, install_registers
@@ -20,6 +21,7 @@ __all__ = [
     "add_registers",
     "add_test_time_registers",
     "bake_registers",
+    "distill_registers",
     "export",
     "find_register_neurons",
     "install_registers",

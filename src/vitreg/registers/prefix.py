@@ -18,15 +18,12 @@ from vitreg.common.words import counted, percent
 from vitreg.images import Batches, Images
 from vitreg.model import VisionTransformer
 from vitreg.registers.held_back import Effect, HeldBack
-from vitreg.registers.insertion import unchanged
+from vitreg.registers.insertion import MIN_SIMILARITY, destroyed, unchanged
 from vitreg.registers.neurons import RegisterNeuron
 from vitreg.registers.training_free import HELD_BACK_EVERY, Unit, add_test_time_registers
 
 MAX_ROWS = 16
 """In a block; the paper has 1 to 15."""
-
-MIN_SIMILARITY = 0.9
-"""Mean cosine of the pooled features with the original's below which a prefix is refused."""
 
 
 @torch.no_grad()
@@ -155,8 +152,5 @@ def _refusal(effect: Effect, units: list[Unit]) -> str:
             f"features {effect.similarity:.3f})."
         )
     if effect.similarity < MIN_SIMILARITY:
-        return (
-            f"It would destroy what the model is used for: the mean cosine of its pooled features with the original's "
-            f"is {effect.similarity:.2f}, less than {MIN_SIMILARITY}. Use --method test-time."
-        )
+        return destroyed(effect.similarity)
     return ""

@@ -20,7 +20,7 @@ from vitreg.common.words import counted, percent
 from vitreg.images import Batches, Images
 from vitreg.model import Block, VisionTransformer
 from vitreg.registers.held_back import HeldBack, outlier_limit
-from vitreg.registers.insertion import unchanged
+from vitreg.registers.insertion import MIN_SIMILARITY, destroyed, unchanged
 from vitreg.registers.training_free import HELD_BACK_EVERY
 
 INPUTS_PER_CHANNEL = 8
@@ -99,6 +99,7 @@ def repair_singular_defects(
     images: Images,
     *,
     max_steps: int = 300,
+    min_similarity: float = MIN_SIMILARITY,
     batch_size: int = 8,
     on_progress: OnProgress | None = None,
 ) -> VisionTransformer:
@@ -116,12 +117,13 @@ def repair_singular_defects(
         vit: the model, as for `diagnose`.
         images: at least 10, better 100, as for `diagnose`; gone through several times.
         max_steps: of gradient descent, a batch each.
+        min_similarity: mean cosine of the pooled features with the original's below which the repair is refused.
         batch_size: images at a time.
         on_progress: called with the number of steps done and the most there can be.
 
     Returns:
-        The model with other weights. Where there is nothing to repair, or more than half of the outliers stay, a
-        copy, whose last of `config.changes` says so.
+        The model with other weights. Where there is nothing to repair, more than half of the outliers stay, or what
+        the model is used for is lost, a copy, whose last of `config.changes` says so.
 
     Raises:
         ValueError: as of `singular_defects` and `diagnose`, or images that can be gone through only once.
@@ -175,6 +177,8 @@ def repair_singular_defects(
             f"Nothing was repaired. After {counted(step, 'step')} {percent(effect.outliers)} of outliers are left in "
             f"held-back images ({percent(held_back.original)} before); give more images or steps, or another method.",
         )
+    if effect.similarity < min_similarity:
+        return unchanged(vit, f"Nothing was repaired. {destroyed(effect.similarity, min_similarity)}")
     said = (
         f"Singular values of {counted(onset + 1, 'block')} were changed in {counted(step, 'step')}: the first one of "
         f"block {onset} was {defects[onset].ratio:.1f} times the second, and its direction has a cosine of {along:.2f} "
