@@ -114,6 +114,24 @@ def test_preprocess_equals_the_processor_of_depth_anything(height, width):
     close(preprocess_from_processor(processor.to_dict(), 14)(image), theirs, 1e-2)
 
 
+@pytest.mark.parametrize(("height", "width"), [(300, 400), (400, 150)])
+def test_preprocess_equals_the_processor_of_siglip2_at_the_grid_that_it_chooses(height, width):
+    """Theirs keeps the aspect ratio of each image, as nearly as whole patches go; a batch of ours has one size."""
+    processor = (getattr(hf, "Siglip2ImageProcessorPil", None) or hf.Siglip2ImageProcessor)(max_num_patches=64)
+    image = read_image(next(path for path in bundled_photographs() if path.stem == "coffee")).crop(
+        (0, 0, width, height)
+    )
+    made = processor(image, return_tensors="np")
+    rows, columns = (int(side) for side in made["spatial_shapes"][0])
+    assert rows != columns
+    assert rows * columns <= 64
+    patches = torch.as_tensor(np.asarray(made["pixel_values"][0][: rows * columns]))
+    theirs = patches.view(rows, columns, 16, 16, 3).permute(4, 0, 2, 1, 3).reshape(3, rows * 16, columns * 16)
+    ours = preprocess_from_processor(processor.to_dict(), 16)
+    assert ours.size == (128, 128)
+    close(ours.with_size(rows * 16, columns * 16)(image), theirs, 1e-2)
+
+
 @pytest.mark.parametrize(
     ("change", "message"),
     [

@@ -186,6 +186,29 @@ def test_models(capsys):
     assert run("models", "--filter", "resnet") == 2
 
 
+@pytest.mark.parametrize("library", ["timm", "transformers"])
+def test_a_stored_model_that_is_not_converted_is_observed(library, folder, tmp_path, capsys):
+    if library == "timm":
+        import timm
+        from safetensors.torch import save_file
+
+        model = tmp_path / "test_vit3.r160_in1k.safetensors"  # averages its registers with the patches
+        save_file(timm.create_model("test_vit3").state_dict(), model)
+    else:
+        hf, model = pytest.importorskip("transformers"), tmp_path / "videomae"
+        sizes = dict(hidden_size=32, num_hidden_layers=3, num_attention_heads=2, intermediate_size=48)
+        hf.VideoMAEModel(hf.VideoMAEConfig(**sizes, image_size=64, num_frames=4)).save_pretrained(model)
+    assert run("diagnose", folder, "--model", model, "--out", tmp_path / "out", "--json") == 0
+    printed = capsys.readouterr()
+    found = json.loads(printed.out)
+    assert found["model"]["name"] == model.name
+    assert found["model"]["observed"]["assumed"].startswith("Observed by hooks in V")
+    assert found["model"]["depth"] == len(found["blocks"]) > 1
+    assert "it is observed as it is" in printed.err
+    assert (tmp_path / "out" / "report.html").exists()
+    assert run("fix", folder, "--model", model, "--out", tmp_path / "fixed.safetensors") == 2
+
+
 def test_models_coverage(capsys):
     assert run("models", "--coverage", "--filter", "vit_tiny_patch16", "--json") == 0
     found = json.loads(capsys.readouterr().out)

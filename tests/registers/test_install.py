@@ -19,6 +19,8 @@ from torch import nn
 import vitreg
 from checkpoints import transformers_models
 from checkpoints.test_from_timm import FAMILIES, timm_patch
+from checkpoints.test_from_transformers_parts import LLAMA4
+from checkpoints.test_from_transformers_parts import build as tower
 from peers import TOLERANCE, at_size, error, perturb, random_images, timm_model
 from vitreg.checkpoints.state import build
 
@@ -170,6 +172,32 @@ def test_other_classes_of_transformers(name):
     with vitreg.install_registers(model, fixed):
         assert error(model(**inputs).last_hidden_state, without_added(fixed, images, own)) <= TOLERANCE
     assert torch.equal(model(**inputs).last_hidden_state, before)
+
+
+@pytest.mark.parametrize("last", [1, 3])
+@torch.no_grad()
+def test_tokens_that_are_last_in_the_module(last):
+    """Llama 4 has its class token there and turns all tokens by RoPE, YOLOS its detection tokens."""
+    if last == 1:
+        model, images = tower("Llama4VisionModel", "llama4", **LLAMA4), transformers_models.images(56, 56)
+        seen: list[torch.Tensor] = []
+        model.layernorm_post.register_forward_hook(lambda _m, _i, output: seen.append(output))
+    else:
+        options = {"num_detection_tokens": last, "use_mid_position_embeddings": False}
+        model, images = tower("YolosModel", "yolos", image_size=(56, 56), **options), transformers_models.images(42, 70)
+        seen = []
+        model.layernorm.register_forward_hook(lambda _m, _i, output: seen.append(output))
+    fixed, own = fix(model), vitreg.from_transformers(model).num_registers
+    model(images)
+    with vitreg.install_registers(model, fixed):
+        model(images)
+    model(images)
+    before, after, again = seen
+    first = min(own, 1)  # YOLOS has its class token first
+    rolled = torch.cat([after[:, :first], after[:, -last:], after[:, first:-last]], dim=1)
+    assert error(rolled, without_added(fixed, images, own)) <= TOLERANCE
+    assert torch.equal(before, again)
+    assert not torch.equal(before, after)
 
 
 @torch.no_grad()

@@ -25,6 +25,9 @@ MASKS = ("attention_mask", "attn_mask")
 BIASES = ("shared_rel_pos_bias", "shared_rel_pos")
 """What they call a bias on attention that all blocks share."""
 
+ROTATIONS = "freqs_ci"
+"""What Llama 4 calls the complex numbers that turn each of its tokens."""
+
 OWN_BIASES = ("_get_rel_pos_bias", "get_bias")
 """What timm's modules inside a block call the function that gives its own bias."""
 
@@ -173,6 +176,10 @@ class _RegisteredBlock:
 
     def _widen_mask(self, given: list[Any], kwargs: dict[str, Any]) -> None:
         self.valid = None
+        if (turns := kwargs.get(ROTATIONS)) is not None:
+            kwargs[ROTATIONS] = replace(self.place, axis=0).insert(
+                turns, turns.new_ones(self.place.count, *turns.shape[1:])
+            )
         if self.mask is None:
             return
         positional = self.mask_position < len(given)

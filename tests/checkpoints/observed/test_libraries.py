@@ -171,6 +171,10 @@ def test_compiled_and_quantized_modules_are_seen():
     images = random_images(64)
     norms = plain.trace(images).patch_norms
     torch.testing.assert_close(vitreg.observe(torch.compile(model)).trace(images).patch_norms, norms)
+    blocks = model.blocks
+    model.blocks = torch.nn.Sequential(*map(torch.compile, blocks))
+    torch.testing.assert_close(vitreg.observe(model).trace(images).patch_norms, norms)
+    model.blocks = blocks
     quantization = pytest.importorskip("torch.ao.quantization")
     quantized = quantization.quantize_dynamic(model, {torch.nn.Linear}, dtype=torch.qint8)
     assert error(norms, vitreg.observe(quantized).trace(images).patch_norms) < 0.05

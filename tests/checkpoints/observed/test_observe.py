@@ -8,7 +8,7 @@ import torch
 from torch import nn
 
 import vitreg
-from peers import perturb, random_images
+from peers import error, perturb, random_images
 from vitreg.checkpoints import CheckpointError, convert_or_observe
 
 
@@ -171,6 +171,44 @@ def test_the_module_is_left_as_it_was(hand_written, small):
     assert [part.training for part in hand_written.modules()] == modes
     assert num_hooks(hand_written) == 0
     hand_written(random_images(64, 48)).sum().backward()  # nothing was kept in inference mode
+
+
+class Int8(nn.Module):
+    """A linear layer as quantizing libraries keep it: integers and scales in buffers, no parameter."""
+
+    def __init__(self, layer: nn.Linear) -> None:
+        super().__init__()
+        self.in_features = layer.in_features
+        scale = layer.weight.detach().abs().amax(1, keepdim=True) / 127
+        self.register_buffer("weight", (layer.weight.detach() / scale).round().to(torch.int8))
+        self.register_buffer("scale", scale)
+        self.register_buffer("bias", layer.bias.detach().clone())
+
+    def forward(self, x):
+        return nn.functional.linear(x, self.weight * self.scale, self.bias)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_weights_of_eight_bits(hand_written, small, dtype):
+    images = random_images(64, 48)
+    expected = vitreg.observe(hand_written, preprocess=small).trace(images).patch_norms
+    for block in hand_written.layers:
+        block.qkv, block.proj = Int8(block.qkv), Int8(block.proj)
+        block.mlp[0], block.mlp[2] = Int8(block.mlp[0]), Int8(block.mlp[2])
+    for name, parameter in [*hand_written.named_parameters()]:  # nothing says the precision but scales and buffers
+        owner = hand_written.get_submodule(name.rpartition(".")[0])
+        delattr(owner, name.rpartition(".")[2])
+        owner.register_buffer(name.rpartition(".")[2], parameter.detach())
+    observed = vitreg.observe(hand_written.to(dtype), preprocess=small)
+    assert error(expected, observed.trace(images).patch_norms) < 0.05
+
+
+def test_weights_that_are_on_no_device_are_named(hand_written, small):
+    """As where a library keeps a part of a model elsewhere, and does not bring it."""
+    hand_written.layers[2].to("meta")
+    with pytest.raises(CheckpointError, match=r"device meta|meta device|device 'meta'") as caught:
+        vitreg.observe(hand_written, preprocess=small)
+    assert "\n" not in str(caught.value)
 
 
 def test_hooks_go_when_the_module_fails_within(hand_written, small):

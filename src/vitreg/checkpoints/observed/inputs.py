@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import inspect
+import itertools
 from collections.abc import Mapping
 from typing import Any
 
@@ -38,8 +39,9 @@ def image_tower(module: nn.Module) -> tuple[str, nn.Module]:
 
 
 def input_dtype(module: nn.Module) -> torch.dtype:
-    """Of the first floating weight: quantized ones are integers."""
-    return next((p.dtype for p in module.parameters() if p.is_floating_point()), torch.get_default_dtype())
+    """Of the first floating weight, or scale: quantized weights are integers."""
+    weights = itertools.chain(module.parameters(), module.buffers())
+    return next((weight.dtype for weight in weights if weight.is_floating_point()), torch.get_default_dtype())
 
 
 def how_to_call(module: nn.Module) -> tuple[Call, bool]:
