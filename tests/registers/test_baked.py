@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import json
+from pathlib import Path
 
 import pytest
 import timm
@@ -90,20 +91,39 @@ def test_only_rows_of_register_neurons_and_new_registers_changed(models):
     assert not any(module._forward_hooks for module in baked.modules())
 
 
-@torch.no_grad()
-def test_timm_runs_it(models, images, tmp_path):
-    baked = models[-1]
-    vitreg.save(baked, tmp_path / "baked.safetensors", format="timm")
-    with safe_open(tmp_path / "baked.safetensors", "pt") as file:
+def in_timm(baked: vitreg.VisionTransformer, folder: Path) -> torch.nn.Module:
+    """What timm alone makes of the file."""
+    vitreg.save(baked, folder / "baked.safetensors", format="timm")
+    with safe_open(folder / "baked.safetensors", "pt") as file:
         metadata, state = file.metadata(), {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
     kwargs = json.loads(metadata["kwargs"])
     assert kwargs["reg_tokens"] == baked.num_registers
     model = timm.create_model(metadata["architecture"], **kwargs).eval()
     model.load_state_dict(state, strict=True)
+    return model
+
+
+@torch.no_grad()
+def test_timm_runs_it(models, images, tmp_path):
+    baked = models[-1]
+    model = in_timm(baked, tmp_path)
     assert error(model.forward_features(images[:4]), baked(images[:4]).sequence()) <= TOLERANCE
     assert error(model(images[:4]), baked.classify(images[:4])) <= TOLERANCE
     again = vitreg.from_timm(model)
     assert error(again(images[:4]).patches, baked(images[:4]).patches) <= TOLERANCE
+
+
+@torch.no_grad()
+def test_the_real_vit_is_baked_in_timm(tiny_vit, photograph_batch, tmp_path):
+    fixed = vitreg.add_test_time_registers(tiny_vit, count=4, neurons=[(7, 417), (6, 189)])
+    baked = vitreg.bake_registers(fixed, photograph_batch)
+    model = in_timm(baked, tmp_path)
+    assert error(model(photograph_batch), baked.classify(photograph_batch)) <= TOLERANCE
+    patches = torch.stack(model.forward_intermediates(photograph_batch, intermediates_only=True))
+    assert patches.norm(dim=2).amax() < 150 < tiny_vit.trace(photograph_batch).patch_norms.amax()
+    assert (
+        F.cosine_similarity(model.forward_features(photograph_batch)[:, 0], fixed(photograph_batch).cls).mean() > 0.99
+    )
 
 
 @torch.no_grad()
