@@ -94,6 +94,46 @@ def test_compare_writes_and_prints(photographs, fixed, tmp_path, capsys):
     assert (result["num_images"], result["outcome"]) == (3, "removed")
 
 
+def test_compare_takes_many_models(photographs, fixed, tmp_path, capsys):
+    """What comes after the second model and is no image is a model, too."""
+    folder, out = tmp_path / "photos", tmp_path / "out"
+    folder.mkdir()
+    for path in photographs[:4]:
+        (folder / path.name).symlink_to(path)
+    assert run("compare", TINY, fixed, TINY, fixed, folder, "--out", out) == 0
+    said = capsys.readouterr().out
+    assert said.count("removed") == 3
+    assert "4 images in" in said
+    names = ("fixed", TINY, "fixed-2")
+    assert {p.name for p in out.glob("[!.]*")} == {"comparisons.json", "report.html", *names}
+    assert all((out / name / "report.html").is_file() for name in names)
+    assert all(f'href="{name}/report.html"' in (out / "report.html").read_text() for name in names)
+    result = json.loads((out / "comparisons.json").read_text())
+    assert [c["outcome"] for c in result["comparisons"].values()] == ["removed", "not removed", "removed"]
+    assert run("compare", TINY, fixed, *photographs[:4], "--out", tmp_path / "two", "--json") == 0
+    two, one_of_three = json.loads(capsys.readouterr().out), result["comparisons"]["fixed"]
+    assert {key: two[key] for key in ("blocks", "outcome", "patch_similarity", "cls_similarity", "verdict")} == {
+        key: one_of_three[key] for key in ("blocks", "outcome", "patch_similarity", "cls_similarity", "verdict")
+    }
+
+
+@pytest.mark.parametrize(
+    ("words", "count"),
+    [
+        (["photos"], 0),
+        (["c.safetensors", "photos/"], 1),
+        (["dinov2_vitb14", "facebook/dinov2-base", "run.pth", "*.jpg"], 3),
+        (["nothing.jpg", "photos"], 0),
+        (["nowhere/", "photos"], 0),
+        (["dinov2_vitb14"], 0),
+    ],
+)
+def test_words_before_the_images_may_be_models(words, count):
+    from vitreg.cli.compare import models_among
+
+    assert models_among(words) == (words[:count], words[count:])
+
+
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [

@@ -1,6 +1,6 @@
 """The problem: patches that a model turned into scratch memory."""
 
-from vitreg.artifacts.compare import compare
+from vitreg.artifacts.compare import compare, compare_each
 from vitreg.artifacts.comparison import BlockChange, Comparison
 from vitreg.artifacts.conclusion import check_block, choose_thresholds, conclude
 from vitreg.artifacts.diagnosis import BlockNorms, Diagnosis, NeighbourSimilarity
@@ -26,6 +26,7 @@ __all__ = [
     "check_block",
     "choose_thresholds",
     "compare",
+    "compare_each",
     "conclude",
     "diagnose",
     "find_outliers",

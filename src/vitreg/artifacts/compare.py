@@ -1,8 +1,9 @@
-"""Diagnosing two models in one pass over the same images."""
+"""Diagnosing two models, or several, in one pass over the same images."""
 
 from __future__ import annotations
 
 import dataclasses
+from collections.abc import Sequence
 from typing import Any, Literal
 
 import torch
@@ -57,40 +58,82 @@ def compare(
     Raises:
         ValueError: models that cannot be compared, or whatever `diagnose` raises.
     """
-    before, after = convert_or_observe(before), convert_or_observe(after)
-    _check_comparable(before, after)
-    observers = [Observer(vit, threshold=threshold, block=block, max_examples=max_examples) for vit in (before, after)]
+    (comparison,) = compare_each(
+        before,
+        [after],
+        images,
+        threshold=threshold,
+        block=block,
+        batch_size=batch_size,
+        max_examples=max_examples,
+        strict=strict,
+        limit=limit,
+        keep_partial=keep_partial,
+        on_progress=on_progress,
+    )
+    return comparison
+
+
+def compare_each(
+    before: VisionTransformer | nn.Module,
+    others: Sequence[VisionTransformer | nn.Module],
+    images: Images,
+    *,
+    threshold: float | int | str = "auto",
+    block: int | Literal["auto"] = "auto",
+    batch_size: int = 32,
+    max_examples: int = 20,
+    strict: bool = False,
+    limit: int | None = None,
+    keep_partial: bool = False,
+    on_progress: OnProgress | None = None,
+) -> list[Comparison]:
+    """Compare several models with one, in one pass over the same images; all else is as for `compare`.
+
+    Returns:
+        What `compare` would say of each of the others.
+    """
+    before = convert_or_observe(before)
+    afters = [convert_or_observe(after) for after in others]
+    for after in afters:
+        _check_comparable(before, after)
+    models = [before, *afters]
+    observers = [Observer(vit, threshold=threshold, block=block, max_examples=max_examples) for vit in models]
     device = next(before.parameters()).device
-    features = _Features(before, after)
+    features = [_Features(before, after) for after in afters]
 
-    def look(batch: Tensor) -> tuple[Trace, Tensor, Trace]:
-        first = observers[0].look(batch)
-        other = _as_normalized_by(after, before, batch)
-        return first, other, observers[1].look(other)
+    def look(batch: Tensor) -> list[tuple[Tensor, Trace]]:
+        normalized = [batch, *(_as_normalized_by(after, before, batch) for after in afters)]
+        return [(own, observer.look(own)) for observer, own in zip(observers, normalized, strict=True)]
 
-    def note(seen: tuple[Trace, Tensor, Trace], batch: Tensor, names: list[str]) -> None:
-        first, other, second = seen
-        observers[0].note(first, batch, names)
-        observers[1].note(second, other, names)
-        features.add(first.tokens, second.tokens, observers[0].bins(first))
+    def note(seen: list[tuple[Tensor, Trace]], batch: Tensor, names: list[str]) -> None:
+        for observer, (own, trace) in zip(observers, seen, strict=True):
+            observer.note(trace, own, names)
+        (_, first), *rest = seen
+        bins = observers[0].bins(first)
+        for of_pair, (_, trace) in zip(features, rest, strict=True):
+            of_pair.add(first.tokens, trace.tokens, bins)
 
     batches = Batches(images, before.preprocess, batch_size=batch_size, device=device, strict=strict, limit=limit)
-    ending = look_through(batches, look, note, [before, after], keep_partial=keep_partial, on_progress=on_progress)
-    one, two = (observer.conclude(**ending) for observer in observers)
-    blocks = tuple(_block_change(i, observers, one, two) for i in range(before.config.depth))
-    comparison = Comparison(
-        before=one,
-        after=two,
-        blocks=blocks,
-        outcome=judge(one, two, blocks),
-        patch_similarity=features.patch_similarity(one.block, observers[0].decision.steps[one.block]),
-        cls_similarity=features.mean("cls"),
-        head_agreement=features.mean("agreement"),
-        head_similarity=features.mean("head"),
-        seconds=ending["seconds"],
-        same_model=_are_same(before, after),
-    )
-    return dataclasses.replace(comparison, verdict=write_comparison_verdict(comparison))
+    ending = look_through(batches, look, note, models, keep_partial=keep_partial, on_progress=on_progress)
+    one, *rest = (observer.conclude(**ending) for observer in observers)
+    found = []
+    for after, two, observer, of_pair in zip(afters, rest, observers[1:], features, strict=True):
+        blocks = tuple(_block_change(i, [observers[0], observer], one, two) for i in range(before.config.depth))
+        comparison = Comparison(
+            before=one,
+            after=two,
+            blocks=blocks,
+            outcome=judge(one, two, blocks),
+            patch_similarity=of_pair.patch_similarity(one.block, observers[0].decision.steps[one.block]),
+            cls_similarity=of_pair.mean("cls"),
+            head_agreement=of_pair.mean("agreement"),
+            head_similarity=of_pair.mean("head"),
+            seconds=ending["seconds"],
+            same_model=_are_same(before, after),
+        )
+        found.append(dataclasses.replace(comparison, verdict=write_comparison_verdict(comparison)))
+    return found
 
 
 def _check_comparable(before: Model, after: Model) -> None:

@@ -1,6 +1,7 @@
 """What people look at: the HTML report and the figures. Draws plain data, imports no other part of vitreg."""
 
 from vitreg.report.attention import attention_figure, overlay, write_attention
+from vitreg.report.comparisons import write_comparisons
 from vitreg.report.discovery import discovery_overlay, sweep_figure
 from vitreg.report.evaluation import DenseImage, Table, write_evaluation
 from vitreg.report.examples import ExampleMaps
@@ -26,6 +27,7 @@ __all__ = [
     "timeline_figure",
     "write_attention",
     "write_comparison",
+    "write_comparisons",
     "write_evaluation",
     "write_report",
     "write_side_by_side",
