@@ -10,10 +10,27 @@ from pathlib import Path
 import pytest
 
 ROOT = Path(__file__).parents[1]
-PAGES = sorted([ROOT / "README.md", *(ROOT / "docs").glob("*.md")])
+DOCS = ROOT / "docs"
+PAGES = sorted([*ROOT.glob("*.md"), *DOCS.rglob("*.md")])
+CODE = re.compile(r"```(?:\{code-cell\} )?python\n(.*?)```", re.DOTALL)
+BLOCKS = {page: blocks for page in PAGES if (blocks := CODE.findall(page.read_text()))}
+OFFLINE = {DOCS / "tutorials", DOCS / "how-to"}
+"""What is here runs on what comes with the package, as the site is built."""
 
 
-@pytest.mark.parametrize("page", PAGES, ids=lambda p: p.name)
+@pytest.mark.parametrize("page", [page for page in BLOCKS if page.parent in OFFLINE], ids=lambda p: p.name)
+def test_tutorials_run(page, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    run(page)
+
+
+def run(page: Path) -> None:
+    scope: dict[str, object] = {}
+    for block in BLOCKS[page]:
+        exec(compile(block, str(page), "exec"), scope)
+
+
+@pytest.mark.parametrize("page", [page for page in BLOCKS if page.parent not in OFFLINE], ids=lambda p: p.name)
 def test_python_code_runs(page, test_data, photographs, tmp_path, monkeypatch):
     monkeypatch.setenv("VITREG_CHECKPOINTS", str(test_data / "weights"))
     monkeypatch.chdir(tmp_path)
@@ -30,12 +47,9 @@ def test_python_code_runs(page, test_data, photographs, tmp_path, monkeypatch):
         from pretrained import write_models
 
         write_models(tmp_path, monkeypatch)
-    blocks = re.findall(r"```python\n(.*?)```", page.read_text(), re.DOTALL)
-    scope: dict[str, object] = {}
-    for block in blocks:
-        exec(compile(block, str(page), "exec"), scope)
+    run(page)
     if page.name == "README.md":
-        assert len(blocks) >= 2
+        assert len(BLOCKS[page]) >= 2
         assert (tmp_path / "report" / "report.html").is_file()
 
 
@@ -43,7 +57,20 @@ def test_python_code_runs(page, test_data, photographs, tmp_path, monkeypatch):
 def test_links_lead_somewhere(page):
     for target in re.findall(r"\]\(([^)]+)\)", page.read_text()):
         if not target.startswith("http"):
-            assert (page.parent / target).exists(), target
+            assert (page.parent / target.partition("#")[0]).exists(), target
+
+
+def test_all_pages_and_names_are_on_the_site():
+    import vitreg
+
+    trees = re.findall(r"```\{toctree\}\n(.*?)```", (DOCS / "index.md").read_text(), re.DOTALL)
+    listed = [line for tree in trees for line in tree.splitlines() if line and not line.startswith(":")]
+    pages = {str(page.relative_to(DOCS).with_suffix("")) for page in DOCS.rglob("*.md")}
+    assert sorted(listed) == sorted(pages - {"index"})
+    reference = (DOCS / "api" / "index.md").read_text()
+    assert sorted(re.findall(r"^\.\. auto\w+:: (\w+)$", reference, re.MULTILINE)) == sorted(vitreg.__all__)
+    rooms = {path.parent.name for path in (ROOT / "src" / "vitreg").glob("*/__init__.py")} - {"cli", "common"}
+    assert {path.stem for path in (DOCS / "api").glob("*.md")} == rooms | {"index"}
 
 
 def test_shown_commands_parse():

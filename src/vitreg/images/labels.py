@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from array import array
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -12,7 +11,7 @@ _MOST = 10**7
 """Classes; what is beyond is an identifier, and a name for each number below it would not fit into memory."""
 
 
-def classes_of(labels: array[int], names: tuple[str, ...], source: str) -> tuple[str, ...]:
+def classes_of(labels: Sequence[int], names: tuple[str, ...], source: str) -> tuple[str, ...]:
     """Names of the classes that labels are numbers of; the numbers themselves where no names are known.
 
     There are none without labels, nor where every label is -1, which is how test sets hide them.

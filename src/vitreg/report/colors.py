@@ -52,7 +52,7 @@ class ColorScale:
         return matplotlib.colormaps.get_cmap(self.colors)(self.norm(values), bytes=True)[..., :3]
 
 
-def norm_scale(norms: Float[np.ndarray, ...], threshold: float | None = None) -> ColorScale:
+def norm_scale(norms: Float[np.ndarray, "*shape"], threshold: float | None = None) -> ColorScale:
     """Logarithmic, from the smallest to the largest norm; it reaches the threshold even where the norms do not."""
     from matplotlib.colors import LogNorm
 
