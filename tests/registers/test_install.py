@@ -25,11 +25,12 @@ from peers import TOLERANCE, at_size, error, perturb, random_images, timm_model
 from vitreg.checkpoints.state import build
 
 
-def fix(model: nn.Module | vitreg.VisionTransformer, *, weight: int = 3) -> vitreg.VisionTransformer:
+def fix(model: nn.Module | vitreg.VisionTransformer, *, weight: int = 3, start: int = 1) -> vitreg.VisionTransformer:
     """Trainable registers, test-time registers of several units, and a weight: all that can be installed."""
     fixed = vitreg.add_registers(model, 2)
-    fixed = vitreg.add_test_time_registers(fixed, neurons=[(0, 1), (0, 5), (1, 7)], count=2)
-    return build(dataclasses.replace(fixed.config, register_weight=weight), fixed.state_dict(), "the fixed model")
+    fixed = vitreg.add_test_time_registers(fixed, neurons=[(start, 1), (start, 5), (1, 7)], count=2)
+    config = dataclasses.replace(fixed.config, register_weight=weight, register_start=start)
+    return build(config, fixed.state_dict(), "the fixed model")
 
 
 def without_added(fixed: vitreg.VisionTransformer, images: torch.Tensor, own: int = 0) -> torch.Tensor:
@@ -127,7 +128,7 @@ HF = ["ViT", "Dinov2", "Dinov2WithRegisters", "Dinov2 SwiGLU", "DINOv3", "CLIP",
 @torch.no_grad()
 def test_transformers(name):
     model = hf_model(name, attn_implementation="eager")
-    fixed, own = fix(model), vitreg.from_transformers(model).num_registers
+    fixed, own = fix(model, start=0), vitreg.from_transformers(model).num_registers
     several = {"output_hidden_states": True, "output_attentions": True}
     resize = {} if name.startswith(("Dino", "DINO")) else {"interpolate_pos_encoding": True}
     for images in (transformers_models.images(56, 56), transformers_models.images(42, 70, batch=3)):

@@ -36,12 +36,14 @@ def fixed(_tiny_vit):
 
 
 @torch.no_grad()
-def algorithm_2(vit, image, neurons, count: int = 1):
+def algorithm_2(vit, image, neurons, count: int = 1, start: int = 0):
     """Jiang et al., Algorithm 2, literally: one image, one unit at a time, with the tokens in a plain list order."""
     config = vit.config
     patches = vit.patch_embed(image[None]).flatten(2).transpose(1, 2) + vit.pos_embed
-    x = torch.cat([vit.cls_token, patches, torch.zeros(1, count, config.embed_dim)], 1)  # appended, as published
+    x = torch.cat([vit.cls_token, patches], 1)
     for b, block in enumerate(vit.blocks):
+        if b == start:
+            x = torch.cat([x, torch.zeros(1, count, config.embed_dim)], 1)  # appended, as published
         q, k, v = (
             block.attn.qkv(block.norm1(x)).reshape(1, -1, 3, config.num_heads, config.head_dim).permute(2, 0, 3, 1, 4)
         )
@@ -68,6 +70,59 @@ def test_equals_the_published_algorithm_on_20_photographs(tiny_vit, photograph_b
         assert error(tokens.patches[i : i + 1], patches) < 1e-5
         assert error(tokens.cls[i : i + 1], cls) < 1e-5
         assert error(tokens.registers[i : i + 1], registers) < 1e-5
+
+
+def entering(vit, neurons, start: int, **changes):
+    """Test-time registers that enter before a block."""
+    fixed = vitreg.add_test_time_registers(vit, neurons=neurons)
+    config = fixed.config.to_dict() | {"register_start": start} | changes
+    late = vitreg.VisionTransformer(vitreg.ViTConfig.from_dict(config)).eval()
+    late.load_state_dict(fixed.state_dict())
+    return late
+
+
+@torch.no_grad()
+def test_a_register_that_enters_later_equals_the_algorithm_from_there_on(tiny_vit, photograph_batch):
+    tokens = entering(tiny_vit, UNITS, 5)(photograph_batch[:2])
+    for i in range(2):
+        cls, patches, registers = algorithm_2(tiny_vit, photograph_batch[i], UNITS, start=5)
+        assert error(tokens.patches[i : i + 1], patches) < 1e-5
+        assert error(tokens.cls[i : i + 1], cls) < 1e-5
+        assert error(tokens.registers[i : i + 1], registers) < 1e-5
+
+
+@torch.no_grad()
+@pytest.mark.parametrize(
+    "family",
+    [
+        "vit_base_patch16_224",
+        "vit_small_patch16_dinov3_qkvb",
+        "beit_base_patch16_224",
+        "vit_small_patch16_rope_mixed_224",
+    ],
+)
+def test_before_its_registers_enter_a_model_is_the_original(family):
+    vit = random_vit(family, embed_dim=96, num_heads=3)
+    late = entering(vit, [(1, 3)], 1, register_weight=3)
+    images = random_images(vit.config.image_size[0])
+    wanted = dict(attention_from=["cls", "registers", (0, 0)], facets=["keys"], hidden=True, activations=True)
+    trace = late.trace(images, **wanted)
+    before = vit.trace(images, **(wanted | {"attention_from": ["cls", (0, 0)]}))
+    own = vit.num_registers
+    assert torch.equal(trace.hidden.patches[0], before.hidden.patches[0])
+    assert torch.equal(trace.keys.patches[0], before.keys.patches[0])
+    assert torch.equal(trace.activations.cls[0], before.activations.cls[0])
+    assert torch.equal(trace.attention.to_patches[0][:, :, [0, -1]], before.attention.to_patches[0][:, :, [0, -1]])
+    assert (trace.attention.to_registers[0, :, :, [0, -1], own] == 0).all()
+    assert (trace.attention.to_patches[0, :, :, own + 1] == 0).all()  # a register that is not there asks nothing
+    sums = (
+        trace.attention.to_patches[1].flatten(-2).sum(-1)
+        + trace.attention.to_registers[1].sum(-1)
+        + trace.attention.to_cls[1]
+    )
+    assert error(sums, torch.ones_like(sums)) < 1e-5
+    assert trace.activations.registers[1, :, own, 3].abs().min() > 0
+    assert torch.equal(trace.tokens.patches, late(images).patches)
 
 
 @torch.no_grad()

@@ -34,7 +34,7 @@ class Attention(nn.Module):
 
     Args:
         config: the architecture.
-        block: number of the block, on which its prefix depends.
+        block: number of the block, on which its prefix and its registers depend.
 
     Attributes:
         prefix: keys and values that every image has besides, `[2, H, P, d]`, or None.
@@ -50,7 +50,7 @@ class Attention(nn.Module):
         self.k_norm = norm_layer(config, config.head_dim) if config.qk_norm else nn.Identity()
         self.norm = norm_layer(config, dim) if config.attention_norm else nn.Identity()
         self.proj = nn.Linear(dim, dim, bias=config.proj_bias)
-        self.rel_pos = RelPosBias(config) if config.rel_pos else None
+        self.rel_pos = RelPosBias(config, block) if config.rel_pos else None
         rows = dict(config.prefix_rows).get(block)
         self.prefix = nn.Parameter(torch.empty(2, config.num_heads, rows, config.head_dim)) if rows else None
         self.masks_key_bias = config.qkv_bias and not config.key_bias

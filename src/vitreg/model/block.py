@@ -123,7 +123,8 @@ class Block(nn.Module):
     def __init__(self, config: ViTConfig, index: int) -> None:
         super().__init__()
         self.parallel, self.post_norm = config.parallel, config.post_norm
-        self.test_time_registers, self.num_copies = config.test_time_registers, config.num_attention_copies
+        self.test_time_registers = config.test_time_registers
+        self.num_copies = 0 if config.num_waiting(index) else config.num_attention_copies
         self.norm1 = block_norm(config)
         self.attn = (DifferentialAttention if config.differential else Attention)(config, index)
         self.mlp = Mlp(config, tuple(unit for block, unit in config.register_neurons if block == index))

@@ -79,6 +79,8 @@ class ViTConfig:
         register_neurons: (block, hidden unit) of the MLP units whose activation is moved, in every image, to the
             test-time registers (see `Mlp`).
         register_weight: tokens that each test-time register counts as in attention (see `Block`).
+        register_start: the block before which test-time registers enter the sequence: not after the first that has a
+            register neuron. Before it the model is as it was.
         prefix_rows: (block, how many) keys and values that are the same in every image, which the attention of the
             block sees beside those of its tokens (RegCache, arXiv 2510.04547).
         class_token: whether there is one.
@@ -131,6 +133,7 @@ class ViTConfig:
     num_test_time_registers: int = 0
     register_neurons: tuple[tuple[int, int], ...] = ()
     register_weight: int = 1
+    register_start: int = 0
     prefix_rows: tuple[tuple[int, int], ...] = ()
     class_token: bool = True
     num_classes: int = 0
@@ -227,6 +230,12 @@ class ViTConfig:
             )
         if self.register_weight < 1:
             raise ValueError(f"register_weight is {self.register_weight}; it must be at least 1")
+        first = min((block for block, _ in self.register_neurons), default=0)
+        if not 0 <= self.register_start <= first:
+            raise ValueError(
+                f"register_start is {self.register_start}; it must be 0 to {first}, the first block with a register "
+                f"neuron (0 without)"
+            )
         for block, unit in self.register_neurons:
             if not (0 <= block < self.depth and 0 <= unit < self.mlp_dim):
                 raise ValueError(
@@ -269,8 +278,12 @@ class ViTConfig:
 
     @property
     def num_attention_copies(self) -> int:
-        """Copies of test-time registers that attention sees before the sequence."""
+        """Copies of test-time registers that attention sees before the sequence, in blocks that have them."""
         return self.num_test_time_registers * (self.register_weight - 1)
+
+    def num_waiting(self, block: int) -> int:
+        """Test-time registers that have not entered the sequence in a block yet."""
+        return self.num_test_time_registers if block < self.register_start else 0
 
     def to_dict(self) -> dict[str, Any]:
         """JSON types; `from_dict` is the inverse."""

@@ -47,6 +47,10 @@ class ObservedConfig:
     num_test_time_registers: ClassVar[int] = 0
     test_time_registers: ClassVar[slice] = slice(0)
 
+    def num_waiting(self, block: int) -> int:
+        """As `ViTConfig.num_waiting`: an observed module has no test-time registers."""
+        return 0
+
     @property
     def num_prefix_tokens(self) -> int:
         """Tokens before the first patch, in the order of a trace."""

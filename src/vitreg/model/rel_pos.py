@@ -22,10 +22,12 @@ class RelPosBias(nn.Module):
     nowhere, so theirs is zero, and the class token's beside an MLP.
     """
 
-    def __init__(self, config: ViTConfig) -> None:
+    def __init__(self, config: ViTConfig, block: int = 0) -> None:
         super().__init__()
         self.grid, self.class_token = config.grid, config.class_token
-        self.num_copies, self.num_prefix = config.num_attention_copies, config.num_prefix_tokens
+        waiting = config.num_waiting(block)
+        self.num_copies = 0 if waiting else config.num_attention_copies
+        self.num_prefix = config.num_prefix_tokens - waiting
         self.rule = config.position_interpolation
         self.table = None
         if config.rel_pos == "table":

@@ -133,13 +133,24 @@ class Recorder:
         self._bias: Tensor | None = None
         self._prefix: Tensor | None = None
 
+    @property
+    def _waiting(self) -> int:
+        """Registers that the block that runs does not have yet."""
+        return self.config.num_waiting(len(self.norms))
+
+    @property
+    def _copies(self) -> int:
+        """Tokens that its attention sees before the sequence."""
+        return 0 if self._waiting else self.config.num_attention_copies
+
     def wants(self, block: int) -> bool:
         """Whether anything inside this block is recorded (norms are taken from outside)."""
         return block in self.blocks and bool(self.rows or self.summaries or self.keep - {"patches", "hidden"})
 
     def record(self, name: str, value: Tensor) -> None:
         """Take what a block hands out while it runs."""
-        self._summarize(name, value)
+        whole = value if name in ("lambda", "bias", "prefix") else self._whole(value, (0, 0))
+        self._summarize(name, whole)
         if name == "lambda":
             self._lambda = value
         elif name == "bias":
@@ -155,8 +166,16 @@ class Recorder:
             self._queries = None
         if name in self.keep:
             if name != "activations":
-                value = value[:, :, self.config.num_attention_copies :].transpose(1, 2).flatten(2)
-            self.kept.setdefault(name, []).append(value)
+                whole = whole[:, :, self._copies :].transpose(1, 2).flatten(2)
+            self.kept.setdefault(name, []).append(whole)
+
+    def _whole(self, value: Tensor, inner: tuple[int, ...] = ()) -> Tensor:
+        """With zeros for the registers that have not entered; `inner` is the padding of axes after the tokens'."""
+        if not self._waiting:
+            return value
+        axis = -1 - len(inner) // 2
+        before, after = value.tensor_split([self.config.test_time_registers.start], dim=axis)
+        return torch.cat((F.pad(before, (*inner, 0, self._waiting)), after), dim=axis)
 
     def _summarize(self, name: str, value: Tensor) -> None:
         for key, (source, summary) in self.summaries.items():
@@ -165,8 +184,11 @@ class Recorder:
 
     def _attention_rows(self, queries: Tensor, keys: Tensor) -> Tensor:
         """The rows asked for, `[B, H, Q, T]`; a register's share is that of all its copies."""
-        copies = self.config.num_attention_copies
-        chosen = torch.tensor([row for row, _ in self.rows], device=keys.device) + copies
+        place = self.config.test_time_registers
+        copies, waiting = self._copies, self._waiting
+        chosen = torch.tensor([row for row, _ in self.rows], device=keys.device)
+        absent = (chosen >= place.start) & (chosen < place.stop) & bool(waiting)
+        chosen = chosen + copies - waiting * (chosen >= place.stop)
         bias, fixed = self._bias, 0
         if self._prefix is not None:
             fixed = self._prefix.shape[1]
@@ -180,8 +202,8 @@ class Recorder:
         if copies:
             rows, of_copies = rows[..., copies:].clone(), rows[..., :copies]
             each = of_copies.unflatten(-1, (-1, self.config.num_test_time_registers)).sum(-2)
-            rows[..., self.config.test_time_registers] += each
-        return rows
+            rows[..., place] += each
+        return self._whole(rows).masked_fill(absent[:, None], 0.0) if waiting else rows
 
     def after_block(self, block: int, x: Tensor) -> None:
         """Take the residual stream after a block."""

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from types import MappingProxyType
+from typing import cast
 
 import torch
 from jaxtyping import Float
@@ -19,7 +20,7 @@ from vitreg.model.pooling import AttentionPool
 from vitreg.model.pos_embed import resize_positions
 from vitreg.model.preprocess import Preprocess
 from vitreg.model.rel_pos import RelPosBias
-from vitreg.model.rope import mixed_rotation, rotation
+from vitreg.model.rope import Rotation, mixed_rotation, rotation
 from vitreg.model.tokens import Masked, Tokens
 from vitreg.model.trace import Facet, Query, Recorder, Summary, Trace
 
@@ -227,16 +228,27 @@ class VisionTransformer(nn.Module):
         subsets = None
         if self.stochastic_depth is not None and self.training:
             subsets = self.stochastic_depth(x.shape[0], x.device)
+        waiting = None
+        if self.config.register_start:
+            place = self.config.test_time_registers
+            x, waiting = torch.cat((x[:, : place.start], x[:, place.stop :]), dim=1), x[:, place]
         for i, block in enumerate(self.blocks):
+            if waiting is not None and i == self.config.register_start:
+                x, waiting = self._enter(x, waiting), None
             record = recorder.record if recorder is not None and recorder.wants(i) else None
             table = table if tables is None else tables[i]
+            position = table
+            if waiting is not None and table is not None and not self.config.rel_pos:
+                cos, sin = cast("Rotation", table)
+                skip = self.config.num_attention_copies + waiting.shape[1]  # what is not rotated comes first
+                position = cos[..., skip:, :], sin[..., skip:, :]
             options = (record, None if subsets is None else subsets[i])
             if self.gradient_checkpointing and self.training and record is None:
-                x = checkpoint(block, x, table, *options, use_reentrant=False)
+                x = checkpoint(block, x, position, *options, use_reentrant=False)
             else:
-                x = block(x, table, *options)
+                x = block(x, position, *options)
             if recorder is not None:
-                recorder.after_block(i, x)
+                recorder.after_block(i, x if waiting is None else self._enter(x, waiting))
         return Tokens.split(self.norm(x), class_token=self.config.class_token, grid=grid, normed=self.config.final_norm)
 
     def _assemble(self, patches: Tensor, grid: tuple[int, int]) -> Tensor:
@@ -247,6 +259,11 @@ class VisionTransformer(nn.Module):
         batch = patches.shape[0]
         prefix = [token.expand(batch, -1, -1) for token in (self.cls_token, self.registers) if token is not None]
         return self.norm_pre(torch.cat([*prefix, patches], dim=1) if prefix else patches)
+
+    def _enter(self, x: Tensor, registers: Tensor) -> Tensor:
+        """The sequence with the test-time registers."""
+        before, after = x.tensor_split([self.config.test_time_registers.start], dim=1)
+        return torch.cat((before, registers, after), dim=1)
 
     def _grid(self, images: Tensor) -> tuple[int, int]:
         patch = self.config.patch_size

@@ -151,7 +151,12 @@ def _with_ordinary_registers(fixed: VisionTransformer, count: int) -> VisionTran
     number = torch.arange(count, device=state["registers"].device) % config.num_test_time_registers
     state["registers"] = torch.cat([state["registers"][:, :trained], state["registers"][:, trained:][:, number]], dim=1)
     plain = dataclasses.replace(
-        config, num_registers=trained + count, num_test_time_registers=0, register_neurons=(), register_weight=1
+        config,
+        num_registers=trained + count,
+        num_test_time_registers=0,
+        register_neurons=(),
+        register_weight=1,
+        register_start=0,
     )
     return build(plain, state, "the model with ordinary registers")
 

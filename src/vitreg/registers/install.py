@@ -132,12 +132,12 @@ class _RegisteredBlock:
     Args:
         block: the module.
         index: its number.
-        first: the registers before the first block; None for the others.
+        entering: registers that enter before this block, after those that come from the block before; may be none.
         place: where they are in the sequence.
     """
 
-    def __init__(self, block: nn.Module, index: int, first: Float[Tensor, "1 R D"] | None, place: _Place) -> None:
-        self.index, self.first, self.place = index, first, place
+    def __init__(self, block: nn.Module, index: int, entering: Float[Tensor, "1 R D"], place: _Place) -> None:
+        self.index, self.entering, self.place = index, entering, place
         self.original: Callable[..., Any] = block.forward
         parameters = list(inspect.signature(self.original).parameters)
         self.mask = next((name for name in parameters if name in (*MASKS, *BIASES)), None)
@@ -159,12 +159,13 @@ class _RegisteredBlock:
         return (hidden, *output[1:]) if isinstance(output, tuple) else hidden
 
     def _registers(self, x: Tensor) -> Tensor:
-        """Those that come with the tokens, or the first ones for every image."""
-        if self.first is not None:
-            axis = self.place.axis
-            shape = [-1, -1, -1]
-            shape[1 - axis] = x.shape[1 - axis]
-            return self.first.transpose(0, 1 - axis).expand(shape)
+        """Those that come with the tokens, and those that enter here, the same for every image."""
+        axis, num_entering = self.place.axis, self.entering.shape[1]
+        shape = [-1, -1, -1]
+        shape[1 - axis] = x.shape[1 - axis]
+        entering = self.entering.transpose(0, 1 - axis).expand(shape)
+        if num_entering == self.place.count:
+            return entering
         registers = getattr(x, CARRIED_AS, None)
         if registers is None:
             raise ValueError(
@@ -172,7 +173,7 @@ class _RegisteredBlock:
                 f"blocks made new ones, such as a hook or gradient checkpointing with use_reentrant=True; leave that "
                 f"out, or remove() the registers"
             )
-        return registers
+        return torch.cat((registers, entering.to(registers)), dim=axis) if num_entering else registers
 
     def _widen_mask(self, given: list[Any], kwargs: dict[str, Any]) -> None:
         self.valid = None
@@ -217,12 +218,17 @@ class InstalledRegisters:
         added, test_time = entering.split(
             [config.num_registers - own - config.num_test_time_registers, config.num_test_time_registers], dim=1
         )
-        first = torch.cat((added, *[test_time] * config.register_weight), dim=1)
-        place = _Place(original.num_prefix_tokens, first.shape[1], axis=int(_batch_first(modules)))
-        receivers = slice(place.start + added.shape[1], place.start + place.count)
+        test_time = test_time.repeat(1, config.register_weight, 1)
+        place = _Place(original.num_prefix_tokens, 0, axis=int(_batch_first(modules)))
+        receivers = slice(place.start + added.shape[1], place.start + added.shape[1] + test_time.shape[1])
         for index in range(config.depth):
+            enters = [registers for registers, at in ((added, 0), (test_time, config.register_start)) if at == index]
+            entering = torch.cat((test_time[:, :0], *enters), dim=1)
+            place = replace(place, count=place.count + entering.shape[1])
+            if not place.count:
+                continue
             block = modules[f"blocks.{index}"]
-            registered = _RegisteredBlock(block, index, None if index else first, place)
+            registered = _RegisteredBlock(block, index, entering, place)
             self._set(block, "forward", registered.forward)
             for module in block.modules():
                 if isinstance(before := getattr(module, "num_prefix_tokens", None), int):  # timm's, not to be rotated

@@ -17,7 +17,7 @@ AFTER_BLOCKS = ("norm.", "fc_norm.", "attention_pool.", "head.")
 FREE = (
     *("name", "architecture", "changes", "preprocess", "image_size", "position_interpolation"),
     *("pool", "pool_heads", "pool_mlp_dim", "pool_dim", "final_norm", "fc_norm", "num_classes", "head_bias"),
-    *("num_registers", "num_test_time_registers", "register_neurons", "register_weight"),
+    *("num_registers", "num_test_time_registers", "register_neurons", "register_weight", "register_start"),
 )
 """Fields of the config in which both may differ likewise; the weights tell another size."""
 

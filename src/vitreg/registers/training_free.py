@@ -52,13 +52,16 @@ def add_test_time_registers(
     registers, and zero to every other token (Algorithm 2, here per image and per unit). The registers start from zero
     and have no position; they need not differ, as they are not trained.
 
+    Registers in all blocks, as published, draw attention before they hold anything. Those that are found here enter
+    before the first block that has such a unit (`ViTConfig.register_start`): up to there the model is the original.
+
     Without `neurons`, units are ranked on four fifths of the images (`find_register_neurons`) and the smallest number
     of the first of them is taken that leaves at most 0.01 % of outliers, after any block, in the fifth that was held
     back; or up to twice as many, where the pooled features stay more than a tenth closer to the original's. If no
     number removes them, the best is kept and the search repeated on the changed model. Then attention counts the
-    registers 1, 2, 4, ... times (`ViTConfig.register_weight`), as long as that brings the pooled features closer: one
-    register replaces several artifacts, each of which had its share in the softmax. `config.changes` says what was
-    chosen.
+    registers 1, 2, 3, 4, 6, 9, ... times (`ViTConfig.register_weight`), as long as that brings the pooled features
+    closer: one register replaces several artifacts, each of which had its share in the softmax. `config.changes` says
+    what was chosen.
 
     Args:
         vit: the model, with or without registers of its own, as for `diagnose`.
@@ -66,7 +69,7 @@ def add_test_time_registers(
             time.
         count: registers to add.
         neurons: the units to move, as (block, unit) or `RegisterNeuron`; found in the images by default. With these,
-            the model is exactly that of the paper: registers count once.
+            the model is exactly that of the paper: registers count once, and in all blocks.
         batch_size: images at a time.
         on_progress: called while units are looked for, with the number of images done and their total.
 
@@ -86,7 +89,7 @@ def add_test_time_registers(
         units = list(dict.fromkeys(units))
         if not units:
             raise ValueError("neurons is empty; leave it out to have them found in the images")
-        return _moved(vit, units, count, said="They were given, not chosen.")
+        return _moved(vit, units, count, start=0, said="They were given, not chosen.")
     if images is None:
         raise ValueError("images are needed to find the units that write the artifacts; or give neurons")
     return _search(vit, images, count, batch_size, on_progress)
@@ -137,7 +140,7 @@ def _search(
             f" In attention a register counts {weight} times, which keeps the pooled feature closest to the original "
             f"(mean cosine {effect.similarity:.3f})."
         )
-    return _moved(vit, units, count, weight, said)
+    return _moved(vit, units, count, weight, said=said)
 
 
 def _choose_units(
@@ -200,15 +203,16 @@ def _closest(effect: Callable[[int], Effect], fewest: int, most: int) -> int:
 def _choose_weight(
     vit: VisionTransformer, units: list[Unit], count: int, held_back: HeldBack, diagnosis: Diagnosis
 ) -> tuple[int, Effect]:
-    """How often attention should count a register, doubled while the pooled features come closer, and the effect."""
+    """How often attention should count a register, raised while the pooled features come closer, and the effect."""
     weight = vit.config.register_weight
     outliers_per_image = diagnosis.outlier_fraction * diagnosis.num_patches / diagnosis.num_images
     best = held_back.effect(_moved(vit, units, count, weight))
     while weight * count < outliers_per_image:
-        effect = held_back.effect(_moved(vit, units, count, 2 * weight))
+        more = weight + max(1, weight // 2)
+        effect = held_back.effect(_moved(vit, units, count, more))
         if effect.similarity <= best.similarity or effect.outliers > max(best.outliers, REMOVED):
             break
-        weight, best = 2 * weight, effect
+        weight, best = more, effect
     return weight, best
 
 
@@ -220,11 +224,21 @@ def _unchanged(vit: VisionTransformer, reason: str) -> VisionTransformer:
 
 
 def _moved(
-    vit: VisionTransformer, units: list[Unit], count: int, weight: int | None = None, said: str = ""
+    vit: VisionTransformer,
+    units: list[Unit],
+    count: int,
+    weight: int | None = None,
+    *,
+    start: int | None = None,
+    said: str = "",
 ) -> VisionTransformer:
-    """The model with so many more test-time registers that receive what these units do."""
+    """The model with so many more test-time registers that receive what these units do, from their first block on."""
     config = vit.config
     neurons = tuple(dict.fromkeys((*config.register_neurons, *units)))
+    if start is None:
+        start = min(block for block, _ in neurons)
+    if config.num_test_time_registers:  # it has some that must not enter later than they do
+        start = min(start, config.register_start)
     them = "it" if count == 1 else "each of them"
     text = f"{counted(count, 'test-time register')} added"
     if vit.num_registers:
@@ -237,6 +251,7 @@ def _moved(
         num_test_time_registers=config.num_test_time_registers + count,
         register_neurons=neurons,
         register_weight=weight or config.register_weight,
+        register_start=start,
         name=f"{config.name or config.architecture} + {counted(count, 'test-time register')}",
         changes=(*config.changes, text.strip()),
     )
