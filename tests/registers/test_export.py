@@ -31,8 +31,9 @@ FAMILIES = {
 
 
 def fix(vit: vitreg.VisionTransformer) -> vitreg.VisionTransformer:
-    fixed = vitreg.add_test_time_registers(vit, neurons=[(0, 1), (0, 5), (1, 7)], count=2)
-    return build(dataclasses.replace(fixed.config, register_weight=3), fixed.state_dict(), "the fixed model")
+    fixed = vitreg.add_test_time_registers(vit, neurons=[(1, 1), (1, 5), (1, 7)], count=2)
+    config = dataclasses.replace(fixed.config, register_weight=3, register_start=1)
+    return build(config, fixed.state_dict(), "the fixed model")
 
 
 def run(written: Exported, images: torch.Tensor) -> dict[str, torch.Tensor]:
