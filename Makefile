@@ -6,7 +6,7 @@ BIN := .venv/bin
 # `make test INSTALL="uv pip install"` takes uv, which installs into .venv by itself.
 INSTALL ?= $(BIN)/python -m pip install --disable-pip-version-check
 
-.PHONY: demo test pytest docs clean
+.PHONY: demo test docs clean
 
 demo: .venv/.installed
 	$(BIN)/vitreg demo --out vitreg-out/demo
@@ -16,10 +16,6 @@ test: .venv/.dev
 	$(BIN)/ruff format --check .
 	$(BIN)/lint-imports
 	$(BIN)/pyright
-	$(BIN)/python -m pytest -q -n auto
-
-# What of `make test` does not depend on the versions of the tools.
-pytest: .venv/.dev
 	$(BIN)/python -m pytest -q -n auto
 
 docs: .venv/.docs

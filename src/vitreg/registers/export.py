@@ -158,7 +158,8 @@ def _at_size(vit: VisionTransformer, image_size: int | tuple[int, int] | None) -
 def _program(model: _Outputs, dynamic_batch: bool) -> Any:
     """The model as a graph of PyTorch's operators."""
     images = torch.zeros(1 + dynamic_batch, 3, *model.vit.config.image_size)
-    shapes = {"images": {0: torch.export.Dim("batch")}} if dynamic_batch else None
+    # PyTorch 2.6 takes the largest integer out of an open range, where registers are expanded to the batch.
+    shapes = {"images": {0: torch.export.Dim("batch", max=2**31 - 1)}} if dynamic_batch else None
     with torch.no_grad(), _quiet():
         return torch.export.export(model, (images,), dynamic_shapes=shapes, strict=False)
 
