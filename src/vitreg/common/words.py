@@ -42,7 +42,7 @@ def duration(seconds: float) -> str:
 
 def size_in_words(num_bytes: int) -> str:
     """`5.2 GB`."""
-    units = ("bytes", "kB", "MB", "GB", "TB")
+    units = ("bytes", "kB", "MB", "GB", "TB", "PB")
     power = min(len(units) - 1, max(0, len(str(num_bytes)) - 1) // 3)
     return f"{num_bytes / 1000**power:.3g} {units[power]}"
 
