@@ -39,6 +39,18 @@ def make_ranges(depth: int) -> dict:
     return {"float16": False, "overflowing": [depth - 1], "probes": ["black image"], "blocks": blocks}
 
 
+def make_faithfulness(depth: int) -> dict:
+    found = {"to_patches": 0.5, "to_registers": 0.125, "to_cls": 0.375, "cosine": 0.75}
+    return {"blocks": [{"block": k, **found} for k in range(depth)]}
+
+
+def make_sinks(depth: int) -> dict:
+    """One in the last block."""
+    blocks = [{"no-op": int(k == depth - 1), "broadcast": 0, "other": 0} for k in range(depth)]
+    head = {"block": depth - 1, "head": 2, "tokens": "registers", "attention": 0.5, "value_norm": 0.1}
+    return {"num_heads": 4, "blocks": blocks, "heads": [head | {"stable_rank": 1.5, "kind": "no-op"}]}
+
+
 def make_summary(examples: list[ExampleMaps], *, block: int = 3, threshold: float | None = THRESHOLD) -> dict:
     """What `Diagnosis.to_dict()` says of these examples; no outliers where `threshold` is None."""
     norms = np.stack([e.norms for e in examples], axis=1)
@@ -96,6 +108,8 @@ def make_summary(examples: list[ExampleMaps], *, block: int = 3, threshold: floa
         "register_norms": None,
         "cls_norms": None,
         "channels": [{"channel": 41, "share": 0.9}] if found else [],
+        "faithfulness": make_faithfulness(depth) if examples[0].attention else None,
+        "sinks": make_sinks(depth) if examples[0].attention else None,
         "ranges": make_ranges(depth),
         "verdict": ["Outliers were planted, see `conftest.py`."] if found else ["No patch stands out."],
         "skipped": [],

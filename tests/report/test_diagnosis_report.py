@@ -76,12 +76,23 @@ def test_range_panel(tmp_path, open_page):
     assert [said(cell) for cell in row.locator("td").all()][2:5] == ["800", EVIL, "9.00"]
 
 
+def test_attention_panel(tmp_path, open_page):
+    examples = make_examples()
+    page = open_page(write_report(make_summary(examples), examples, tmp_path / "report.html"))
+    assert "cosine, patches alone 75.0 %" in said(page.locator("#faithfulness-says"))
+    assert "no-op 25.0 %" in said(page.locator("#sinks-says"))
+    assert "map shows 50.0 % of its attention" in said(page.locator("#attention-says"))
+    page.locator("summary", has_text="Heads with a sink").click()
+    assert "registers" in said(page.locator("[aria-labelledby=h-faithfulness] tbody"))
+
+
 def test_a_summary_of_norms_alone_has_no_other_panels(tmp_path, open_page):
     examples = make_examples()
     summary = make_summary(examples)
-    del summary["ranges"]
+    for key in ("faithfulness", "sinks", "ranges"):
+        del summary[key]
     page = open_page(write_report(summary, examples, tmp_path / "report.html"))
-    assert page.locator("#ranges").count() == 0
+    assert page.locator("#faithfulness, #sinks, #ranges, #attention-says").count() == 0
 
 
 def test_arrow_keys_move_over_patches(tmp_path, open_page):

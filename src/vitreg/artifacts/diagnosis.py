@@ -12,7 +12,7 @@ from numpy.typing import NDArray
 
 from vitreg.artifacts.decision import Undecided
 from vitreg.artifacts.findings import Findings
-from vitreg.artifacts.measures import Ranges
+from vitreg.artifacts.measures import Faithfulness, Ranges, Sinks
 from vitreg.common.json_types import to_json
 from vitreg.images import SkippedImage
 from vitreg.report import ExampleMaps, write_report
@@ -99,6 +99,8 @@ class Diagnosis(Findings):
         model: name and architecture of the model.
         image_size: (height, width) in pixels that the model saw.
         examples: the first images with their maps, for the report.
+        faithfulness: what maps of the class token's attention show; None without a class token.
+        sinks: heads in which tokens take much of its attention, and what for; None without a class token.
         ranges: how large values become, and what float16 and int8 would make of them.
     """
 
@@ -129,6 +131,8 @@ class Diagnosis(Findings):
     image_size: tuple[int, int]
     verdict: tuple[str, ...] = ()
     examples: tuple[ExampleMaps, ...] = field(default=(), repr=False)
+    faithfulness: Faithfulness | None = None
+    sinks: Sinks | None = None
     ranges: Ranges | None = None
 
     def to_dict(self) -> dict[str, Any]:

@@ -50,7 +50,7 @@ class Observer:
         self._rule = parse_rule(threshold)
         self._axis = LogAxis(self._rule.value if self._rule.kind == "fixed" else None)
         self._examples = Examples(vit, max_examples)
-        self._measures = {name: sums(vit.config) for name, sums in MEASURES.items()}
+        self._measures = {name: sums(vit) for name, sums in MEASURES.items()}
         self._summaries = {key: made for sums in self._measures.values() for key, made in sums.summaries.items()}
         self._statistics: NormStatistics | None = None
         self._image_size = (0, 0)

@@ -58,7 +58,7 @@ class Attention(nn.Module):
     def forward(
         self, x: Float[Tensor, "B T D"], position: Position | None = None, record: Record | None = None
     ) -> Float[Tensor, "B T D"]:
-        """Mix the tokens; `record` receives the bias, queries, keys and values that enter the softmax."""
+        """Mix the tokens; `record` receives bias, queries, keys and values of the softmax, and what the heads give."""
         if self.masks_key_bias:  # DINOv3 holds the keys' bias at zero (`LinearKMaskedBias`)
             query_bias, key_bias, value_bias = self.qkv.bias.chunk(3)
             bias = torch.cat((query_bias, torch.zeros_like(key_bias), value_bias))
@@ -87,6 +87,8 @@ class Attention(nn.Module):
             k, v = torch.cat((keys, k), dim=2), torch.cat((values, v), dim=2)
             bias = None if bias is None else F.pad(bias, (keys.shape[2], 0))
         x = self.mix(q, k, v) if bias is None else _attend(q, k, v, bias)
+        if record is not None:
+            record("heads", x)
         x = x.transpose(1, 2).flatten(2)
         return self.proj(self.norm(x))
 

@@ -19,6 +19,7 @@ from vitreg.model.observed_config import ObservedConfig
 from vitreg.model.tokens import Tokens
 
 Facet = Literal["queries", "keys", "values"]
+IN_HEADS = ("queries", "keys", "values", "heads")
 Query = Literal["cls", "registers"] | SupportsIndex | tuple[SupportsIndex, SupportsIndex]
 
 Summary = tuple[str, Callable[[Tensor], Tensor]]
@@ -150,6 +151,8 @@ class Recorder:
     def record(self, name: str, value: Tensor) -> None:
         """Take what a block hands out while it runs."""
         whole = value if name in ("lambda", "bias", "prefix") else self._whole(value, (0, 0))
+        if name in IN_HEADS:
+            whole = whole[:, :, self._copies :]
         self._summarize(name, whole)
         if name == "lambda":
             self._lambda = value
@@ -165,8 +168,8 @@ class Recorder:
             # Not later: a view of q holds the memory of q, k and v, which the MLP is about to reuse.
             self._queries = None
         if name in self.keep:
-            if name != "activations":
-                whole = whole[:, :, self._copies :].transpose(1, 2).flatten(2)
+            if name in IN_HEADS:
+                whole = whole.transpose(1, 2).flatten(2)
             self.kept.setdefault(name, []).append(whole)
 
     def _whole(self, value: Tensor, inner: tuple[int, ...] = ()) -> Tensor:

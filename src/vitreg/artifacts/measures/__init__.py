@@ -1,5 +1,11 @@
 """What a diagnosis measures beside norms, a file each: what is computed of a trace, added up, and said of it."""
 
+from vitreg.artifacts.measures.faithfulness import (
+    BlockFaithfulness,
+    Faithfulness,
+    FaithfulnessSums,
+    say_faithfulness,
+)
 from vitreg.artifacts.measures.ranges import (
     BlockRanges,
     Range,
@@ -9,17 +15,24 @@ from vitreg.artifacts.measures.ranges import (
     say_ranges,
     say_ranges_changed,
 )
+from vitreg.artifacts.measures.sinks import SinkHead, Sinks, SinkSums, say_sinks
 
 __all__ = [
     "MEASURES",
+    "SENTENCES",
+    "BlockFaithfulness",
     "BlockRanges",
+    "Faithfulness",
     "Range",
-    "RangeSums",
     "Ranges",
+    "SinkHead",
+    "Sinks",
     "probe_images",
-    "say_ranges",
     "say_ranges_changed",
 ]
 
-MEASURES = {"ranges": RangeSums}
+MEASURES = {"faithfulness": FaithfulnessSums, "sinks": SinkSums, "ranges": RangeSums}
 """By field of `Diagnosis` what adds it up: `summaries` that a trace is asked for, `add` and `conclude`."""
+
+SENTENCES = {"faithfulness": say_faithfulness, "sinks": say_sinks, "ranges": say_ranges}
+"""By field of `Diagnosis` what is said of it where it is known."""

@@ -10,8 +10,9 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
+from vitreg.checkpoints import ObservedViT
 from vitreg.common.words import counted, number, percent
-from vitreg.model import ObservedConfig, Preprocess, Trace, ViTConfig
+from vitreg.model import Preprocess, Trace, VisionTransformer
 from vitreg.model.trace import Summary
 
 FLOAT16_MAX = 65504.0
@@ -111,11 +112,11 @@ def _extent(x: Float[Tensor, "B T C"], *, signed: bool = True) -> Float[Tensor, 
 
 
 class RangeSums:
-    """Adds up ranges over batches of a model with this config."""
+    """Adds up ranges over batches."""
 
-    def __init__(self, config: ViTConfig | ObservedConfig) -> None:
+    def __init__(self, vit: VisionTransformer | ObservedViT) -> None:
         self.summaries: dict[str, Summary] = {f"range of {place}": (place, _extent) for place in PLACES}
-        if isinstance(config, ViTConfig) and not config.signed_units:  # the largest is never a negative one
+        if isinstance(vit, VisionTransformer) and not vit.config.signed_units:  # the largest is never a negative one
             self.summaries["range of activations"] = ("activations", partial(_extent, signed=False))
         self._probes: list[str] = []
         self._num_images = 0

@@ -2,6 +2,14 @@
 const perBlock = (key, of) => S[key].blocks.map((b) => of(b) ?? null);
 const PLACES = [["stream", "residual|stream", "typical"], ["activations", "hidden|units", "high"], ["mlp", "MLP's|output", "registers"]];
 const MEASURES = [
+  ["faithfulness", () => [
+    { label: "cosine,|patches alone", color: "typical", values: perBlock("faithfulness", (b) => b.cosine) },
+    { label: "to itself", color: "high", values: perBlock("faithfulness", (b) => b.to_cls) },
+    { label: "to registers", color: "registers", values: perBlock("faithfulness", (b) => (S.model.num_registers ? b.to_registers : null)) },
+  ], { log: false, format: percent, title: "share of attention, and cosine" }],
+  ["sinks", () => [["no-op", "typical"], ["broadcast", "high"], ["other", "peak"]].map(([kind, color]) => ({
+    label: kind, color, values: S.sinks.blocks.map((b) => b[kind] / S.sinks.num_heads),
+  })), { log: false, format: percent, title: "share of heads" }],
   ["ranges", () => [
     ...PLACES.map(([place, label, color]) => ({ label, color, values: perBlock("ranges", (b) => b[place]?.largest) })),
     { label: "float16's|limit", color: "peak", dashed: true, values: perBlock("ranges", () => 65504) },
@@ -16,4 +24,7 @@ function drawMeasures() {
   for (const [id, series, how] of MEASURES) {
     if (byId(id)) drawLines(id, series().filter(({ values }) => values.some((v) => v !== null)), how);
   }
+  if (!byId("attention-says")) return;
+  const { to_patches: shown, cosine } = S.faithfulness.blocks[state.block];
+  byId("attention-says").textContent = `In this block the class token's map shows ${percent(shown)} of its attention; what it would read from these patches alone has a cosine of ${number(cosine)} with what it reads.`;
 }
