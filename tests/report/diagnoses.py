@@ -41,14 +41,19 @@ def make_ranges(depth: int) -> dict:
 
 def make_faithfulness(depth: int) -> dict:
     found = {"to_patches": 0.5, "to_registers": 0.125, "to_cls": 0.375, "cosine": 0.75}
-    return {"blocks": [{"block": k, **found} for k in range(depth)]}
+    return {"blocks": [{"block": k, **found} for k in range(depth)], "sentences": ["Half of it."]}
 
 
 def make_sinks(depth: int) -> dict:
     """One in the last block."""
     blocks = [{"no-op": int(k == depth - 1), "broadcast": 0, "other": 0} for k in range(depth)]
     head = {"block": depth - 1, "head": 2, "tokens": "registers", "attention": 0.5, "value_norm": 0.1}
-    return {"num_heads": 4, "blocks": blocks, "heads": [head | {"stable_rank": 1.5, "kind": "no-op"}]}
+    return {
+        "num_heads": 4,
+        "blocks": blocks,
+        "heads": [head | {"stable_rank": 1.5, "kind": "no-op"}],
+        "sentences": ["One sink."],
+    }
 
 
 def make_summary(examples: list[ExampleMaps], *, block: int = 3, threshold: float | None = THRESHOLD) -> dict:

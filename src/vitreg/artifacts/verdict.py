@@ -6,7 +6,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from vitreg.artifacts.diagnosis import Diagnosis
-from vitreg.artifacts.measures import SENTENCES
+from vitreg.artifacts.measures import say_ranges
 from vitreg.checkpoints import registry
 from vitreg.common.words import counted, number, percent
 
@@ -39,9 +39,8 @@ def write_verdict(diagnosis: Diagnosis) -> tuple[str, ...]:
     else:
         sentences = _outliers(diagnosis) if diagnosis.has_artifacts else _clean(diagnosis)
     sentences += _registers(diagnosis)
-    for name, say in SENTENCES.items():
-        if (found := getattr(diagnosis, name)) is not None:
-            sentences += say(found)
+    if diagnosis.ranges is not None:
+        sentences += say_ranges(diagnosis.ranges)
     if diagnosis.status == "artifacts":
         sentences.append(write_advice(diagnosis))
     if observed := diagnosis.model.get("observed"):

@@ -9,8 +9,7 @@ import torch.nn.functional as F
 
 import vitreg
 from peers import perturb
-from vitreg.artifacts.measures.faithfulness import say_faithfulness
-from vitreg.artifacts.measures.sinks import gram, say_sinks, stable_rank
+from vitreg.artifacts.measures.sinks import gram, stable_rank
 
 SMALL = dict(img_size=112, depth=3, embed_dim=96, num_heads=3, num_classes=0)
 
@@ -65,7 +64,7 @@ def test_a_planted_sink_is_of_its_kind(scale, kind):
     assert found.attention > 0.9
     assert found.value_norm == pytest.approx(scale, rel=0.1)
     assert sinks.blocks[1][kind] >= 1
-    assert "sink" in say_sinks(sinks)[0]
+    assert "sink" in sinks.sentences[0]
 
 
 def test_stable_rank_is_that_of_the_singular_values():
@@ -84,7 +83,7 @@ def test_the_real_vit_tiny_and_its_fix(tiny_vit, photograph_batch):
     assert {h.kind for d in (before, after) for h in d.sinks.heads if h.block >= 8} == {"no-op"}
     assert before.faithfulness.blocks[-1].to_registers == 0
     assert after.faithfulness.blocks[-1].to_registers > 0.1
-    assert "to registers" in say_faithfulness(after.faithfulness)[0]
+    assert "to registers" in after.faithfulness.sentences[0]
 
 
 def test_what_cannot_be_seen_is_not_said(tiny_vit, photograph_batch):

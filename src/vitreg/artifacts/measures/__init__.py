@@ -4,7 +4,6 @@ from vitreg.artifacts.measures.faithfulness import (
     BlockFaithfulness,
     Faithfulness,
     FaithfulnessSums,
-    say_faithfulness,
 )
 from vitreg.artifacts.measures.ranges import (
     BlockRanges,
@@ -15,11 +14,10 @@ from vitreg.artifacts.measures.ranges import (
     say_ranges,
     say_ranges_changed,
 )
-from vitreg.artifacts.measures.sinks import SinkHead, Sinks, SinkSums, say_sinks
+from vitreg.artifacts.measures.sinks import SinkHead, Sinks, SinkSums
 
 __all__ = [
     "MEASURES",
-    "SENTENCES",
     "BlockFaithfulness",
     "BlockRanges",
     "Faithfulness",
@@ -28,11 +26,9 @@ __all__ = [
     "SinkHead",
     "Sinks",
     "probe_images",
+    "say_ranges",
     "say_ranges_changed",
 ]
 
 MEASURES = {"faithfulness": FaithfulnessSums, "sinks": SinkSums, "ranges": RangeSums}
 """By field of `Diagnosis` what adds it up: `summaries` that a trace is asked for, `add` and `conclude`."""
-
-SENTENCES = {"faithfulness": say_faithfulness, "sinks": say_sinks, "ranges": say_ranges}
-"""By field of `Diagnosis` what is said of it where it is known."""

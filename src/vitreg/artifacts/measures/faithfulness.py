@@ -40,9 +40,15 @@ class BlockFaithfulness:
 
 @dataclass(frozen=True)
 class Faithfulness:
-    """How far maps of the class token's attention can be trusted (Lappe and Giese, arXiv 2505.05892)."""
+    """How far maps of the class token's attention can be trusted (Lappe and Giese, arXiv 2505.05892).
+
+    Attributes:
+        blocks: every block's shares.
+        sentences: the same in words.
+    """
 
     blocks: tuple[BlockFaithfulness, ...]
+    sentences: tuple[str, ...]
 
 
 class FaithfulnessSums:
@@ -93,12 +99,13 @@ class FaithfulnessSums:
         if self._sums is None:
             return None
         means = (self._sums / self._num_images).tolist()
-        return Faithfulness(tuple(BlockFaithfulness(i, *values) for i, values in enumerate(means)))
+        blocks = tuple(BlockFaithfulness(i, *values) for i, values in enumerate(means))
+        return Faithfulness(blocks, _say(blocks))
 
 
-def say_faithfulness(found: Faithfulness) -> list[str]:
+def _say(blocks: tuple[BlockFaithfulness, ...]) -> tuple[str, ...]:
     """Of the last block, whose maps are looked at most, and of the worst."""
-    last, worst = found.blocks[-1], min(found.blocks, key=lambda block: block.cosine)
+    last, worst = blocks[-1], min(blocks, key=lambda block: block.cosine)
     registers = f"{percent(last.to_registers)} to registers and " if last.to_registers else ""
     meaning = (
         "a map over the patches shows what it reads"
@@ -112,4 +119,4 @@ def say_faithfulness(found: Faithfulness) -> list[str]:
         f"{percent(last.to_cls)} to itself; what it would read from the patches alone has a cosine of "
         f"{last.cosine:.2f} with what it reads: {meaning}"
     )
-    return [text + (f"; least so in block {worst.block} ({worst.cosine:.2f})." if worst is not last else ".")]
+    return (text + (f"; least so in block {worst.block} ({worst.cosine:.2f})." if worst is not last else "."),)

@@ -66,11 +66,13 @@ class Sinks:
         num_heads: in each block.
         blocks: per block, the number of heads of each kind.
         heads: the heads that have a sink.
+        sentences: the same in words.
     """
 
     num_heads: int
     blocks: tuple[dict[str, int], ...]
     heads: tuple[SinkHead, ...]
+    sentences: tuple[str, ...]
 
 
 def gram(heads: Float[Tensor, "B H T d"]) -> Float[Tensor, "B H d d"]:
@@ -143,7 +145,8 @@ class SinkSums:
             {kind: sum(head.block == block and head.kind == kind for head in heads) for kind in KINDS}
             for block in range(self._vit.config.depth)
         )
-        return Sinks(self._sums["sinks"].shape[1], blocks, heads)
+        num_heads = self._sums["sinks"].shape[1]
+        return Sinks(num_heads, blocks, heads, _say(heads, num_heads * len(blocks)))
 
     def _head(self, block: int, head: int) -> SinkHead:
         sums = {name: float(value[block, head]) for name, value in self._sums.items()}
@@ -155,15 +158,15 @@ class SinkSums:
         )
 
 
-def say_sinks(sinks: Sinks) -> list[str]:
+def _say(heads: tuple[SinkHead, ...], num_heads: int) -> tuple[str, ...]:
     """How many heads have a sink, of which kind, and which tokens they are."""
-    if not sinks.heads:
-        return []
-    count = {kind: sum(block[kind] for block in sinks.blocks) for kind in KINDS}
-    where = {tokens: sum(head.tokens == tokens for head in sinks.heads) for tokens in get_args(Tokens)}
+    if not heads:
+        return (f"In none of {num_heads} heads a sink takes {percent(SINK)} or more of the class token's attention.",)
+    count = {kind: sum(head.kind == kind for head in heads) for kind in KINDS}
+    where = {tokens: sum(head.tokens == tokens for head in heads) for tokens in get_args(Tokens)}
     places = ", ".join(f"{tokens} in {number}" for tokens, number in where.items() if number)
-    return [
-        f"In {len(sinks.heads)} of {sinks.num_heads * len(sinks.blocks)} heads a sink takes {percent(SINK)} or more of "
-        f"the class token's attention ({places}): {count['no-op']} read next to nothing there (no-op), "
-        f"{count['broadcast']} tell all tokens the same (broadcast), {count['other']} do neither."
-    ]
+    return (
+        f"In {len(heads)} of {num_heads} heads a sink takes {percent(SINK)} or more of the class token's attention "
+        f"({places}): {count['no-op']} read next to nothing there (no-op), {count['broadcast']} tell all tokens the "
+        f"same (broadcast), {count['other']} do neither.",
+    )
