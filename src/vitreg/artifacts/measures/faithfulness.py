@@ -11,7 +11,7 @@ from torch import Tensor
 
 from vitreg.checkpoints import ObservedViT
 from vitreg.common.words import percent
-from vitreg.model import Block, Trace, VisionTransformer
+from vitreg.model import Block, Trace, VisionTransformer, ViTConfig
 from vitreg.model.trace import Summary
 
 FAITHFUL = 0.9
@@ -51,6 +51,11 @@ class Faithfulness:
     sentences: tuple[str, ...]
 
 
+def is_plain(config: ViTConfig) -> bool:
+    """Whether there is a class token whose rows of attention are one softmax over the tokens and nothing else."""
+    return config.class_token and not config.differential and not config.prefix_rows
+
+
 class FaithfulnessSums:
     """Adds up what the class token reads, and what it would read from patches alone, over batches."""
 
@@ -58,7 +63,7 @@ class FaithfulnessSums:
         self._vit, self._num_images = vit, 0
         self._sums: Tensor | None = None  # [L, (patches, registers, itself, cosine)]
         self.summaries: dict[str, Summary] = {}
-        if isinstance(vit, VisionTransformer) and vit.config.class_token and not vit.config.differential:
+        if isinstance(vit, VisionTransformer) and is_plain(vit.config):
             prefix = vit.config.num_prefix_tokens
             self.summaries = {
                 # Clones, because a view holds the queries, keys and values of all tokens.

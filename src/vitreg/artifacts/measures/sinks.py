@@ -10,6 +10,7 @@ import torch.nn.functional as F
 from jaxtyping import Float
 from torch import Tensor
 
+from vitreg.artifacts.measures.faithfulness import is_plain
 from vitreg.checkpoints import ObservedViT
 from vitreg.common.words import percent
 from vitreg.model import Trace, VisionTransformer
@@ -97,7 +98,7 @@ class SinkSums:
         self._vit, self._num_images = vit, 0
         self._sums: dict[str, Tensor] = {}
         self.summaries: dict[str, Summary] = {}
-        if isinstance(vit, VisionTransformer) and vit.config.class_token and not vit.config.differential:
+        if isinstance(vit, VisionTransformer) and is_plain(vit.config):
             self.summaries = {
                 "value norms": ("values", lambda v: torch.linalg.vector_norm(v[:SAMPLED], dim=-1, dtype=torch.float32)),
                 "grams of heads": ("heads", lambda heads: gram(heads[:SAMPLED])),
