@@ -58,7 +58,7 @@ def fix(
         out: the file to write, NAME.safetensors.
         method: test-time moves activations to untrained registers (Jiang et al. 2025); baked makes of these ordinary
             ones, which timm and transformers run; distilled trains registers on the model's own features, means over
-            shifted views (PH-Reg 2025), for some hours; prefix silences the units and
+            shifted views (PH-Reg 2025), and takes longest; prefix silences the units and
             gives attention fixed keys and values instead (RegCache 2025); repaired changes the weights that write
             artifacts (SINDER 2024).
         registers: so many are added; by default 1, of baked as many as attention counts, of distilled 4.

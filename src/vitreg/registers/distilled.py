@@ -49,8 +49,8 @@ def distill_registers(
     neither). Registers, position and patch embedding and the last block are trained, by one minus the cosine and the
     squared error of the patches after the final norm. Here the class token is held to the model's own in the same way.
 
-    Views are run one after the other, so that memory does not grow with their number. Two cores take about 0.4 s for
-    a view of a ViT-B at 224 px, and a step takes `batch_size * (num_views + 4)` of them.
+    Views are run one after the other, so that memory does not grow with their number. A step costs about as much as
+    `batch_size * (num_views + 4)` images.
 
     Args:
         vit: the model, as for `diagnose`.
