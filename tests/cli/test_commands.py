@@ -368,7 +368,7 @@ FLAGS = {
     "export": "MODEL --out --architecture --dtype --size --no-dynamic-batch --no-check --json",
     "extract": (
         f"SOURCE {MODEL} --size --out --tokens --blocks --store-dtype --shard-size --batch-size --strict --shard "
-        "--update --dry-run --json"
+        "--update --engine --num-workers --address --dry-run --json"
     ),
     "fix": f"IMAGES {MODEL} --size --out --method --registers --report {READING} --json",
     "models": "--filter --coverage --json",

@@ -6,7 +6,7 @@ import dataclasses
 import os
 import sys
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Literal
 
 from tyro.conf import Positional, arg
 
@@ -33,6 +33,9 @@ def extract(
     strict: bool = False,
     shard: str | None = None,
     update: bool = False,
+    engine: Literal["local", "ray"] = "local",
+    num_workers: int = 1,
+    address: str | None = None,
     dry_run: bool = False,
     json: bool = False,
 ) -> int:
@@ -55,11 +58,15 @@ def extract(
         strict: an image or a shard that cannot be read is an error.
         shard: which of how many processes this is, 0/4 to 3/4; by default as torchrun or Slurm say.
         update: compute what was added to the source, or changed there, since the store was begun.
+        engine: local, or ray (pip install "vitreg[scale]"), on which shards are a map.
+        num_workers: of Ray, each with a GPU or its share of the cores.
+        address: of a Ray cluster, or auto; by default one is started on this machine.
         dry_run: only say how many shards, bytes and hours it will be.
         json: print the result as JSON.
     """
     from vitreg.probes import FeaturesConfig, FeatureStore
     from vitreg.probes.store.extract import extract_part
+    from vitreg.probes.store.on_ray import Ray
     from vitreg.probes.store.plan import plan_extraction
 
     positive("--batch-size", batch_size)
@@ -83,7 +90,7 @@ def extract(
         done = extract_part(
             vit, source, out.expanduser(), config, part=part, batch_size=batch_size, strict=strict,
             on_progress=on_progress, say=lambda sentence: print(f"vitreg: {sentence}", file=sys.stderr),
-            update=update,
+            update=update, ray=Ray(num_workers, address) if engine == "ray" else None,
         )  # fmt: skip
     if not done:
         found: dict[str, object] = {"out": str(out), "finished": False}

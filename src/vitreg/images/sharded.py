@@ -6,7 +6,7 @@ import hashlib
 import os
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Sequence
-from functools import lru_cache
+from functools import lru_cache, partial
 from pathlib import Path
 from threading import RLock
 
@@ -137,6 +137,9 @@ class _Opened(ImageSet):
         self.source, self._openers, self._files, self._lock = source, openers, files, RLock()
         self._open = lru_cache(_OPEN)(self._open_now)
 
+    def __reduce__(self) -> tuple[type[_Opened], tuple[str, Sequence[Callable[[], ImageSet]], list[str]]]:
+        return _Opened, (self.source, self._openers, self._files)
+
     def __len__(self) -> int:
         return len(self._openers) * _STRIDE
 
@@ -212,15 +215,11 @@ def open_shards(images: ImageSet | str | os.PathLike[str], size: int) -> Shards:
         if file.suffix == ".parquet":
             for number, (first_row, count) in enumerate(row_groups(file)):
                 states.append((*state, number))
-                openers.append(_opener(RowGroup, file, number, first_row))
+                openers.append(partial(RowGroup, file, number, first_row))
                 num_images = (num_images or 0) + count
         else:
             states.append((*state, 0))
-            openers.append(_opener(TarImages, [file]))
+            openers.append(partial(TarImages, [file]))
     shards = ArchiveShards(str(path), states, openers)
     shards.num_images = num_images
     return shards
-
-
-def _opener(kind: Callable[..., ImageSet], *arguments: object) -> Callable[[], ImageSet]:
-    return lambda: kind(*arguments)

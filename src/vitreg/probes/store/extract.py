@@ -4,9 +4,10 @@ from __future__ import annotations
 
 import dataclasses
 import os
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import closing, suppress
+from functools import partial
 from importlib import metadata
 from pathlib import Path
 from typing import Any
@@ -35,6 +36,7 @@ from vitreg.probes.store.diagnosis import diagnose_shards
 from vitreg.probes.store.feature_store import FeatureStore
 from vitreg.probes.store.listing import LISTING, in_listed_order, write_listing
 from vitreg.probes.store.manifest import Manifest, StoreStatistics, read_manifest
+from vitreg.probes.store.on_ray import Ray, map_on_ray
 from vitreg.probes.store.origin import PARTS, FeaturesConfig, Origin, check_same
 from vitreg.probes.store.shards import (
     FOLDER,
@@ -62,6 +64,7 @@ def extract(
     on_progress: OnProgress | None = None,
     say: Callable[[str], None] | None = None,
     update: bool = False,
+    ray: Ray | None = None,
     **settings: Any,
 ) -> FeatureStore:
     """Run a model over images once and keep its tokens.
@@ -81,6 +84,7 @@ def extract(
         on_progress: called with the number of images done and their total, where it is known.
         say: told in a sentence, after the first shard, that the model has artifacts and what can be done.
         update: compute what was added to a folder or archives since the store was begun, and what has changed there.
+        ray: a cluster that computes the shards, all of whose machines see `images` and `out` under these names.
         **settings: fields of the config, in place of its own: `tokens=("cls", "patches")`.
 
     Raises:
@@ -92,6 +96,7 @@ def extract(
     done = extract_part(
         vit, images, folder, config,
         preprocess=preprocess, batch_size=batch_size, strict=strict, on_progress=on_progress, say=say, update=update,
+        ray=ray,
     )  # fmt: skip
     assert done
     store = FeatureStore.open(folder)
@@ -113,6 +118,7 @@ def extract_part(
     on_progress: OnProgress | None = None,
     say: Callable[[str], None] | None = None,
     update: bool = False,
+    ray: Ray | None = None,
 ) -> bool:
     """What one of several processes does of `extract`: of n shards those that leave the rest i when divided by n.
 
@@ -130,6 +136,7 @@ def extract_part(
         on_progress: called with the number of images done and their total.
         say: told in a sentence, after the first shard, that the model has artifacts and what can be done.
         update: as of `extract`.
+        ray: as of `extract`.
 
     Returns:
         Whether all shards are there, so that the store can be opened.
@@ -184,14 +191,20 @@ def extract_part(
             there = sum(shard.stat().st_size for shard in (folder / FOLDER).glob("shard-*"))
             total = origin.config.num_bytes(vit.config, preprocess, shards.num_images)
             check_room(folder, total - there, f"features of {shards.images.source}")
-        _Pass(vit, shards, folder, manifest, strict, on_progress, say).run(batch_size, part)
+        indices = range(part[0], len(shards), part[1])
+        if ray is None:
+            ShardPass(vit, shards, folder, manifest, strict, on_progress, say).run(batch_size, indices)
+        else:
+            _run_on_ray(ray, vit, shards, folder, manifest, strict, on_progress, say, batch_size, indices)
+            if part[1] == 1:  # of workers that were lost
+                remove_partial_files(folder / FOLDER)
         return _finish(folder, manifest, shards)
     finally:
         if held is not None:
             held.close()
 
 
-class _Pass:
+class ShardPass:
     """The shards that are missing."""
 
     def __init__(
@@ -208,7 +221,7 @@ class _Pass:
         self._origin, self._config = manifest.origin, manifest.origin.config
         self._preprocess = manifest.origin.preprocess
         height, width = (side // vit.config.patch_size for side in self._preprocess.size)
-        self._grid, self._axis, self._device = (height, width), LogAxis(), next(vit.parameters()).device
+        self._grid, self._axis, self.device = (height, width), LogAxis(), next(vit.parameters()).device
         self._patch_blocks = frozenset(self._config.patch_blocks or ())
         self._shapes = self._config.shapes(vit.config, self._grid)
         self._schema = shard_schema(self._config, self._shapes)
@@ -229,15 +242,15 @@ class _Pass:
         self._absent = shards.absent()
         self._done = self._num_skipped = 0
 
-    def run(self, batch_size: int, part: tuple[int, int]) -> None:
+    def run(self, batch_size: int, indices: Iterable[int]) -> None:
         """Compute and write them, in order; batches end where a shard does, so that they are the same after a kill."""
         missing: list[int] = []
-        for index in range(part[0], len(self._shards), part[1]):
+        for index in indices:
             path = self._path(index)
             if path.exists():
                 shard = open_shard(path)
                 self._done += shard.num_rows
-                self._warn(shard)
+                self.warn(shard)
             else:
                 missing.append(index)
         stream = ImageStream(
@@ -245,7 +258,7 @@ class _Pass:
             self._preprocess,
             numbers=(number for index in missing for number in self._shards.numbers(index)),
             batch_size=batch_size,
-            device=self._device,
+            device=self.device,
         )
         if self._done:
             self._advance(0, stream.skipped)
@@ -263,7 +276,7 @@ class _Pass:
     def _path(self, index: int) -> Path:
         return shard_path(self._folder, index, self._origin, self._shards)
 
-    def _warn(self, shard: Shard) -> None:
+    def warn(self, shard: Shard) -> None:
         """Say what the first shard with norms shows."""
         if self._say is None or (found := diagnose_shards([shard], self._manifest)) is None:
             return
@@ -275,7 +288,7 @@ class _Pass:
         """One shard: a row for every image, in order."""
         path, content = self._path(index), self._shards.digest(index)
         note = self._note | {"digest": self._origin.shard_digest(content), "content": content, "index": index}
-        statistics = NormStatistics(self._vit.config.depth, self._grid, self._axis, self._device)
+        statistics = NormStatistics(self._vit.config.depth, self._grid, self._axis, self.device)
         writer, rows, next_skipped = ShardWriter(path, self._schema, note), RowGroup(), len(skipped)
         try:
             for batch in batches:
@@ -298,7 +311,7 @@ class _Pass:
     def _close(self, writer: ShardWriter, norms: dict[str, Tensor] | None, path: Path) -> None:
         writer.finish(norms)
         if self._say is not None:
-            self._warn(open_shard(path))
+            self.warn(open_shard(path))
 
     def _add_rows(
         self, rows: RowGroup, batch: ImageBatch | None, skipped: list[SkippedImage], next_skipped: int
@@ -383,6 +396,59 @@ class _Pass:
                 f"the model's tokens are not finite ({name.split('_')[0]}) for {self._images.name(number)}; "
                 f"use a model in float32, and dtype float32 where float16 is too small"
             )
+
+
+def _run_on_ray(
+    cluster: Ray,
+    vit: VisionTransformer,
+    shards: Shards,
+    folder: Path,
+    manifest: Manifest,
+    strict: bool,
+    on_progress: OnProgress | None,
+    say: Callable[[str], None] | None,
+    batch_size: int,
+    indices: Sequence[int],
+) -> None:
+    """The shards that are missing; here only the first of those that are there is looked at."""
+    paths = {index: shard_path(folder, index, manifest.origin, shards) for index in indices}
+    there = [open_shard(path) for path in paths.values() if path.exists()]
+    missing = [index for index, path in paths.items() if not path.exists()]
+    here = ShardPass(vit, shards, folder, manifest, strict, None, say)
+    if there:
+        here.warn(there[0])
+
+    make = partial(_compute_shards, vit, shards, folder, manifest, strict, batch_size, paths)
+
+    def tell(done: int, total: int | None) -> None:
+        if on_progress is not None:
+            on_progress(done, total)
+        first = next((path for path in paths.values() if path.exists()), None)
+        if first is not None:
+            here.warn(open_shard(first))
+
+    done = sum(shard.num_rows for shard in there)
+    if missing:
+        map_on_ray(make, missing, cluster, device=here.device, on_progress=tell, total=shards.num_images, done=done)
+
+
+def _compute_shards(
+    vit: VisionTransformer,
+    shards: Shards,
+    folder: Path,
+    manifest: Manifest,
+    strict: bool,
+    batch_size: int,
+    paths: Mapping[int, Path],
+) -> Callable[[int], int]:
+    """In a worker: what computes a shard, and says how many images it has."""
+    of_worker = ShardPass(vit, shards, folder, manifest, strict, None, None)
+
+    def compute(index: int) -> int:
+        of_worker.run(batch_size, [index])
+        return open_shard(paths[index]).num_rows
+
+    return compute
 
 
 class _Behind:
