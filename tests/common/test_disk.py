@@ -121,6 +121,7 @@ def test_nothing_but_disk_writes_a_file_in_place():
             ours = text in (
                 "diagnosis.save(out, command=command_line())",
                 "comparison.save(out, command=command_line())",
+                "comparison.save(folder, command=command_line())",
                 "findings.save(folder)",
                 "save(tensors, {'vitreg': json.dumps(note)})",
             )

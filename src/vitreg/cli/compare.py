@@ -105,10 +105,10 @@ def _compare_all(
     names: list[str] = []
     for source, comparison in zip(sources[1:], found, strict=True):
         names.append(unused(safe_name(Path(source).stem if Path(source).is_file() else source), set(names)))
-        comparison.save(out / names[-1])
-        summary = comparison.to_dict()
+        folder = out / names[-1]
+        comparison.save(folder, command=command_line())
         pictures = (comparison.before.examples, comparison.after.examples)
-        comparison_figure(summary, *pictures, out / names[-1] / "comparison.png")
+        comparison_figure(comparison.to_dict(), *pictures, folder / "comparison.png")
     summary = save_comparisons(dict(zip(names, found, strict=True)), sources[0], out, command=command_line())
     if json:
         print_json(summary)
