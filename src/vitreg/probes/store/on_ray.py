@@ -2,14 +2,21 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from functools import partial
+from pathlib import Path
 from typing import Any
 
 import torch
 
 from vitreg.common.devices import available_cores
 from vitreg.common.progress import OnProgress
+from vitreg.images import Shards
+from vitreg.model import VisionTransformer
+from vitreg.probes.store.manifest import Manifest
+from vitreg.probes.store.shard_pass import ShardPass, shard_path
+from vitreg.probes.store.shards import open_shard
 
 
 @dataclass(frozen=True)
@@ -90,3 +97,56 @@ def map_on_ray(
     finally:
         if started:
             ray.shutdown()
+
+
+def run_on_ray(
+    cluster: Ray,
+    vit: VisionTransformer,
+    shards: Shards,
+    folder: Path,
+    manifest: Manifest,
+    strict: bool,
+    on_progress: OnProgress | None,
+    say: Callable[[str], None] | None,
+    batch_size: int,
+    indices: Sequence[int],
+) -> None:
+    """The shards that are missing; here only the first of those that are there is looked at."""
+    paths = {index: shard_path(folder, index, manifest.origin, shards) for index in indices}
+    there = [open_shard(path) for path in paths.values() if path.exists()]
+    missing = [index for index, path in paths.items() if not path.exists()]
+    here = ShardPass(vit, shards, folder, manifest, strict, None, say)
+    if there:
+        here.warn(there[0])
+
+    make = partial(_compute_shards, vit, shards, folder, manifest, strict, batch_size, paths)
+
+    def tell(done: int, total: int | None) -> None:
+        if on_progress is not None:
+            on_progress(done, total)
+        first = next((path for path in paths.values() if path.exists()), None)
+        if first is not None:
+            here.warn(open_shard(first))
+
+    done = sum(shard.num_rows for shard in there)
+    if missing:
+        map_on_ray(make, missing, cluster, device=here.device, on_progress=tell, total=shards.num_images, done=done)
+
+
+def _compute_shards(
+    vit: VisionTransformer,
+    shards: Shards,
+    folder: Path,
+    manifest: Manifest,
+    strict: bool,
+    batch_size: int,
+    paths: Mapping[int, Path],
+) -> Callable[[int], int]:
+    """In a worker: what computes a shard, and says how many images it has."""
+    of_worker = ShardPass(vit, shards, folder, manifest, strict, None, None)
+
+    def compute(index: int) -> int:
+        of_worker.run(batch_size, [index])
+        return open_shard(paths[index]).num_rows
+
+    return compute
