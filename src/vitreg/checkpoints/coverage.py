@@ -1,7 +1,7 @@
 """What vitreg reads of the libraries that are installed: every model of theirs with a Vision Transformer.
 
-They are built on the device "meta", small where that can be asked for: what is refused is decided by modules and
-shapes alone.
+What is converted is decided by modules and shapes alone, on the device "meta". The others are observed for a try, small
+where that can be asked for: with random weights, whose tokens tell the grid as trained ones do.
 """
 
 from __future__ import annotations
@@ -14,7 +14,7 @@ import re
 import sys
 import warnings
 from collections import Counter
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Hashable, Iterable, Iterator
 from dataclasses import dataclass
 from functools import partial
 from importlib.metadata import version
@@ -29,6 +29,9 @@ from vitreg.checkpoints.from_open_clip import from_open_clip
 from vitreg.checkpoints.from_timm import from_timm
 from vitreg.checkpoints.from_transformers import from_transformers
 from vitreg.checkpoints.hub import quiet_transformers
+from vitreg.checkpoints.observed import observe
+from vitreg.checkpoints.observed.inputs import guess_preprocess, image_tower
+from vitreg.checkpoints.observed.observe import find_tower_blocks
 from vitreg.checkpoints.state import CheckpointError
 
 TIMM_MODULES = (
@@ -41,19 +44,33 @@ TIMM_MODULES = (
 AUDIO = ("audio_spectrogram_transformer", "clap")
 """transformers' modules whose patches are of spectrograms."""
 
-_SMALL = {
-    **{"hidden_size": 32, "num_hidden_layers": 1, "num_attention_heads": 2, "intermediate_size": 64},
-    **{"image_size": 56, "patch_size": 14, "patch_dim": 3 * 14**2},
+_SHALLOW = {"num_hidden_layers": 2, "depth": 2, "num_layers": 2}
+_SMALL = _SHALLOW | {
+    **{"hidden_size": 32, "num_attention_heads": 2, "num_key_value_heads": 2, "intermediate_size": 64},
 }
 _SMALL_TEXT = {"context_length": 8, "vocab_size": 16, "width": 8, "heads": 1, "layers": 1}
 
-Status = Literal["converted", "refused"]
+LARGEST_IMAGE = 512
+"""Side in pixels that a small model of transformers is built for."""
+
+MOST_PARAMETERS = 1e9
+"""Of an image tower that is built to observe it."""
+
+Status = Literal["converted", "observed", "refused"]
 STATUSES = get_args(Status)
 _INTRODUCTION = """
-Every model with a Vision Transformer, built without weights by `vitreg models --coverage`, which asks the libraries
-that *you* have installed. *Converted* is all of vitreg: diagnosis, fix, discovery, probes, `save`. Of a whole model
-that is converted, the table says where in it the Vision Transformer is.
+Every model with a Vision Transformer, built without its weights by `vitreg models --coverage`, which asks the libraries
+that *you* have installed. *Converted* is all of vitreg: diagnosis, fix, discovery, probes, `save`; of a whole model,
+the table says where in it the Vision Transformer is. *Observed* is `vitreg.observe`, and so `vitreg diagnose` and
+`compare`: with random weights, its blocks and the place of every patch were found, in the stage with the most blocks
+where there are stages. The table says what is in the way of converting them; of models that are refused, what is in
+the way of looking at them. Classes of transformers are tried small, where their parts fit together when they are.
 """
+
+Tried = dict[Hashable, tuple[str, str] | None]
+"""Why image towers cannot be observed, in a sentence and in words, by what they are built of: those of whole models are
+often the same."""
+
 Build = Callable[[], nn.Module | None]
 
 
@@ -65,9 +82,9 @@ class Covered:
         library: timm, transformers or open_clip.
         module: of the library that the model is in; for open_clip, that of its image tower.
         name: of the model; for transformers, of its class.
-        status: whether vitreg converts it.
+        status: whether vitreg converts it, or can observe it.
         detail: what part is in the way; of a whole model that is converted, where its Vision Transformer is.
-        sentence: of the refusal, as users see it.
+        sentence: why it is not converted, or not even observed, as users see it.
     """
 
     library: str
@@ -78,13 +95,15 @@ class Covered:
     sentence: str = ""
 
 
-def coverage(filter: str = "", libraries: Iterable[str] = ()) -> Iterator[Covered]:
+def coverage(filter: str = "", libraries: Iterable[str] = (), *, observing: bool = True) -> Iterator[Covered]:
     """Every model with a Vision Transformer of the libraries that are installed.
 
     Args:
         filter: part of a model's or module's name.
         libraries: of these only.
+        observing: whether what is not converted is observed for a try, which takes minutes; else it counts as refused.
     """
+    tried: Tried | None = {} if observing else None
     for library in libraries or versions():
         models, convert = _LIBRARIES[library]
         for module, name, build in models(filter := filter.lower()):
@@ -93,7 +112,7 @@ def coverage(filter: str = "", libraries: Iterable[str] = ()) -> Iterator[Covere
             # Of deprecated names; and some print while they are built.
             with warnings.catch_warnings(), contextlib.redirect_stdout(sys.stderr):
                 warnings.simplefilter("ignore")
-                found = _outcome(build, convert)
+                found = _outcome(build, convert, tried)
             if found is not None:
                 yield Covered(library, module, name, *found)
 
@@ -104,7 +123,7 @@ def versions() -> dict[str, str]:
     return {library: version(package) for library, package in packages.items() if find_spec(library)}
 
 
-def _outcome(build: Build, convert: Callable[[Any], Any]) -> tuple[Status, str, str] | None:
+def _outcome(build: Build, convert: Callable[[Any], Any], tried: Tried | None) -> tuple[Status, str, str] | None:
     """Status, detail and sentence; None for what the library cannot build so, or has no Vision Transformer."""
     with torch.device("meta"):
         model = build()
@@ -112,10 +131,49 @@ def _outcome(build: Build, convert: Callable[[Any], Any]) -> tuple[Status, str, 
         return None
     try:
         name = convert(model).config.name
-    except CheckpointError as error:
-        return "refused", error.part or str(error), str(error)
+    except CheckpointError as refusal:
+        if tried is None:
+            return "refused", refusal.part or str(refusal), str(refusal)
+        try:
+            _try_observing(model, build, tried)
+        except CheckpointError as error:
+            return "refused", error.part or refusal.part or str(error), str(error)
+        return "observed", refusal.part or str(refusal), str(refusal)
     path = re.search(r"\((.+)\)$", name)  # after what timm calls it, where it is of timm
     return "converted", path[1] if path else "", ""
+
+
+def _try_observing(model: nn.Module, build: Build, tried: Tried) -> None:
+    """Observe a model with random weights.
+
+    Args:
+        model: on the device "meta".
+        build: makes another one; of transformers, the image tower alone is made.
+        tried: is added to. Models that differ in nothing but widths and the size of images are tried once, though the
+            blocks of each are found at its own size.
+
+    Raises:
+        CheckpointError: it cannot be observed.
+    """
+    tower = image_tower(model)[1]
+    config: Any = getattr(tower, "config", None)
+    of_transformers = hasattr(config, "to_json_string")
+    if not of_transformers:
+        find_tower_blocks(model)
+    parts = tuple((path, type(part)) for path, part in tower.named_modules())
+    key = parts, config.to_json_string(use_diff=False) if of_transformers else None
+    if key not in tried:
+        tried[key] = None
+        try:
+            if (count := sum(parameter.numel() for parameter in tower.parameters())) > MOST_PARAMETERS:
+                text = f"a {type(tower).__name__} of {count / 1e9:.0f} B parameters is not built to try observing it"
+                raise CheckpointError(text, part="too many parameters to build it for a try")
+            real: Any = type(tower)(config) if of_transformers else build()
+            observe(real, preprocess=guess_preprocess(tower, model)[0])
+        except CheckpointError as error:
+            tried[key] = str(error), error.part  # not the error, whose traceback holds the weights
+    if (trouble := tried[key]) is not None:
+        raise CheckpointError(trouble[0], part=trouble[1])
 
 
 def _timm_models(filter: str) -> Iterator[tuple[str, str, Build]]:
@@ -130,8 +188,9 @@ def _timm_model(name: str) -> nn.Module | None:
     import timm
 
     try:
-        return timm.create_model(name, depth=1)
-    except (TypeError, AssertionError):  # it has stages
+        for small in ({"depth": 2}, {"stages": (1, 1, 3, 1)}):
+            with contextlib.suppress(TypeError, AssertionError):  # it has stages, or others
+                return timm.create_model(name, **small)
         return timm.create_model(name)
     except RuntimeError as error:
         if "Invalid pretrained tag" in str(error):  # an old name, which timm has lost
@@ -161,20 +220,25 @@ def _transformers_models(filter: str) -> Iterator[tuple[str, str, Build]]:
 
 
 def _transformers_model(kind: Any) -> nn.Module | None:
-    for change in (_small, lambda config: config):  # what is made of other parts may not fit to small ones
+    for sizes in (_SMALL, _SHALLOW, {}):  # what is made of other parts may not fit to small ones
         try:
-            model = kind(change(kind.config_class()))
+            model = kind(_resized(kind.config_class(), sizes))
         except Exception:  # of any kind: a class may have no defaults
             continue
         return model if _has_vision_transformer(model) else None
     return None
 
 
-def _small(config: Any) -> Any:
-    for part in (config, getattr(config, "vision_config", None), getattr(config, "text_config", None)):
-        for key, value in _SMALL.items() if part is not None else ():
-            if hasattr(part, key) and not isinstance(getattr(part, key), list | tuple):
-                setattr(part, key, value)
+def _resized(config: Any, sizes: dict[str, int]) -> Any:
+    """A config with those of the sizes that it has, in its parts too."""
+    for key, value in sizes.items():
+        if hasattr(config, key) and not isinstance(getattr(config, key), list | tuple):
+            setattr(config, key, value)
+    while sizes and isinstance(side := getattr(config, "image_size", None), int) and side > LARGEST_IMAGE:
+        config.image_size = side // 2
+    for name in config.sub_configs:
+        if (part := getattr(config, name, None)) is not None:
+            _resized(part, sizes)
     return config
 
 
@@ -202,10 +266,22 @@ def _open_clip_models(filter: str) -> Iterator[tuple[str, str, Build]]:
         elif not isinstance(tower.setdefault("layers", 12), int):
             continue  # a ResNet
         if module in ("transformer", *TIMM_MODULES):
-            tower["layers"] = 1
+            tower["layers"] = 2
             # The image tower alone: any text tower will do.
             args = config["embed_dim"], tower, _SMALL_TEXT, config.get("quick_gelu", False)
-            yield module, name, partial(open_clip.CLIP, *args)
+            yield module, name, partial(_open_clip_model, *args)
+
+
+def _open_clip_model(*args: Any) -> nn.Module:
+    import open_clip
+    import timm
+
+    create = timm.create_model
+    timm.create_model = partial(create, depth=2)  # for which open_clip has no argument
+    try:
+        return open_clip.CLIP(*args)
+    finally:
+        timm.create_model = create
 
 
 _LIBRARIES: dict[str, tuple[Callable[[str], Iterator[tuple[str, str, Build]]], Callable[[Any], Any]]] = {

@@ -18,7 +18,7 @@ def models(filter: str = "", coverage: bool = False, json: bool = False) -> int:
     Args:
         filter: part of a name, or a pattern with *.
         coverage: instead, what becomes of every Vision Transformer of the timm, transformers and open_clip that are
-            installed, as Markdown; takes a minute.
+            installed, as Markdown; takes minutes.
         json: print the list as JSON.
     """
     if coverage:

@@ -125,7 +125,8 @@ def measure(
     raise CheckpointError(
         f"{type(module).__name__} cannot be observed: for images of {height} x {width} pixels it has {len(patches)} "
         f"patch tokens besides {prefix} that do not depend on the image, and {trouble}; give grid=(rows, columns), and "
-        f"prefix=NUMBER if other tokens precede the patches"
+        f"prefix=NUMBER if other tokens precede the patches",
+        part="places of patches that cannot be measured",
     )
 
 
