@@ -177,7 +177,7 @@ def test_an_old_file_survives_a_failed_fix(photographs, tmp_path):
 
 
 @pytest.mark.parametrize(
-    ("method", "change", "registers"), [("prefix", "silenced", 0), ("baked", "became 4 ordinary ones", 4)]
+    ("method", "change", "registers"), [("prefix", "silenced", 0), ("baked", "became 3 ordinary ones", 3)]
 )
 def test_fix_by_other_methods(method, change, registers, photographs, tmp_path, capsys):
     out = tmp_path / "fixed.safetensors"

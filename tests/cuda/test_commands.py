@@ -30,6 +30,7 @@ COMMANDS: dict[str, tuple[str, ...]] = {
     "fix": (DATA, "--model", PLANTED),
     "compare": ("vitreg_tiny", MODEL, IMAGES),
     "discover": (IMAGES, "--model", MODEL),
+    "extract": (IMAGES, "--model", MODEL),
     "evaluate knn": (*EVALUATED, "--k", "5"),
     "evaluate linear": (*EVALUATED, "--epochs", "1", "--epoch-length", "10"),
     "evaluate zero-shot": ("--data", DATA, "--models", CLIP),

@@ -55,13 +55,14 @@ def add_test_time_registers(
     Registers in all blocks, as published, draw attention before they hold anything. Those that are found here enter
     before the first block that has such a unit (`ViTConfig.register_start`): up to there the model is the original.
 
-    Without `neurons`, units are ranked on four fifths of the images (`find_register_neurons`) and the smallest number
-    of the first of them is taken that leaves at most 0.01 % of outliers, after any block, in the fifth that was held
-    back; or up to twice as many, where the pooled features stay more than a tenth closer to the original's. If no
-    number removes them, the best is kept and the search repeated on the changed model. Then attention counts the
-    registers 1, 2, 3, 4, 6, 9, ... times (`ViTConfig.register_weight`), as long as that brings the pooled features
-    closer: one register replaces several artifacts, each of which had its share in the softmax. `config.changes` says
-    what was chosen.
+    Without `neurons`, units are ranked on four fifths of the images (`find_register_neurons`) and the smallest
+    number of the first of them is taken that leaves at most 0.01 % of outliers, after any block, in the fifth that
+    was held back; or up to twice as many, where the pooled features stay more than a tenth closer to the
+    original's; or more, until those that ranked have none left either, as a fifth of few images cannot tell so
+    little. If no number removes them, the best is kept and the search repeated on the changed model. Then attention
+    counts the registers 1, 2, 3, 4, 6, 9, ... times (`ViTConfig.register_weight`), as long as that brings the
+    pooled features closer: one register replaces several artifacts, each of which had its share in the softmax.
+    `config.changes` says what was chosen.
 
     Args:
         vit: the model, with or without registers of its own, as for `diagnose`.
@@ -124,7 +125,8 @@ def _search(
     if not diagnosis.has_artifacts:
         return _unchanged(vit, diagnosis.verdict[0])
     held_back = HeldBack(vit, diagnosis, rest)
-    units, num_ranked = _choose_units(vit, finding, diagnosis, held_back, count, on_progress)
+    seen = HeldBack(vit, diagnosis, finding)
+    units, num_ranked = _choose_units(vit, finding, diagnosis, held_back, seen, count, on_progress)
     if not units:
         reason = f"Moving up to {num_ranked} MLP units of blocks 0 to {diagnosis.onset_block} removes no outliers, so "
         return _unchanged(vit, f"{reason}something else writes them. Use a checkpoint trained with registers.")
@@ -148,6 +150,7 @@ def _choose_units(
     finding: Batches,
     diagnosis: Diagnosis,
     held_back: HeldBack,
+    seen: HeldBack,
     count: int,
     on_progress: OnProgress | None,
 ) -> tuple[list[Unit], int]:
@@ -168,7 +171,13 @@ def _choose_units(
         if effect(k).mean_outliers >= left:
             break  # these units write nothing of what is left
         if effect(k).outliers <= REMOVED:
-            return ranked[: _closest(effect, k, len(ranked))], num_ranked
+            k = _closest(effect, k, len(ranked))
+            # A fifth of few images cannot tell 0.01 % from none: those that ranked must have none left either.
+            more = (
+                k + extra for extra in (0, *(2**i for i in range(len(ranked).bit_length()))) if k + extra <= len(ranked)
+            )
+            clean = (n for n in more if seen.effect(_moved(vit, ranked[:n], count)).outliers <= REMOVED)
+            return ranked[: next(clean, k)], num_ranked
         chosen, worst, left = ranked[:k], effect(k).outliers, effect(k).mean_outliers
         current = _moved(vit, chosen, count)
         diagnosis = diagnose(current, finding, max_examples=0, on_progress=on_progress)
