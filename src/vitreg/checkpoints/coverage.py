@@ -187,8 +187,9 @@ def _timm_models(filter: str) -> Iterator[tuple[str, str, Build]]:
 def _timm_model(name: str) -> nn.Module | None:
     import timm
 
+    sizes: tuple[dict[str, Any], ...] = ({"depth": 2}, {"stages": (1, 1, 3, 1)})
     try:
-        for small in ({"depth": 2}, {"stages": (1, 1, 3, 1)}):
+        for small in sizes:
             with contextlib.suppress(TypeError, AssertionError):  # it has stages, or others
                 return timm.create_model(name, **small)
         return timm.create_model(name)

@@ -25,7 +25,8 @@ from vitreg.images import Batches, Images
 from vitreg.model import Block, VisionTransformer
 from vitreg.model.block import Mlp
 from vitreg.registers.detectors import teach
-from vitreg.registers.training_free import HELD_BACK_EVERY, MIN_IMAGES
+from vitreg.registers.held_back import HELD_BACK_EVERY
+from vitreg.registers.training_free import MIN_IMAGES
 
 MOST_IMAGES = 200
 """They are kept in memory, and so is what enters the MLPs of a block."""

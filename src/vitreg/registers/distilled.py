@@ -16,10 +16,9 @@ from vitreg.common.progress import OnProgress
 from vitreg.common.words import counted, percent
 from vitreg.images import Batches, Images
 from vitreg.model import Tokens, VisionTransformer
-from vitreg.registers.held_back import HeldBack
+from vitreg.registers.held_back import HeldBack, hold_back
 from vitreg.registers.insertion import unchanged
 from vitreg.registers.trainable import add_registers
-from vitreg.registers.training_free import HELD_BACK_EVERY
 
 SHIFT = 0.15
 """Of the grid's sides, the farthest that a view is shifted."""
@@ -72,21 +71,12 @@ def distill_registers(
         if value < least:
             raise ValueError(f"{name} is {value}; give at least {least}")
     vit = from_module(vit)
-    device = vit.patch_embed.weight.device
 
-    def part(held_back: bool) -> Batches:
-        def select(i: int) -> bool:
-            return (i % HELD_BACK_EVERY == HELD_BACK_EVERY - 1) is held_back
-
-        return Batches(images, vit.preprocess, batch_size=batch_size, device=device, select=select)
-
-    batches = part(False)
-    if not batches.repeatable:
-        raise ValueError("images can be gone through only once, but are needed again: give a list or a DataLoader")
+    batches, rest = hold_back(vit, images, batch_size)
     diagnosis = diagnose(vit, batches, max_examples=0)
     if not diagnosis.has_artifacts:
         return unchanged(vit, f"Nothing was distilled. {diagnosis.verdict[0]}")
-    held_back = HeldBack(vit, diagnosis, part(True))
+    held_back = HeldBack(vit, diagnosis, rest)
     teacher = copy.deepcopy(vit).eval().requires_grad_(False)
     student = add_registers(vit, count, seed=seed) if count else copy.deepcopy(vit)
     _train(student.float(), teacher.float(), batches, num_views, num_steps, seed, on_progress)

@@ -12,10 +12,34 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from vitreg.artifacts import BlockNorms, Diagnosis
+from vitreg.images import Batches, Images
 from vitreg.model import VisionTransformer
+
+HELD_BACK_EVERY = 5
+"""Of so many images one is held back."""
 
 MOST = 64
 """Images kept in memory: more would tell the fractions apart no better than the choice needs."""
+
+
+def hold_back(vit: VisionTransformer, images: Images, batch_size: int) -> tuple[Batches, Batches]:
+    """Images to change a model by, and one in five to judge it by.
+
+    Raises:
+        ValueError: images that can be gone through only once.
+    """
+
+    def part(held_back: bool) -> Batches:
+        def select(i: int) -> bool:
+            return (i % HELD_BACK_EVERY == HELD_BACK_EVERY - 1) is held_back
+
+        device = vit.patch_embed.weight.device
+        return Batches(images, vit.preprocess, batch_size=batch_size, device=device, select=select)
+
+    finding = part(False)
+    if not finding.repeatable:
+        raise ValueError("images can be gone through only once, but are needed again: give a list or a DataLoader")
+    return finding, part(True)
 
 
 @dataclass(frozen=True)

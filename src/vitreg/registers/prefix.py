@@ -17,10 +17,10 @@ from vitreg.common.progress import OnProgress
 from vitreg.common.words import counted, percent
 from vitreg.images import Batches, Images
 from vitreg.model import VisionTransformer
-from vitreg.registers.held_back import Effect, HeldBack
+from vitreg.registers.held_back import Effect, HeldBack, hold_back
 from vitreg.registers.insertion import MIN_SIMILARITY, destroyed, unchanged
 from vitreg.registers.neurons import RegisterNeuron
-from vitreg.registers.training_free import HELD_BACK_EVERY, Unit, add_test_time_registers
+from vitreg.registers.training_free import Unit, add_test_time_registers
 
 MAX_ROWS = 16
 """In a block; the paper has 1 to 15."""
@@ -61,7 +61,6 @@ def add_prefix(
     vit = from_module(vit)
     if vit.config.prefix_rows:
         raise ValueError(f"{vit.config.name or 'the model'} has a prefix already; give the model it was made from")
-    device = next(vit.parameters()).device
     if neurons is None:
         found = add_test_time_registers(vit, images, batch_size=batch_size, on_progress=on_progress)
         if found.num_registers == vit.num_registers:
@@ -70,18 +69,12 @@ def add_prefix(
     else:
         units = [(n.block, n.unit) if isinstance(n, RegisterNeuron) else (int(n[0]), int(n[1])) for n in neurons]
 
-    def part(held_back: bool) -> Batches:
-        def select(i: int) -> bool:
-            return (i % HELD_BACK_EVERY == HELD_BACK_EVERY - 1) is held_back
-
-        return Batches(images, vit.preprocess, batch_size=batch_size, device=device, select=select)
-
-    finding = part(False)
+    finding, rest = hold_back(vit, images, batch_size)
     diagnosis = diagnose(vit, finding, max_examples=0, on_progress=on_progress)
     if diagnosis.onset_block is None:
         return unchanged(vit, f"No prefix was added. {diagnosis.verdict[0]}")
     sinks = _mean_sink(vit, diagnosis, finding, on_progress)
-    held_back = HeldBack(vit, diagnosis, part(True))
+    held_back = HeldBack(vit, diagnosis, rest)
     first = min((block for block, _ in units), default=diagnosis.onset_block) + 1
     silent = _silenced(vit, units)
     best, effect = silent, held_back.effect(silent)

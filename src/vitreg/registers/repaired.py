@@ -17,11 +17,10 @@ from vitreg.checkpoints import from_module
 from vitreg.checkpoints.state import build
 from vitreg.common.progress import OnProgress
 from vitreg.common.words import counted, percent
-from vitreg.images import Batches, Images
+from vitreg.images import Images
 from vitreg.model import Block, VisionTransformer
-from vitreg.registers.held_back import HeldBack, outlier_limit
+from vitreg.registers.held_back import HeldBack, hold_back, outlier_limit
 from vitreg.registers.insertion import MIN_SIMILARITY, destroyed, unchanged
-from vitreg.registers.training_free import HELD_BACK_EVERY
 
 INPUTS_PER_CHANNEL = 8
 """Gaussian inputs to which an MLP is fitted."""
@@ -129,21 +128,13 @@ def repair_singular_defects(
         ValueError: as of `singular_defects` and `diagnose`, or images that can be gone through only once.
     """
     vit = from_module(vit)
-    defects, device = singular_defects(vit), vit.patch_embed.weight.device
+    defects = singular_defects(vit)
 
-    def part(held_back: bool) -> Batches:
-        def select(i: int) -> bool:
-            return (i % HELD_BACK_EVERY == HELD_BACK_EVERY - 1) is held_back
-
-        return Batches(images, vit.preprocess, batch_size=batch_size, device=device, select=select)
-
-    batches = part(False)
-    if not batches.repeatable:
-        raise ValueError("images can be gone through only once, but are needed again: give a list or a DataLoader")
+    batches, rest = hold_back(vit, images, batch_size)
     diagnosis = diagnose(vit, batches, max_examples=0)
     if diagnosis.onset_block is None:
         return unchanged(vit, f"Nothing was repaired. {diagnosis.verdict[0]}")
-    held_back = HeldBack(vit, diagnosis, part(True))
+    held_back = HeldBack(vit, diagnosis, rest)
     limits = [outlier_limit(block) for block in diagnosis.blocks]
     repaired, shifts = _with_shifts(vit)
     optimizer = torch.optim.SGD([shift.values for of_block in shifts for shift in of_block], RATE, MOMENTUM)

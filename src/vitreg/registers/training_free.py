@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import copy
-import dataclasses
 import math
 from collections.abc import Callable, Iterable
 from functools import cache
@@ -17,17 +15,14 @@ from vitreg.common.progress import OnProgress
 from vitreg.common.words import counted, percent
 from vitreg.images import Batches, Images
 from vitreg.model import VisionTransformer
-from vitreg.registers.held_back import Effect, HeldBack
-from vitreg.registers.insertion import with_registers
+from vitreg.registers.held_back import HELD_BACK_EVERY, Effect, HeldBack, hold_back
+from vitreg.registers.insertion import unchanged, with_registers
 from vitreg.registers.neurons import RegisterNeuron, find_register_neurons
 
 Unit = tuple[int, int]
 
 MIN_IMAGES = 8
 """Fewer tell neither which units write the artifacts nor whether moving them helps."""
-
-HELD_BACK_EVERY = 5
-"""Of so many images one is held back."""
 
 MARGIN = 0.1
 """Features must come so much closer, as a part of the distance, for more units to be moved than the fewest."""
@@ -100,16 +95,8 @@ def _search(
     vit: VisionTransformer, images: Images, count: int, batch_size: int, on_progress: OnProgress | None
 ) -> VisionTransformer:
     """Choose units and weight by the images, and move."""
-    device = next(vit.parameters()).device
-
-    def part(select: Callable[[int], bool]) -> Batches:
-        return Batches(images, vit.preprocess, batch_size=batch_size, device=device, select=select)
-
-    finding = part(lambda i: i % HELD_BACK_EVERY != HELD_BACK_EVERY - 1)
-    if not finding.repeatable:
-        raise ValueError("images can be gone through only once, but are needed again: give a list or a DataLoader")
+    finding, rest = hold_back(vit, images, batch_size)
     diagnosis = diagnose(vit, finding, max_examples=0, on_progress=on_progress)
-    rest = part(lambda i: i % HELD_BACK_EVERY == HELD_BACK_EVERY - 1)
     if diagnosis.num_images < MIN_IMAGES - MIN_IMAGES // HELD_BACK_EVERY:
         num_images = diagnosis.num_images + sum(len(names) for _, names in rest)
         raise ValueError(
@@ -123,13 +110,16 @@ def _search(
             f"is held back"
         )
     if not diagnosis.has_artifacts:
-        return _unchanged(vit, diagnosis.verdict[0])
+        return unchanged(vit, f"No register was added. {diagnosis.verdict[0]}")
     held_back = HeldBack(vit, diagnosis, rest)
     seen = HeldBack(vit, diagnosis, finding)
     units, num_ranked = _choose_units(vit, finding, diagnosis, held_back, seen, count, on_progress)
     if not units:
-        reason = f"Moving up to {num_ranked} MLP units of blocks 0 to {diagnosis.onset_block} removes no outliers, so "
-        return _unchanged(vit, f"{reason}something else writes them. Use a checkpoint trained with registers.")
+        return unchanged(
+            vit,
+            f"No register was added. Moving up to {num_ranked} MLP units of blocks 0 to {diagnosis.onset_block} "
+            f"removes no outliers, so something else writes them. Use a checkpoint trained with registers.",
+        )
     weight, effect = _choose_weight(vit, units, count, held_back, diagnosis)
     they_are, leave = ("It is", "leaves") if len(units) == 1 else ("They are", "leave")
     said = (
@@ -223,13 +213,6 @@ def _choose_weight(
             break
         weight, best = more, effect
     return weight, best
-
-
-def _unchanged(vit: VisionTransformer, reason: str) -> VisionTransformer:
-    """A copy that says why nothing was done to it."""
-    same = copy.deepcopy(vit)
-    same.config = dataclasses.replace(vit.config, changes=(*vit.config.changes, f"No register was added. {reason}"))
-    return same
 
 
 def _moved(
