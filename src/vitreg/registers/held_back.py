@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable
 from dataclasses import dataclass
+from functools import cached_property
 from itertools import islice
 
 import numpy as np
@@ -67,9 +68,6 @@ class HeldBack:
 
     Raises:
         ValueError: there are no images.
-
-    Attributes:
-        original, mean_original: `outliers` and `mean_outliers` of the original.
     """
 
     @torch.inference_mode()
@@ -83,8 +81,21 @@ class HeldBack:
         self.num_images = len(images)
         self._features = [vit.pool(vit(batch)).float() for batch in self._batches]
         self._limits = torch.tensor([outlier_limit(block) for block in diagnosis.blocks])
-        unchanged = self.effect(vit)
-        self.original, self.mean_original = unchanged.outliers, unchanged.mean_outliers
+        self._vit = vit
+
+    @cached_property
+    def _unchanged(self) -> Effect:
+        return self.effect(self._vit)
+
+    @property
+    def original(self) -> float:
+        """`outliers` of the original."""
+        return self._unchanged.outliers
+
+    @property
+    def mean_original(self) -> float:
+        """`mean_outliers` of the original."""
+        return self._unchanged.mean_outliers
 
     @torch.inference_mode()
     def effect(self, vit: VisionTransformer) -> Effect:

@@ -112,8 +112,7 @@ def _search(
     if not diagnosis.has_artifacts:
         return unchanged(vit, f"No register was added. {diagnosis.verdict[0]}")
     held_back = HeldBack(vit, diagnosis, rest)
-    seen = HeldBack(vit, diagnosis, finding)
-    units, num_ranked = _choose_units(vit, finding, diagnosis, held_back, seen, count, on_progress)
+    units, num_ranked = _choose_units(vit, finding, diagnosis, held_back, count, on_progress)
     if not units:
         return unchanged(
             vit,
@@ -140,12 +139,12 @@ def _choose_units(
     finding: Batches,
     diagnosis: Diagnosis,
     held_back: HeldBack,
-    seen: HeldBack,
     count: int,
     on_progress: OnProgress | None,
 ) -> tuple[list[Unit], int]:
     """The units to move, and how many were ranked to choose from."""
     chosen: list[Unit] = []
+    original = diagnosis
     worst, left = held_back.original, held_back.mean_original
     current, num_ranked = vit, 0
     for _ in range(MAX_ROUNDS):
@@ -161,7 +160,7 @@ def _choose_units(
         if effect(k).mean_outliers >= left:
             break  # these units write nothing of what is left
         if effect(k).outliers <= REMOVED:
-            k = _closest(effect, k, len(ranked))
+            k, seen = _closest(effect, k, len(ranked)), HeldBack(vit, original, finding)
             # A fifth of few images cannot tell 0.01 % from none: those that ranked must have none left either.
             more = (
                 k + extra for extra in (0, *(2**i for i in range(len(ranked).bit_length()))) if k + extra <= len(ranked)
